@@ -1,0 +1,9 @@
+"""mixkv: a compressed KV cache for transformers' `generate`, from one line."""
+
+from .cache import MixKVCache
+from .config import MixKVConfig
+from .patch import patch, patched, unpatch
+from .selection import Selection, select
+
+__version__ = "0.1.0"
+__all__ = ["MixKVCache", "MixKVConfig", "Selection", "patch", "patched", "select", "unpatch"]

@@ -1,0 +1,111 @@
+"""The attention function that meets the cache: prefill, decode, continuation.
+
+`MixKVLayer.update` marks the key it returns with itself; a registered attention function finds the mark. A key without one
+goes to the base attention unchanged, so other caches and other models are not affected.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+MARK = "mixkv_layer"
+
+
+@torch.compiler.disable
+def attend_with_cache(
+    base: Callable,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An attention function in the sense of transformers' ``AttentionInterface``.
+
+    Args:
+        base: the attention function that this one stands before.
+        query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], with all columns read so far while a prompt is being read.
+        attention_mask: 4-D bool or additive, 2-D (flash attention), or None.
+
+    Returns: the output [B, n, Hq, Dv], and attention weights where the base gives them (prefill only).
+    """
+    layer = getattr(key, MARK, None)
+    if layer is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    with layer.arriving(module, query, kwargs):
+        if layer.store is None:
+            return _read_prompt(layer, base, module, query, key, value, attention_mask, kwargs)
+        if kwargs.get("output_attentions"):
+            warnings.warn("attention weights exist for the prompt only: rows of a compressed cache have no full rows of weights")
+        return _continue(layer, query, key, value, attention_mask, _options(query, kwargs)), None
+
+
+def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
+    """Base attention over all columns so far; then, with the prompt complete, only the selected rows stay."""
+    total, new = key.shape[2], query.shape[2]
+    prompt = layer.prompt_length or total
+    if total < prompt:
+        output = base(module, query, key, value, mask, **kwargs)
+        layer.collect(query, key, value)
+        return output
+    head = new - (total - prompt)
+    prompt_mask = mask if total == prompt else _slice_mask(mask, slice(head), slice(prompt))
+    output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
+    options = _options(query, kwargs)
+    valid = layer.valid_columns(prompt_mask, prompt)
+    layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], valid, options)
+    if total == prompt:
+        return output, weights
+    # Draft tokens came along with the prompt: they see the compressed cache, as they would in a forward of their own.
+    draft_mask = _slice_mask(mask, slice(head, None), slice(prompt, None))
+    draft = _continue(layer, query[:, :, head:], key[:, :, prompt:], value[:, :, prompt:], draft_mask, options)
+    return torch.cat([output, draft], dim=1), None
+
+
+def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
+    """Attention of new positions over the stored rows and each other; the new rows are stored."""
+    new = query.shape[2]
+    valid = layer.valid_columns(mask, new)
+    if new == 1 and valid is None:
+        layer.append(key, value, None)
+        output = layer.store.attend(query, **options)
+    else:
+        output = layer.store.attend_extend(query, key, value, mask=_block_mask(mask, valid, new), **options)
+        layer.append(key, value, valid)
+    layer.settle(query, options)
+    return output
+
+
+def _options(query: torch.Tensor, kwargs: dict) -> dict:
+    """What the model does to its logits."""
+    scaling, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+    return {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": kwargs.get("softcap"),
+        "sinks": None if sinks is None else sinks.detach(),
+    }
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """A bool or additive mask as bool, True where a query sees a key."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _slice_mask(mask: torch.Tensor | None, rows: slice, columns: slice) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    return mask[:, columns] if mask.ndim == 2 else mask[..., rows, columns]
+
+
+def _block_mask(mask: torch.Tensor | None, valid: torch.Tensor | None, new: int) -> torch.Tensor | None:
+    """Bool [B, 1, n, n] for the new block; None: causal."""
+    if mask is not None and mask.ndim == 4:
+        return visible(mask[..., -new:])
+    if valid is None:
+        return None
+    causal = torch.ones(new, new, dtype=torch.bool, device=valid.device).tril()
+    return causal & valid[:, None, None, :]

@@ -1,0 +1,69 @@
+"""What differs between transformers versions, and what is read off its internals. Nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers import cache_utils as transformers_cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import utils as generation_utils
+
+
+def stock_layers(text_config) -> list[CacheLayerMixin]:
+    """The cache layers that transformers itself would use for this decoder, one a model layer."""
+    return DynamicCache(config=text_config).layers
+
+
+def is_full_attention(layer) -> bool:
+    """A layer whose cache grows with every token: what this library replaces."""
+    return type(layer) is DynamicLayer
+
+
+def is_bounded(layer) -> bool:
+    """A layer whose memory does not grow with the sequence: sliding-window attention or a linear-attention state."""
+    linear = getattr(transformers_cache, "LinearAttentionCacheLayerMixin", ())
+    return isinstance(layer, DynamicSlidingWindowLayer) or (isinstance(layer, linear) and not isinstance(layer, DynamicLayer))
+
+
+def prompt_columns() -> int | None:
+    """Columns of the prompt that the calling `generate` reads in several forwards or with draft tokens attached.
+
+    A cache sees one forward at a time: neither that more chunks of the prompt follow (``prefill_chunk_size``), nor where
+    the prompt ends and the drafts of assisted decoding begin. `generate` knows, a few frames up.
+
+    Returns: None if the prompt is read by one forward of its own.
+    """
+    for frame in _frames():
+        if frame.f_code.co_filename != generation_utils.__file__:
+            continue
+        local = frame.f_locals
+        assisted = frame.f_code.co_name == "_assisted_decoding"
+        chunked = frame.f_code.co_name == "_prefill" and local["generation_config"].prefill_chunk_size is not None
+        if assisted or chunked:
+            return local["input_ids"].shape[1]
+    return None
+
+
+def calling_model() -> PreTrainedModel | None:
+    """The outermost transformers model whose attention module is calling, found on the stack; None if there is none."""
+    attention, model = None, None
+    for frame in _frames():
+        caller = frame.f_locals.get("self")
+        if not isinstance(caller, nn.Module):
+            continue
+        if attention is None and hasattr(caller, "layer_idx"):
+            attention = caller
+        if isinstance(caller, PreTrainedModel) and attention is not None:
+            model = caller if any(module is attention for module in caller.modules()) else model
+    return model
+
+
+def _frames() -> Iterator[FrameType]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

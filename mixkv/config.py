@@ -1,0 +1,157 @@
+"""MixKVConfig: every choice a compressed cache depends on, validated, frozen, and JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .headprofile import Table, as_table
+from .headprofile import load as load_profile
+
+METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm")
+SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff")
+
+
+@dataclass(frozen=True)
+class MixKVConfig:
+    """How a prompt's keys and values are compressed.
+
+    Args:
+        method: who gets how many rows. ``snapkv`` every head the same (arXiv 2404.14469), ``pyramidkv`` fewer in later
+            layers (2406.02069), ``adakv`` shared out among the heads of a layer by attention mass (2407.11550),
+            ``sparsemm`` shared out over the whole model by ``profile`` (2506.05344).
+        score: which rows a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
+            (MixKV, 2510.20707), ``mix-fixed`` their plain mean, ``attn`` window attention (SnapKV), ``vnorm`` attention
+            plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364).
+        budget: rows kept per KV head and layer, on average, window included (int), or a share of the prompt
+            (float in (0, 1]). A prompt no longer than its budget is kept whole.
+        window: the last prompt tokens, whose queries score the others; always kept.
+        kernel_size: width of the pooling over neighbouring positions; odd.
+        pooling: ``avg`` or ``max``.
+        group_reduce: ``mean`` or ``max`` over the query heads that share a KV head.
+        redundancy: ``online`` (measured on every prompt) or a table of numbers in [0, 1], one row a layer, one column a
+            KV head.
+        pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
+        ada_floor: the share of adakv's budget that every head gets for certain.
+        profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a JSON file
+            with one; see `mixkv.headprofile`.
+        decode_budget: bound for what generation adds: once a layer holds more than ``decode_budget + decode_slack``
+            rows per KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing
+            that came after the first prompt is ever dropped.
+        decode_slack: see ``decode_budget``.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and what is allowed.
+    """
+
+    method: str = "adakv"
+    score: str = "mix"
+    budget: int | float = 128
+    window: int = 32
+    kernel_size: int = 5
+    pooling: str = "avg"
+    group_reduce: str = "mean"
+    redundancy: str | Table = "online"
+    pyramid_beta: int = 20
+    ada_floor: float = 0.2
+    profile: Table | str | None = None
+    decode_budget: int | None = None
+    decode_slack: int = 64
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("score", self.score, SCORES)
+        _one_of("pooling", self.pooling, ("avg", "max"))
+        _one_of("group_reduce", self.group_reduce, ("mean", "max"))
+        _positive_int("window", self.window)
+        _positive_int("kernel_size", self.kernel_size)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd, so that pooling keeps positions in place")
+        _positive_int("pyramid_beta", self.pyramid_beta)
+        _positive_int("decode_slack", self.decode_slack)
+        if not _is_number(self.ada_floor) or not 0 <= self.ada_floor <= 1:
+            raise ValueError(f"ada_floor={self.ada_floor!r} must be a number from 0 to 1")
+        self._check_budget()
+        self._check_tables()
+
+    def _check_budget(self) -> None:
+        budget = self.budget
+        if not _is_number(budget):
+            raise ValueError(f"budget={budget!r} must be an int (rows per KV head) or a float in (0, 1] (share of the prompt)")
+        if isinstance(budget, float) and not 0 < budget <= 1:
+            raise ValueError(f"budget={budget} as a share of the prompt must lie in (0, 1]; rows are given as an int")
+        if isinstance(budget, int) and budget <= self.window:
+            raise ValueError(
+                f"budget={budget} must exceed window={self.window}: the window's rows are always kept and count in the "
+                f"budget. Raise the budget or lower the window"
+            )
+        if self.decode_budget is not None:
+            _positive_int("decode_budget", self.decode_budget)
+            if self.decode_budget <= self.window:
+                raise ValueError(
+                    f"decode_budget={self.decode_budget} must exceed window={self.window}: raise it, or lower the window"
+                )
+
+    def _check_tables(self) -> None:
+        if isinstance(self.redundancy, str):
+            _one_of("redundancy", self.redundancy, ("online",))
+        else:
+            table = as_table("redundancy", self.redundancy)
+            if not all(0 <= value <= 1 for row in table for value in row):
+                raise ValueError("redundancy as a table must hold numbers from 0 to 1: mean cosines between keys")
+            object.__setattr__(self, "redundancy", table)
+        profile = self.profile
+        if isinstance(profile, (str, Path)):
+            profile = load_profile(profile)
+        if profile is not None:
+            profile = as_table("profile", profile)
+            if any(value < 0 for row in profile for value in row) or sum(map(sum, profile)) <= 0:
+                raise ValueError("profile must hold scores >= 0 with a positive sum: they are shares of the whole budget")
+            object.__setattr__(self, "profile", profile)
+        if self.method == "sparsemm" and profile is None:
+            raise ValueError(
+                "method='sparsemm' needs profile=: a table of head scores [layers, heads] or the path of a JSON file with one"
+            )
+
+    def replace(self, **changes: Any) -> MixKVConfig:
+        """A copy with some fields changed, validated again."""
+        known = {field.name for field in dataclasses.fields(self)}
+        for name in changes:
+            if name not in known:
+                raise ValueError(f"unknown option {name}={changes[name]!r}; MixKVConfig has {', '.join(sorted(known))}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings."""
+        return json.loads(self.to_json())
+
+    def to_json(self, **options: Any) -> str:
+        """JSON text; `from_json` gives an equal config back. ``options`` go to `json.dumps`."""
+        return json.dumps(dataclasses.asdict(self), **options)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MixKVConfig:
+        """The inverse of `to_dict`; unknown names are refused."""
+        return cls().replace(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> MixKVConfig:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(allowed)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive int")

@@ -1,0 +1,97 @@
+"""What a cache holds, as numbers, as text and as a small picture for notebooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def stats(cache) -> dict[str, Any]:
+    """What `MixKVCache` holds now.
+
+    Returns: a dict with
+        bytes: bytes held, spare capacity and bookkeeping included, all layers;
+        bytes_resident: those on the device that computes;
+        bytes_full: what an uncompressed cache holds after the same tokens;
+        ratio: bytes / bytes_full;
+        seen: tokens seen, padding included;
+        lengths: per layer rows held [B][Hkv], None for layers that are not compressed;
+        redundancy: per layer [B][Hkv] as measured on the prompt, None likewise;
+        rows: rows held by all compressed layers; spare_rows: rows allocated on top of them;
+        method, score, budget: from the config.
+    """
+    layers = cache.layers
+    held = sum(_nbytes(layer) for layer in layers)
+    full = sum(layer.nbytes_full if _ours(layer) else _nbytes(layer) for layer in layers)
+    stores = [layer.store for layer in layers if _ours(layer) and layer.store is not None]
+    rows = sum(store.total for store in stores)
+    return {
+        "bytes": held,
+        "bytes_resident": held,
+        "bytes_full": full,
+        "ratio": held / full if full else 1.0,
+        "seen": max((layer.seen for layer in layers if _ours(layer)), default=0),
+        "lengths": [layer.lengths().tolist() if _ours(layer) else None for layer in layers],
+        "redundancy": [
+            layer.redundancy.tolist() if _ours(layer) and layer.redundancy is not None else None for layer in layers
+        ],
+        "rows": rows,
+        "spare_rows": sum(store.key.shape[0] for store in stores) - rows,
+        "method": cache.config.method,
+        "score": cache.config.score,
+        "budget": cache.config.budget,
+    }
+
+
+def text(cache) -> str:
+    """One line for the prompt."""
+    config = cache.config
+    name = f"MixKVCache(method={config.method!r}, score={config.score!r}, budget={config.budget}"
+    if not cache.layers:
+        return name + ", not used yet)"
+    numbers = stats(cache)
+    return f"{name}, seen={numbers['seen']}, {_size(numbers['bytes'])} of {_size(numbers['bytes_full'])})"
+
+
+def html(cache) -> str:
+    """A table of totals and a layer x head picture of the rows held (first batch row), darker for more."""
+    numbers = stats(cache)
+    rows = [
+        ("method, score, budget", f"{numbers['method']}, {numbers['score']}, {numbers['budget']}"),
+        ("tokens seen", f"{numbers['seen']:,}"),
+        ("held", f"{_size(numbers['bytes'])} of {_size(numbers['bytes_full'])} ({numbers['ratio']:.1%})"),
+    ]
+    table = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{value}</td></tr>" for name, value in rows)
+    return f"<table>{table}</table>{_picture(numbers['lengths'])}"
+
+
+def _picture(lengths: list) -> str:
+    grid = [(index, layer[0]) for index, layer in enumerate(lengths) if layer]
+    if not grid:
+        return ""
+    most = max(max(row) for _, row in grid) or 1
+    side = 12
+    cells = "".join(
+        f"<rect x='{head * side}' y='{index * side}' width='{side}' height='{side}' fill='rgb(30,80,160)' "
+        f"fill-opacity='{count / most:.2f}'><title>layer {index}, head {head}: {count} rows</title></rect>"
+        for index, row in grid
+        for head, count in enumerate(row)
+    )
+    width, height = side * max(len(row) for _, row in grid), side * len(lengths)
+    return f"<svg width='{width}' height='{height}' role='img' aria-label='rows held per layer and head'>{cells}</svg>"
+
+
+def _ours(layer) -> bool:
+    return hasattr(layer, "nbytes_full")
+
+
+def _nbytes(layer) -> int:
+    """Bytes of a layer of ours, or of whatever tensors a stock layer holds (keys and values, or states)."""
+    if _ours(layer):
+        return layer.nbytes
+    held = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
+    flat = [part for item in held for part in (item if isinstance(item, (list, tuple)) else [item])]
+    return sum(tensor.nbytes for tensor in flat if hasattr(tensor, "nbytes"))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,162 @@
+"""Scores: one number per candidate row and KV head, higher is kept. Pure functions, float32 throughout.
+
+Shapes: B batch rows, Hq query heads, Hkv KV heads, G = Hq // Hkv, N prompt columns, W window columns (the last ones),
+M = N - W candidate columns, D head size. ``valid`` is a bool tensor that broadcasts to [B, Hkv, N]; a column that is not
+valid (padding) is never counted and scores -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    scaling: float,
+    group_reduce: str = "mean",
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the window's queries attend to, before pooling (SnapKV, arXiv 2404.14469, equation 5).
+
+    Every window query sees all candidates and, causally, the window; the softmax runs over all N columns, so the
+    window's own mass stays in the denominator.
+
+    Args:
+        query: [B, Hq, W, D], the window's queries, rotated as the model uses them.
+        key: [B, Hkv, N, D].
+        valid: bool, broadcasts to [B, Hkv, N].
+        scaling: factor on the logits.
+        group_reduce: ``mean`` or ``max`` over the G query heads of a KV head.
+        softcap: ``softcap * tanh(logits / softcap)`` where the model has it.
+        sinks: [Hq] logits that take mass and hold no row, where the model has them.
+
+    Returns: [B, Hkv, M] float32, the mean over the window's queries, reduced over the group.
+    """
+    batch, query_heads, window, size = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    groups = query_heads // kv_heads
+    folded = (query.float() * scaling).reshape(batch, kv_heads, groups * window, size)
+    logits = (folded @ key.float().transpose(-1, -2)).view(batch, kv_heads, groups, window, length)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
+    logits[..., length - window :].masked_fill_(future, -torch.inf)
+    logits.masked_fill_(~valid[:, :, None, None, :], -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, window, 1)
+        logits = torch.cat([logits, column], dim=-1)
+    # A window query that is padding itself sees nothing: its row of the softmax is 0/0.
+    mass = logits.softmax(dim=-1)[..., : length - window].nan_to_num(0.0).mean(dim=3)
+    return mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2)
+
+def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+    """1-D pooling over neighbouring candidates, same length; the zeros beyond both ends count in the average.
+
+    Args:
+        attention: [B, Hkv, M], non-negative.
+
+    Returns: [B, Hkv, M].
+    """
+    if attention.shape[-1] == 0:
+        return attention
+    operation = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return operation(attention, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def redundancy(key: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean cosine between different keys of a head, clamped to [0, 1] (MixKV, arXiv 2510.20707, equation 6), in O(N D).
+
+    With unit keys u_i and their mean m it equals ``(N |m|^2 - 1) / (N - 1)``.
+
+    Returns: [B, Hkv] float32; 0 where there is a single key.
+    """
+    mean, count = _mean_direction(key, valid)
+    numerator = count * mean.square().sum(dim=-1) - 1
+    return (numerator / (count - 1).clamp(min=1)).clamp(0, 1)
+
+def similarity(key: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Cosine of each key with what the head's keys have in common: <u_i, mean u>, not re-normalised (KeyDiff, 2504.15364).
+
+    Returns: [B, Hkv, N] float32.
+    """
+    mean, _ = _mean_direction(key, valid)
+    return (F.normalize(key.float(), dim=-1) @ mean.unsqueeze(-1)).squeeze(-1)
+
+def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Makes a raw score comparable with the attention score: min-max scaled, then given the reference's mean.
+
+    Min, max and means run over the valid candidates of each head (MixKV, arXiv 2510.20707, equation 4).
+
+    Args:
+        raw, reference: [B, Hkv, M].
+        valid: bool, broadcasts to them.
+
+    Returns: [B, Hkv, M]; zeros where all raw scores are equal.
+    """
+    if raw.shape[-1] == 0:
+        return raw
+    low = raw.masked_fill(~valid, torch.inf).amin(dim=-1, keepdim=True)
+    high = raw.masked_fill(~valid, -torch.inf).amax(dim=-1, keepdim=True)
+    scaled = ((raw - low) / (high - low)).masked_fill(~(valid & (high > low)), 0.0)
+    count = valid.expand_as(raw).sum(dim=-1, keepdim=True).clamp(min=1)
+    mean = scaled.sum(dim=-1, keepdim=True) / count
+    target = reference.masked_fill(~valid, 0.0).sum(dim=-1, keepdim=True) / count
+    return scaled * torch.where(mean > 0, target / mean, 0.0)
+
+def combine(
+    score: str,
+    attention: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor,
+    redundancy: torch.Tensor,
+) -> torch.Tensor:
+    """The named score of every candidate.
+
+    Args:
+        score: a name from `config.SCORES`.
+        attention: [B, Hkv, M], pooled window attention.
+        key, value: [B, Hkv, N, D].
+        valid: bool, broadcasts to [B, Hkv, N].
+        redundancy: [B, Hkv], the share of diversity in ``mix``.
+
+    Returns: [B, Hkv, M] float32, -inf where not valid.
+    """
+    candidates = attention.shape[-1]
+    real = valid[..., :candidates]
+
+    def diversity() -> torch.Tensor:
+        return match(-similarity(key, valid)[..., :candidates], attention, real)
+
+    def value_norm() -> torch.Tensor:
+        return match(value[:, :, :candidates].float().norm(dim=-1), attention, real)
+
+    def key_norm() -> torch.Tensor:
+        return match(-key[:, :, :candidates].float().norm(dim=-1), attention, real)
+
+    if score == "attn":
+        total = attention
+    elif score == "vnorm":
+        total = attention + value_norm()
+    elif score == "knorm":
+        total = attention + key_norm()
+    elif score == "keydiff":
+        total = diversity()
+    elif score == "mix-fixed":
+        total = (diversity() + attention + value_norm()) / 3
+    else:
+        share = redundancy.unsqueeze(-1)
+        total = share * diversity() + (1 - share) * (attention + value_norm())
+    return total.masked_fill(~real, -torch.inf)
+
+def _mean_direction(key: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean unit key [B, Hkv, D] and number of valid keys [B, Hkv] (float32)."""
+    real = valid.expand(key.shape[:3])
+    count = real.sum(dim=-1).float()
+    unit = F.normalize(key.float(), dim=-1) * real.unsqueeze(-1)
+    return unit.sum(dim=2) / count.clamp(min=1).unsqueeze(-1), count

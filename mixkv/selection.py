@@ -1,0 +1,199 @@
+"""Selection: scores and budgets become the positions each KV head keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import budgets, scores
+from .config import MixKVConfig
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` keeps of B rows x Hkv heads over N columns.
+
+    Attributes:
+        flat_positions: int32 [sum of lengths], the kept columns of all heads one after the other (row by row, head by
+            head), ascending within a head.
+        lengths: int64 [B, Hkv], columns kept, window included.
+        redundancy: float32 [B, Hkv], as used by the ``mix`` score.
+        scores: float32 [B, Hkv, M], the candidates' scores, -inf for padding; M = N - window.
+    """
+
+    flat_positions: torch.Tensor
+    lengths: torch.Tensor
+    redundancy: torch.Tensor
+    scores: torch.Tensor
+
+    @property
+    def positions(self) -> list[list[torch.Tensor]]:
+        """[B][Hkv] int32 tensors: the kept columns, ascending."""
+        return split_positions(self.flat_positions, self.lengths)
+
+
+def split_positions(flat: torch.Tensor, lengths: torch.Tensor) -> list[list[torch.Tensor]]:
+    """One flat tensor of positions as [B][Hkv] tensors of ``lengths`` [B, Hkv]."""
+    parts = iter(flat.split(lengths.flatten().tolist()))
+    return [[next(parts) for _ in row] for row in lengths]
+
+
+def select(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: MixKVConfig,
+    *,
+    layer_idx: int = 0,
+    num_layers: int = 1,
+    attention_mask: torch.Tensor | None = None,
+    redundancy: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> Selection:
+    """Chooses the columns that each KV head keeps of a prompt: MixKV (arXiv 2510.20707) and what it builds on.
+
+    Args:
+        query: [B, Hq, >= min(window, N), D], the last queries of the prompt, rotated as the model uses them.
+        key, value: [B, Hkv, N, D], the prompt's keys and values; Hq a multiple of Hkv.
+        config: method, score, budget and the rest.
+        layer_idx, num_layers: which of the compressed layers this is (pyramidkv, sparsemm).
+        attention_mask: [B, N] or [B, Hkv, N], nonzero for real tokens; padding on the left only.
+        redundancy: [Hkv] or [B, Hkv], in place of the measured one; by default ``config.redundancy`` decides.
+        lengths: [B, Hkv] int, forces the columns kept per head, window included.
+        scaling: factor on the attention logits; D ** -0.5 by default.
+        softcap, sinks: the model's logit soft-cap, and sink logits [Hq].
+
+    Returns: a `Selection`. Padding is never kept; a row of N real tokens within its budget is kept whole.
+
+    Raises:
+        ValueError: shapes that do not fit together, padding on the right, forced lengths out of range.
+    """
+    _check_shapes(query, key, value, config.window)
+    batch, heads, length, size = key.shape
+    valid = _valid(attention_mask, key)
+    window = min(config.window, length)
+    candidates = length - window
+    real = valid.expand(batch, heads, length).sum(dim=-1)
+    choosable = (real - window).clamp(min=0)
+
+    attention = scores.window_attention(
+        query[:, :, query.shape[2] - window :],
+        key,
+        valid,
+        scaling=size**-0.5 if scaling is None else scaling,
+        group_reduce=config.group_reduce,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    attention = scores.pool(attention, config.kernel_size, config.pooling).masked_fill(~valid[..., :candidates], 0.0)
+    if redundancy is None:
+        redundancy = _configured_redundancy(config, layer_idx, num_layers, key, valid)
+    redundancy = redundancy.to(key.device, torch.float32).expand(batch, heads)
+    score = scores.combine(config.score, attention, key, value, valid, redundancy)
+
+    if lengths is None:
+        attention = attention.masked_fill(~valid[..., :candidates], -torch.inf)
+        quota = _quota(config, real, choosable, attention, layer_idx, num_layers)
+    else:
+        quota = _forced(lengths.to(key.device), real, window)
+    padding = (length - real.amax(dim=-1)).tolist() if attention_mask is not None else [0] * batch
+    keep = _best(score, quota, padding)
+    keep = torch.cat([keep, valid[..., candidates:].expand(batch, heads, window)], dim=-1)
+    return Selection(keep.nonzero()[:, 2].to(torch.int32), keep.sum(dim=-1), redundancy, score)
+
+
+def _quota(
+    config: MixKVConfig,
+    real: torch.Tensor,
+    choosable: torch.Tensor,
+    attention: torch.Tensor,
+    layer_idx: int,
+    num_layers: int,
+) -> torch.Tensor:
+    """Candidate rows [B, Hkv] each head keeps, by the configured method."""
+    base = (rows_per_head(config.budget, real.amax(dim=-1)) - config.window).clamp(min=0)
+    if config.method == "snapkv":
+        return budgets.uniform(base, choosable)
+    if config.method == "adakv":
+        return budgets.ada(base, choosable, attention, floor=config.ada_floor)
+    if config.method == "pyramidkv":
+        return budgets.pyramid(base, choosable, layer_idx=layer_idx, num_layers=num_layers, beta=config.pyramid_beta)
+    return budgets.from_profile(base, choosable, config.profile, layer_idx=layer_idx, num_layers=num_layers)
+
+
+def rows_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:
+    """The budget in rows for prompts of ``length`` [B] real tokens; a float is a share, rounded to the nearest row."""
+    if isinstance(budget, float):
+        return (length.double() * budget).round().long()
+    return torch.full_like(length, budget)
+
+
+def _best(score: torch.Tensor, quota: torch.Tensor, padding: list[int]) -> torch.Tensor:
+    """Bool [B, Hkv, M]: the ``quota`` [B, Hkv] highest scores of each head, ``padding`` [B] columns on the left apart.
+
+    Max pooling makes exact ties. They go to whichever `torch.sort` puts first, as in the authors' implementation; its
+    order depends on the row's length, so padding is cut off for a padded row to keep what it would keep alone.
+    """
+    keep = torch.zeros_like(score, dtype=torch.bool)
+    padded = [(slice(row, row + 1), cut) for row, cut in enumerate(padding)]
+    for rows, cut in padded if any(padding) else [(slice(None), 0)]:
+        part = score[rows, :, cut:]
+        order = part.sort(dim=-1, descending=True).indices
+        chosen = torch.arange(part.shape[-1], device=score.device) < quota[rows].unsqueeze(-1)
+        keep[rows, :, cut:] = torch.zeros_like(part, dtype=torch.bool).scatter_(-1, order, chosen)
+    return keep
+
+
+def _configured_redundancy(
+    config: MixKVConfig, layer_idx: int, num_layers: int, key: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    if config.redundancy == "online":
+        return scores.redundancy(key, valid)
+    table = config.redundancy
+    if len(table) != num_layers or len(table[0]) != key.shape[1]:
+        raise ValueError(
+            f"the redundancy table has shape [{len(table)}, {len(table[0])}], but the model has {num_layers} compressed layers "
+            f"of {key.shape[1]} KV heads: give a table [{num_layers}, {key.shape[1]}] or 'online'"
+        )
+    return torch.tensor(table[layer_idx])
+
+
+def _forced(lengths: torch.Tensor, real: torch.Tensor, window: int) -> torch.Tensor:
+    fixed = real.clamp(max=window)
+    if lengths.shape != real.shape or (lengths < fixed).any() or (lengths > real).any():
+        raise ValueError(
+            f"lengths {lengths.tolist()} must have shape {list(real.shape)} and lie between the window's real tokens "
+            f"{fixed.tolist()} and all real tokens {real.tolist()}"
+        )
+    return lengths - fixed
+
+
+def _valid(attention_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    batch, heads, length, _ = key.shape
+    if attention_mask is None:
+        return torch.ones(1, 1, length, dtype=torch.bool, device=key.device)
+    valid = attention_mask.to(key.device).bool()
+    valid = valid.unsqueeze(1) if valid.ndim == 2 else valid
+    if valid.ndim != 3 or valid.shape[0] != batch or valid.shape[1] not in (1, heads) or valid.shape[2] != length:
+        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; it must be [{batch}, {length}]")
+    if (valid[..., :-1] & ~valid[..., 1:]).any():
+        raise ValueError("padding must be on the left: set tokenizer.padding_side = 'left'")
+    return valid
+
+
+def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int) -> None:
+    if key.ndim != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"key {list(key.shape)} and value {list(value.shape)} must be [B, Hkv, N, D] with equal B, Hkv, N")
+    if query.ndim != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query {list(query.shape)} does not fit key {list(key.shape)}: [B, Hq, W, D] with Hq a multiple of Hkv is needed"
+        )
+    if key.shape[2] == 0 or query.shape[2] < min(window, key.shape[2]):
+        raise ValueError(
+            f"{query.shape[2]} queries for {key.shape[2]} keys: the last min(window={window}, N) queries of a prompt of at "
+            f"least one token are needed"
+        )
