@@ -49,12 +49,10 @@ class MixKVLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, shared: _Shared, ordinal: int):
-        super().__init__()
         self.shared, self.ordinal = shared, ordinal
         self.reset()
 
     def reset(self) -> None:
-        self.keys = self.values = None
         self.is_initialized = False
         self.seen = 0
         self.arrived = 0
@@ -70,6 +68,19 @@ class MixKVLayer(CacheLayerMixin):
         return {**self.__dict__, "module": None}
 
     # The transformers protocol.
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """What is stored, in this layer's own shape; models ask only whether there is something."""
+        if self.store is not None:
+            return self.store.key
+        return torch.empty(0) if self.dense is None else self.dense[0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        if self.store is not None:
+            return self.store.value
+        return torch.empty(0) if self.dense is None else self.dense[1]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
