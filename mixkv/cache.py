@@ -374,6 +374,8 @@ class MixKVCache(Cache):
             self._shared.prompt_length = compat.prompt_columns()
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._batch = batch
+        if compat.holds_view(layer):
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         return result
 
     def _bind_to_caller(self) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers import cache_utils as transformers_cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import utils as generation_utils
 
 
 def stock_layers(text_config) -> list[CacheLayerMixin]:
@@ -29,6 +28,13 @@ def is_bounded(layer) -> bool:
     return isinstance(layer, DynamicSlidingWindowLayer) or (isinstance(layer, linear) and not isinstance(layer, DynamicLayer))
 
 
+def holds_view(layer) -> bool:
+    """A sliding-window layer that keeps a whole prompt in memory through a view of its last columns."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.keys is None:
+        return False
+    return layer.keys.untyped_storage().nbytes() > 2 * layer.keys.nbytes
+
+
 def prompt_columns() -> int | None:
     """Columns of the prompt that the calling `generate` reads in several forwards or with draft tokens attached.
 
@@ -38,7 +44,7 @@ def prompt_columns() -> int | None:
     Returns: None if the prompt is read by one forward of its own.
     """
     for frame in _frames():
-        if frame.f_code.co_filename != generation_utils.__file__:
+        if frame.f_globals.get("__name__") != "transformers.generation.utils":
             continue
         local = frame.f_locals
         assisted = frame.f_code.co_name == "_assisted_decoding"

@@ -52,7 +52,7 @@ class RaggedStore:
 
     @property
     def stride(self) -> int | None:
-        """The common capacity where all sequences have the same length, so that the buffers are a dense tensor."""
+        """The common capacity where all sequences have the same length, so that the buffers are dense tensors; else None."""
         return self.max_length + self.spare if self.even else None
 
     @property
@@ -76,7 +76,7 @@ class RaggedStore:
             self.row_totals = [total + self.heads * new for total in self.row_totals]
         else:
             self._measure(self.lengths.view(self.batch, self.heads).tolist())
-            self.tail = 0
+            self.even, self.tail = False, 0
 
     def crop(self, count: int) -> None:
         """Removes the last ``count`` rows of every sequence.

@@ -20,8 +20,8 @@ def stats(cache) -> dict[str, Any]:
         method, score, budget: from the config.
     """
     layers = cache.layers
-    held = sum(_nbytes(layer) for layer in layers)
-    full = sum(layer.nbytes_full if _ours(layer) else _nbytes(layer) for layer in layers)
+    held = sum(map(_held, layers))
+    full = sum(map(_full, layers))
     stores = [layer.store for layer in layers if _ours(layer) and layer.store is not None]
     rows = sum(store.total for store in stores)
     return {
@@ -84,13 +84,20 @@ def _ours(layer) -> bool:
     return hasattr(layer, "nbytes_full")
 
 
-def _nbytes(layer) -> int:
-    """Bytes of a layer of ours, or of whatever tensors a stock layer holds (keys and values, or states)."""
-    if _ours(layer):
-        return layer.nbytes
+def _held(layer) -> int:
+    """Bytes of memory a layer keeps alive; a stock layer's tensors may be views of larger ones."""
+    return layer.nbytes if _ours(layer) else sum(tensor.untyped_storage().nbytes() for tensor in _tensors(layer))
+
+
+def _full(layer) -> int:
+    return layer.nbytes_full if _ours(layer) else sum(tensor.nbytes for tensor in _tensors(layer))
+
+
+def _tensors(layer) -> list:
+    """What a stock layer holds: keys and values, or states."""
     held = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
     flat = [part for item in held for part in (item if isinstance(item, (list, tuple)) else [item])]
-    return sum(tensor.nbytes for tensor in flat if hasattr(tensor, "nbytes"))
+    return [tensor for tensor in flat if hasattr(tensor, "untyped_storage")]
 
 
 def _size(count: int) -> str:
