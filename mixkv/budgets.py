@@ -81,9 +81,9 @@ def ada(base: torch.Tensor, candidates: torch.Tensor, attention: torch.Tensor, *
     if length == 0:
         return candidates.clone()
     real = attention.clamp(min=0)
-    ordered = real.sort(dim=-1, descending=True).values
-    in_top = torch.arange(length, device=real.device) < base.view(-1, 1, 1)
-    concentration = (ordered * in_top).sum(-1, keepdim=True) / ordered.sum(-1, keepdim=True).clamp(min=1e-30)
+    top = real.topk(min(int(base.max()), length), dim=-1).values
+    in_top = torch.arange(top.shape[-1], device=real.device) < base.view(-1, 1, 1)
+    concentration = (top * in_top).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1e-30)
     weighted = (real * concentration).masked_fill(attention.isneginf(), -1.0)
     largest = min(int(total.max()), heads * length)
     votes = weighted.flatten(1).topk(largest, dim=-1).indices // length

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -344,13 +346,18 @@ class MixKVCache(Cache):
             self._bind(model)
 
     def _bind(self, model: PreTrainedModel) -> None:
-        slots = binding.bind(model)
-        self._shared.num_layers = sum(slot is None for slot in slots)
-        ordinals = iter(range(len(slots)))
-        self.layers = [MixKVLayer(self._shared, next(ordinals)) if slot is None else slot for slot in slots]
+        self._slots = binding.bind(model)
+        self._shared.num_layers = sum(slot is None for slot in self._slots)
         self._model_name = type(model).__name__
+        self._make_layers()
         if self._shared.recording:
             self.activate_past_recording()
+
+    def _make_layers(self) -> None:
+        ordinals = itertools.count()
+        self.layers = [
+            MixKVLayer(self._shared, next(ordinals)) if slot is None else copy.deepcopy(slot) for slot in self._slots
+        ]
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -371,7 +378,8 @@ class MixKVCache(Cache):
             )
         layer = self.layers[layer_idx]
         if isinstance(layer, MixKVLayer) and layer.seen == 0 and layer.ordinal == 0:
-            self._shared.prompt_length = compat.prompt_columns()
+            self._shared.prompt_length, assisted = compat.prompt_plan()
+            self._shared.recording |= assisted
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._batch = batch
         if compat.holds_view(layer):
@@ -391,7 +399,8 @@ class MixKVCache(Cache):
                 layer.activate_past_recording()
 
     def reset(self) -> None:
-        super().reset()
+        if self.layers:
+            self._make_layers()
         self._batch = None
         self._shared.prompt_length = self._shared.waiting = None
         self._shared.recording = False

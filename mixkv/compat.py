@@ -35,13 +35,14 @@ def holds_view(layer) -> bool:
     return layer.keys.untyped_storage().nbytes() > 2 * layer.keys.nbytes
 
 
-def prompt_columns() -> int | None:
-    """Columns of the prompt that the calling `generate` reads in several forwards or with draft tokens attached.
+def prompt_plan() -> tuple[int | None, bool]:
+    """How the calling `generate` is about to read its prompt.
 
     A cache sees one forward at a time: neither that more chunks of the prompt follow (``prefill_chunk_size``), nor where
     the prompt ends and the drafts of assisted decoding begin. `generate` knows, a few frames up.
 
-    Returns: None if the prompt is read by one forward of its own.
+    Returns: the prompt's columns if they come in several forwards or with drafts attached, else None; and whether tokens
+        may be taken back after each forward (assisted decoding, which before transformers 5.15 does not tell the cache).
     """
     for frame in _frames():
         if frame.f_globals.get("__name__") != "transformers.generation.utils":
@@ -50,8 +51,8 @@ def prompt_columns() -> int | None:
         assisted = frame.f_code.co_name == "_assisted_decoding"
         chunked = frame.f_code.co_name == "_prefill" and local["generation_config"].prefill_chunk_size is not None
         if assisted or chunked:
-            return local["input_ids"].shape[1]
-    return None
+            return local["input_ids"].shape[1], assisted
+    return None, False
 
 
 def calling_model() -> PreTrainedModel | None:

@@ -7,6 +7,8 @@ valid (padding) is never counted and scores -inf.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 def window_attention(
     query: torch.Tensor,
     key: torch.Tensor,
-    valid: torch.Tensor,
+    valid: torch.Tensor | None,
     *,
     scaling: float,
     group_reduce: str = "mean",
@@ -29,7 +31,7 @@ def window_attention(
     Args:
         query: [B, Hq, W, D], the window's queries, rotated as the model uses them.
         key: [B, Hkv, N, D].
-        valid: bool, broadcasts to [B, Hkv, N].
+        valid: bool, broadcasts to [B, Hkv, N]; None: all columns are valid.
         scaling: factor on the logits.
         group_reduce: ``mean`` or ``max`` over the G query heads of a KV head.
         softcap: ``softcap * tanh(logits / softcap)`` where the model has it.
@@ -46,13 +48,15 @@ def window_attention(
         logits = softcap * torch.tanh(logits / softcap)
     future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
     logits[..., length - window :].masked_fill_(future, -torch.inf)
-    logits.masked_fill_(~valid[:, :, None, None, :], -torch.inf)
+    if valid is not None:
+        logits.masked_fill_(~valid[:, :, None, None, :], -torch.inf)
     if sinks is not None:
         column = sinks.float().view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, window, 1)
         logits = torch.cat([logits, column], dim=-1)
-    # A window query that is padding itself sees nothing: its row of the softmax is 0/0.
-    mass = logits.softmax(dim=-1)[..., : length - window].nan_to_num(0.0).mean(dim=3)
-    return mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2)
+    mass = logits.softmax(dim=-1)[..., : length - window].mean(dim=3)
+    mass = mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2)
+    # A window query that is padding itself sees nothing: its softmax is 0/0, in a row without candidates.
+    return mass if valid is None else mass.nan_to_num(0.0)
 
 def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
     """1-D pooling over neighbouring candidates, same length; the zeros beyond both ends count in the average.
@@ -68,24 +72,41 @@ def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tenso
     return operation(attention, kernel_size, stride=1, padding=kernel_size // 2)
 
 
-def redundancy(key: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+class Directions(NamedTuple):
+    """What the keys of each head point to: inverse norms [B, Hkv, N], mean unit key [B, Hkv, D], valid keys [B, Hkv]."""
+
+    inverse_norm: torch.Tensor
+    mean: torch.Tensor
+    count: torch.Tensor
+
+
+def directions(key: torch.Tensor, valid: torch.Tensor) -> Directions:
+    """Reads ``key`` [B, Hkv, N, D] once for `redundancy` and `similarity`; keys that are not valid do not count."""
+    real = valid.expand(key.shape[:3])
+    inverse_norm = 1 / torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).clamp(min=1e-12)
+    count = real.sum(dim=-1).float()
+    total = ((inverse_norm * real).unsqueeze(2) @ key.float()).squeeze(2)
+    return Directions(inverse_norm, total / count.clamp(min=1).unsqueeze(-1), count)
+
+
+def redundancy(found: Directions) -> torch.Tensor:
     """Mean cosine between different keys of a head, clamped to [0, 1] (MixKV, arXiv 2510.20707, equation 6), in O(N D).
 
     With unit keys u_i and their mean m it equals ``(N |m|^2 - 1) / (N - 1)``.
 
     Returns: [B, Hkv] float32; 0 where there is a single key.
     """
-    mean, count = _mean_direction(key, valid)
-    numerator = count * mean.square().sum(dim=-1) - 1
-    return (numerator / (count - 1).clamp(min=1)).clamp(0, 1)
+    numerator = found.count * found.mean.square().sum(dim=-1) - 1
+    return (numerator / (found.count - 1).clamp(min=1)).clamp(0, 1)
 
-def similarity(key: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+
+def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
     """Cosine of each key with what the head's keys have in common: <u_i, mean u>, not re-normalised (KeyDiff, 2504.15364).
 
     Returns: [B, Hkv, N] float32.
     """
-    mean, _ = _mean_direction(key, valid)
-    return (F.normalize(key.float(), dim=-1) @ mean.unsqueeze(-1)).squeeze(-1)
+    return (key.float() @ found.mean.unsqueeze(-1)).squeeze(-1) * found.inverse_norm
+
 
 def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Makes a raw score comparable with the attention score: min-max scaled, then given the reference's mean.
@@ -114,6 +135,7 @@ def combine(
     key: torch.Tensor,
     value: torch.Tensor,
     valid: torch.Tensor,
+    found: Directions,
     redundancy: torch.Tensor,
 ) -> torch.Tensor:
     """The named score of every candidate.
@@ -123,6 +145,7 @@ def combine(
         attention: [B, Hkv, M], pooled window attention.
         key, value: [B, Hkv, N, D].
         valid: bool, broadcasts to [B, Hkv, N].
+        found: of ``key``.
         redundancy: [B, Hkv], the share of diversity in ``mix``.
 
     Returns: [B, Hkv, M] float32, -inf where not valid.
@@ -131,7 +154,7 @@ def combine(
     real = valid[..., :candidates]
 
     def diversity() -> torch.Tensor:
-        return match(-similarity(key, valid)[..., :candidates], attention, real)
+        return match(-similarity(key, found)[..., :candidates], attention, real)
 
     def value_norm() -> torch.Tensor:
         return match(value[:, :, :candidates].float().norm(dim=-1), attention, real)
@@ -153,10 +176,3 @@ def combine(
         share = redundancy.unsqueeze(-1)
         total = share * diversity() + (1 - share) * (attention + value_norm())
     return total.masked_fill(~real, -torch.inf)
-
-def _mean_direction(key: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean unit key [B, Hkv, D] and number of valid keys [B, Hkv] (float32)."""
-    real = valid.expand(key.shape[:3])
-    count = real.sum(dim=-1).float()
-    unit = F.normalize(key.float(), dim=-1) * real.unsqueeze(-1)
-    return unit.sum(dim=2) / count.clamp(min=1).unsqueeze(-1), count

@@ -80,20 +80,22 @@ def select(
     real = valid.expand(batch, heads, length).sum(dim=-1)
     choosable = (real - window).clamp(min=0)
 
+    key = key.float()
     attention = scores.window_attention(
         query[:, :, query.shape[2] - window :],
         key,
-        valid,
+        None if attention_mask is None else valid,
         scaling=size**-0.5 if scaling is None else scaling,
         group_reduce=config.group_reduce,
         softcap=softcap,
         sinks=sinks,
     )
     attention = scores.pool(attention, config.kernel_size, config.pooling).masked_fill(~valid[..., :candidates], 0.0)
+    found = scores.directions(key, valid)
     if redundancy is None:
-        redundancy = _configured_redundancy(config, layer_idx, num_layers, key, valid)
+        redundancy = _configured_redundancy(config, layer_idx, num_layers, found)
     redundancy = redundancy.to(key.device, torch.float32).expand(batch, heads)
-    score = scores.combine(config.score, attention, key, value, valid, redundancy)
+    score = scores.combine(config.score, attention, key, value, valid, found, redundancy)
 
     if lengths is None:
         attention = attention.masked_fill(~valid[..., :candidates], -torch.inf)
@@ -149,15 +151,15 @@ def _best(score: torch.Tensor, quota: torch.Tensor, padding: list[int]) -> torch
 
 
 def _configured_redundancy(
-    config: MixKVConfig, layer_idx: int, num_layers: int, key: torch.Tensor, valid: torch.Tensor
+    config: MixKVConfig, layer_idx: int, num_layers: int, found: scores.Directions
 ) -> torch.Tensor:
     if config.redundancy == "online":
-        return scores.redundancy(key, valid)
-    table = config.redundancy
-    if len(table) != num_layers or len(table[0]) != key.shape[1]:
+        return scores.redundancy(found)
+    table, heads = config.redundancy, found.count.shape[1]
+    if len(table) != num_layers or len(table[0]) != heads:
         raise ValueError(
             f"the redundancy table has shape [{len(table)}, {len(table[0])}], but the model has {num_layers} compressed layers "
-            f"of {key.shape[1]} KV heads: give a table [{num_layers}, {key.shape[1]}] or 'online'"
+            f"of {heads} KV heads: give a table [{num_layers}, {heads}] or 'online'"
         )
     return torch.tensor(table[layer_idx])
 

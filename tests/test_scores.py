@@ -55,7 +55,10 @@ def test_window_attention_equals_full_softmax_rows(shape, seed, reduce, softcap,
     batch, length, window = key.shape[0], key.shape[2], query.shape[2]
     valid = left_valid(batch, length, [0, min(pad, length - window)])
     sinks = torch.randn(query.shape[1]) if with_sinks else None
-    mine = scores.window_attention(query, key, valid, scaling=0.3, group_reduce=reduce, softcap=softcap, sinks=sinks)
+    options = dict(scaling=0.3, group_reduce=reduce, softcap=softcap, sinks=sinks)
+    mine = scores.window_attention(query, key, valid, **options)
+    if valid.all():
+        assert torch.equal(mine, scores.window_attention(query, key, None, **options))
     assert mine.dtype == torch.float32
     expected = naive_attention(query, key, valid, 0.3, reduce, softcap, sinks)
     assert torch.allclose(mine.double(), expected, atol=1e-6)
@@ -67,7 +70,7 @@ def test_redundancy_is_the_mean_cosine_between_pairs(shape, seed, pad):
     _, key, _ = draw(shape, seed)
     length = key.shape[2]
     pad = min(pad, length - 1)
-    mine = scores.redundancy(key, left_valid(key.shape[0], length, [pad] * 2))
+    mine = scores.redundancy(scores.directions(key, left_valid(key.shape[0], length, [pad] * 2)))
     unit = torch.nn.functional.normalize(key[:, :, pad:].double(), dim=-1)
     cosine = unit @ unit.transpose(-1, -2)
     count = length - pad
@@ -79,7 +82,8 @@ def test_similarity_is_the_cosine_with_the_mean_direction():
     _, key, _ = draw((2, 2, 1, 30, 4, 16))
     unit = torch.nn.functional.normalize(key.double(), dim=-1)
     expected = (unit * unit.mean(2, keepdim=True)).sum(-1)
-    assert torch.allclose(scores.similarity(key, torch.ones(1, 1, 30, dtype=torch.bool)).double(), expected, atol=1e-6)
+    found = scores.directions(key, torch.ones(1, 1, 30, dtype=torch.bool))
+    assert torch.allclose(scores.similarity(key, found).double(), expected, atol=1e-6)
 
 
 def test_match_gives_the_reference_mean_and_zeros_for_constants():
@@ -110,9 +114,9 @@ def test_combine_is_its_formula(score):
     query, key, value = draw((1, 2, 2, 40, 8, 16))
     valid = torch.ones(1, 1, 40, dtype=torch.bool)
     attention = scores.window_attention(query, key, valid, scaling=0.25)
-    share = torch.tensor([[0.3, 0.8]])
+    share, found = torch.tensor([[0.3, 0.8]]), scores.directions(key, valid)
     head = slice(0, 32)
-    diversity = scores.match(-scores.similarity(key, valid)[..., head], attention, valid[..., head])
+    diversity = scores.match(-scores.similarity(key, found)[..., head], attention, valid[..., head])
     value_norm = scores.match(value[:, :, head].norm(dim=-1), attention, valid[..., head])
     key_norm = scores.match(-key[:, :, head].norm(dim=-1), attention, valid[..., head])
     r = share.unsqueeze(-1)
@@ -124,7 +128,7 @@ def test_combine_is_its_formula(score):
         "mix-fixed": (diversity + attention + value_norm) / 3,
         "mix": r * diversity + (1 - r) * (attention + value_norm),
     }[score]
-    assert torch.allclose(scores.combine(score, attention, key, value, valid, share), expected, atol=1e-6)
+    assert torch.allclose(scores.combine(score, attention, key, value, valid, found, share), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("score", ["attn", "vnorm", "knorm", "keydiff", "mix-fixed", "mix"])
@@ -135,6 +139,7 @@ def test_constant_inputs_give_finite_scores(score, constant):
     value = torch.zeros_like(value) if constant != "keys" else value
     valid = torch.ones(1, 1, 40, dtype=torch.bool)
     attention = scores.window_attention(query, key, valid, scaling=0.25)
-    redundancy = scores.redundancy(key, valid)
+    found = scores.directions(key, valid)
+    redundancy = scores.redundancy(found)
     assert torch.isfinite(redundancy).all()
-    assert torch.isfinite(scores.combine(score, attention, key, value, valid, redundancy)).all()
+    assert torch.isfinite(scores.combine(score, attention, key, value, valid, found, redundancy)).all()
