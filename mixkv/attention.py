@@ -40,7 +40,9 @@ def attend_with_cache(
         if layer.store is None:
             return _read_prompt(layer, base, module, query, key, value, attention_mask, kwargs)
         if kwargs.get("output_attentions"):
-            warnings.warn("attention weights exist for the prompt only: rows of a compressed cache have no full rows of weights")
+            warnings.warn(
+                "attention weights exist for the prompt only: rows of a compressed cache have no full rows of weights"
+            )
         return _continue(layer, query, key, value, attention_mask, _options(query, kwargs)), None
 
 

@@ -33,7 +33,9 @@ def bind(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
     modules = _attention_modules(model)
     missing = [index for index, slot in enumerate(slots) if slot is None and index not in modules]
     if missing:
-        raise ValueError(f"{_name(model)} has no attention module with key/value heads for layers {missing}: it is not supported")
+        raise ValueError(
+            f"{_name(model)} has no attention module with key/value heads for layers {missing}: it is not supported"
+        )
     with _LOCK:
         for config in _configs(modules):
             base = config._attn_implementation or "eager"

@@ -1,318 +1,24 @@
-"""MixKVCache and its layer: the transformers cache protocol over ragged stores. All that a generation knows lives here."""
+"""MixKVCache: the transformers cache protocol over layers of ragged stores. All that a generation knows lives in its cache."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from . import binding, compat, report
-from .attention import MARK, visible
 from .config import MixKVConfig
-from .ragged import RaggedStore
-from .selection import select
+from .layer import MixKVLayer, Shared
 
-
-@dataclass
-class _Shared:
-    """What the layers of one cache share.
-
-    ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
-    ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
-    ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
-    ``mask_memo``: (the last mask, columns, its valid columns): read once a forward, not once a layer.
-    """
-
-    config: MixKVConfig
-    num_layers: int = 0
-    prompt_length: int | None = None
-    recording: bool = False
-    waiting: MixKVLayer | None = None
-    mask_memo: tuple = field(default=(None, None, None), repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mask_memo": (None, None, None)}
-
-
-class MixKVLayer(CacheLayerMixin):
-    """The rows of one attention layer: dense while its prompt is being read in chunks, then a `RaggedStore`."""
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, shared: _Shared, ordinal: int):
-        self.shared, self.ordinal = shared, ordinal
-        self.reset()
-
-    def reset(self) -> None:
-        self.is_initialized = False
-        self.seen = 0
-        self.arrived = 0
-        self.store: RaggedStore | None = None
-        self.dense: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.query_tail: torch.Tensor | None = None
-        self.redundancy: torch.Tensor | None = None
-        self.shape: tuple[int, ...] | None = None
-        self.module: weakref.ref | None = None
-        self.options: dict[str, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "module": None}
-
-    # The transformers protocol.
-
-    @property
-    def keys(self) -> torch.Tensor:
-        """What is stored, in this layer's own shape; models ask only whether there is something."""
-        if self.store is not None:
-            return self.store.key
-        return torch.empty(0) if self.dense is None else self.dense[0]
-
-    @property
-    def values(self) -> torch.Tensor:
-        if self.store is not None:
-            return self.store.value
-        return torch.empty(0) if self.dense is None else self.dense[1]
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.shape = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Hands the new keys and values on to the attention function, marked; it stores what is to be kept."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        shape = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        if shape != self.shape:
-            raise ValueError(
-                f"this cache holds {self.shape[0]} KV heads of size {self.shape[1]}/{self.shape[2]} and was given {shape[0]} of size "
-                f"{shape[1]}/{shape[2]}: it belongs to another model. Make a new MixKVCache(model)"
-            )
-        self.arrived = key_states.shape[2]
-        self.seen += self.arrived
-        self.shared.waiting = self
-        if self.dense is not None:
-            key_states = torch.cat([self.dense[0], key_states], dim=2)
-            value_states = torch.cat([self.dense[1], value_states], dim=2)
-        key_states = key_states.view_as(key_states)
-        setattr(key_states, MARK, self)
-        return key_states, value_states.view_as(value_states)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, not rows stored."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """While a prompt is being read the mask spans all of it; later only the new block: every stored row is visible."""
-        if self.store is None:
-            return self.seen + query_length, 0
-        return query_length, self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def crop(self, count: int) -> None:
-        """Takes back the last ``-count`` tokens; a positive ``count`` is the length to crop to, as before transformers 5.15."""
-        count = max(self.seen - count, 0) if count > 0 else -count
-        if count == 0:
-            return self._bound()
-        if self.store is None:
-            raise ValueError(f"cannot crop {count} tokens: the prompt has not been read to its end")
-        self.store.crop(count)
-        self.seen -= count
-        if self.query_tail is not None:
-            self.query_tail = self.query_tail[:, :, : self.query_tail.shape[2] - count]
-        self._bound()
-
-    def take_rows(self, rows: list[int]) -> None:
-        """Makes batch row i a copy of former row ``rows[i]``."""
-        if self.store is not None:
-            self.store.take_rows(rows)
-        if self.dense is not None:
-            self.dense = (self.dense[0][rows], self.dense[1][rows])
-        if self.query_tail is not None:
-            self.query_tail = self.query_tail[rows]
-        if self.redundancy is not None:
-            self.redundancy = self.redundancy[rows]
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.take_rows(beam_idx.tolist())
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.take_rows(torch.arange(self.batch, device=indices.device)[indices].tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.take_rows([row for row in range(self.batch) for _ in range(repeats)])
-
-    def offload(self) -> None:
-        raise ValueError("a compressed cache is not offloaded: leave offloading out; it holds few rows")
-
-    prefetch = offload
-
-    # What the attention function calls.
-
-    @property
-    def prompt_length(self) -> int | None:
-        return self.shared.prompt_length
-
-    @contextmanager
-    def arriving(self, module: torch.nn.Module, query: torch.Tensor, kwargs: dict) -> Iterator[None]:
-        """The handed-out keys have come to the attention function of ``module``; on an error the layer is as before."""
-        self.shared.waiting = None
-        try:
-            self._check_caller(module, kwargs)
-            yield
-        except BaseException:
-            self.seen -= self.arrived
-            raise
-
-    def _check_caller(self, module: torch.nn.Module, kwargs: dict) -> None:
-        if module.training and torch.is_grad_enabled():
-            raise RuntimeError("the model is in training mode with gradients on: call model.eval(), or use torch.no_grad()")
-        known = self.module and self.module()
-        if known is None:
-            self.module = weakref.ref(module)
-        elif known is not module:
-            raise ValueError(f"this cache was filled by another {type(known).__name__}: make a new MixKVCache for this model")
-        sliding = kwargs.get("sliding_window")
-        if sliding is not None and sliding < self.seen:
-            raise RuntimeError(
-                f"layer {getattr(module, 'layer_idx', '?')} attends within sliding_window={sliding}, but its config calls it a full "
-                f"attention layer, which is what mixkv compresses: correct config.layer_types"
-            )
-        if kwargs.get("position_bias") is not None:
-            raise RuntimeError("attention with a position bias is not supported: unpatch this model")
-
-    def valid_columns(self, mask: torch.Tensor | None, columns: int) -> torch.Tensor | None:
-        """Which of the last ``columns`` columns are real tokens: bool [B, columns], or None if all are.
-
-        Raises:
-            ValueError: the last one is not (padding on the right).
-        """
-        if mask is None:
-            return None
-        memo, memo_columns, valid = self.shared.mask_memo
-        if memo is not None and memo() is mask and memo_columns == columns:
-            return valid
-        valid = mask if mask.ndim == 2 else mask[:, 0, -1]
-        valid = visible(valid) if mask.ndim == 4 else valid.bool()
-        valid = valid[:, -columns:]
-        if not valid[:, -1].all():
-            rows = (~valid[:, -1]).nonzero().flatten().tolist()
-            raise ValueError(f"batch rows {rows} are padded on the right: set tokenizer.padding_side = 'left'")
-        valid = None if valid.all() else valid
-        self.shared.mask_memo = (weakref.ref(mask), columns, valid)
-        return valid
-
-    def collect(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Holds the columns of a prompt whose end is still to come: key, value [B, Hkv, columns so far, D]."""
-        self.dense = (key.detach(), value.detach())
-        self._remember(query)
-
-    def compress(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, options: dict
-    ) -> None:
-        """Keeps the selected rows of a whole prompt: key, value [B, Hkv, N, D]; query holds at least its last columns."""
-        self._remember(query)
-        selection = select(
-            self.query_tail.to(key.dtype), key.detach(), value.detach(), self.shared.config, attention_mask=valid, **self._place, **options
-        )
-        self.store = RaggedStore.from_selection(key, value, selection)
-        self.redundancy = selection.redundancy
-        self.dense = None
-        self.options = options
-        if self.shared.config.decode_budget is None:
-            self.query_tail = None
-
-    def append(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Stores the last n columns seen: key, value [B, Hkv, n, D], padding left out."""
-        self.store.append(key, value, self.seen - key.shape[2], valid)
-
-    def settle(self, query: torch.Tensor, options: dict) -> None:
-        """After a continuation of queries [B, Hq, n, D]: holds a layer with a decode budget to it."""
-        if self.shared.config.decode_budget is None:
-            return
-        self._remember(query)
-        if not self.shared.recording:
-            self._bound()
-
-    def _remember(self, query: torch.Tensor) -> None:
-        """Keeps the last window of queries; while recording as many more as may be taken back."""
-        query = query.detach()
-        if self.query_tail is not None:
-            query = torch.cat([self.query_tail, query], dim=2)
-        wanted = self.shared.config.window + (self.arrived if self.shared.recording else 0)
-        self.query_tail = query[:, :, -wanted:].clone()
-
-    def _bound(self) -> None:
-        config = self.shared.config
-        if config.decode_budget is None or self.store is None:
-            return
-        if max(self.store.row_totals) <= (config.decode_budget + config.decode_slack) * self.store.heads:
-            return
-        key, value, valid = self.store.padded()
-        selection = select(
-            self.query_tail,
-            key,
-            value,
-            config.replace(budget=config.decode_budget),
-            attention_mask=valid,
-            **self._place,
-            **self.options,
-        )
-        self.store.keep(selection, key.shape[2])
-
-    @property
-    def _place(self) -> dict[str, int]:
-        return {"layer_idx": self.ordinal, "num_layers": self.shared.num_layers}
-
-    # What reports read.
-
-    @property
-    def batch(self) -> int:
-        if self.store is not None:
-            return self.store.batch
-        return 0 if self.dense is None else self.dense[0].shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by this layer, spare capacity and bookkeeping included."""
-        held = [self.query_tail, self.redundancy, *(self.dense or ())]
-        return (self.store.nbytes if self.store is not None else 0) + sum(t.untyped_storage().nbytes() for t in held if t is not None)
-
-    @property
-    def nbytes_full(self) -> int:
-        """Bytes an uncompressed cache holds after the same tokens."""
-        if not self.is_initialized:
-            return 0
-        heads, key_size, value_size = self.shape
-        return self.batch * heads * self.seen * (key_size + value_size) * self.dtype.itemsize
-
-    def lengths(self) -> torch.Tensor:
-        """Rows held, int64 [B, Hkv], on the CPU."""
-        if self.store is not None:
-            return self.store.lengths.view(self.store.batch, self.store.heads).long().cpu()
-        return torch.full((self.batch, self.shape[0] if self.shape else 0), self.seen)
-
-    def kept(self) -> list[list[torch.Tensor]]:
-        """[B][Hkv] ascending columns held."""
-        if self.store is not None:
-            return self.store.positions()
-        heads = self.shape[0] if self.shape else 0
-        return [[torch.arange(self.seen, dtype=torch.int32) for _ in range(heads)] for _ in range(self.batch)]
+_NEVER_MET = (
+    "the attention of {} never met its compressed cache, so nothing would be compressed. Either the model was unpatched while "
+    "the cache was in use (bind again with MixKVCache(model) or mixkv.patch(model)), or an earlier forward was interrupted (make a "
+    "new cache), or its attention does not go through transformers' attention interface (not supported)"
+)
 
 
 class MixKVCache(Cache):
@@ -337,9 +43,11 @@ class MixKVCache(Cache):
             if options.pop(name, None):
                 raise ValueError(f"{name}=True is not supported: a compressed cache stays where its keys are. Leave it out")
         if model is not None and not isinstance(model, torch.nn.Module):
-            raise ValueError(f"model must be a transformers model, not {type(model).__name__}; a config goes by name: config=...")
+            raise ValueError(
+                f"model must be a transformers model, not {type(model).__name__}; a config goes by name: config=..."
+            )
         self.config = (config or MixKVConfig()).replace(**options)
-        self._shared = _Shared(self.config)
+        self._shared = Shared(self.config)
         self._batch: int | None = None
         super().__init__(layers=[])
         if model is not None:
@@ -449,10 +157,3 @@ class MixKVCache(Cache):
 
     def _repr_html_(self) -> str:
         return report.html(self)
-
-
-_NEVER_MET = (
-    "the attention of {} never met its compressed cache, so nothing would be compressed. Either the model was unpatched while "
-    "the cache was in use (bind again with MixKVCache(model) or mixkv.patch(model)), or an earlier forward was interrupted (make a "
-    "new cache), or its attention does not go through transformers' attention interface (not supported)"
-)

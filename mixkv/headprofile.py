@@ -53,7 +53,9 @@ def as_table(name: str, values: Any) -> Table:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be a table of numbers, one row a layer, one column a head: {error}") from error
     if not table or not table[0] or len({len(row) for row in table}) != 1:
-        raise ValueError(f"{name} must be a table [layers, heads] with rows of one length, got row lengths {[len(r) for r in table]}")
+        raise ValueError(
+            f"{name} must be a table [layers, heads] with rows of one length, got row lengths {[len(r) for r in table]}"
+        )
     if not all(abs(value) < float("inf") for row in table for value in row):
         raise ValueError(f"{name} must hold finite numbers")
     return table

@@ -73,7 +73,9 @@ def _prepare_cache(self: PreTrainedModel, generation_config, model_kwargs, *args
         and not getattr(generation_config, "is_assistant", False)
     )
     if ours and asked_for is not None and "offloaded" in asked_for:
-        raise ValueError(f"cache_implementation={asked_for!r} and mixkv exclude each other: leave it out, or mixkv.unpatch(model)")
+        raise ValueError(
+            f"cache_implementation={asked_for!r} and mixkv exclude each other: leave it out, or mixkv.unpatch(model)"
+        )
     if ours and asked_for is not None:
         warnings.warn(f"cache_implementation={asked_for!r} was asked for: this generation is not compressed by mixkv")
         ours = False

@@ -58,6 +58,7 @@ def window_attention(
     # A window query that is padding itself sees nothing: its softmax is 0/0, in a row without candidates.
     return mass if valid is None else mass.nan_to_num(0.0)
 
+
 def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
     """1-D pooling over neighbouring candidates, same length; the zeros beyond both ends count in the average.
 
@@ -128,6 +129,7 @@ def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor) -> to
     mean = scaled.sum(dim=-1, keepdim=True) / count
     target = reference.masked_fill(~valid, 0.0).sum(dim=-1, keepdim=True) / count
     return scaled * torch.where(mean > 0, target / mean, 0.0)
+
 
 def combine(
     score: str,

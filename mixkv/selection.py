@@ -150,9 +150,7 @@ def _best(score: torch.Tensor, quota: torch.Tensor, padding: list[int]) -> torch
     return keep
 
 
-def _configured_redundancy(
-    config: MixKVConfig, layer_idx: int, num_layers: int, found: scores.Directions
-) -> torch.Tensor:
+def _configured_redundancy(config: MixKVConfig, layer_idx: int, num_layers: int, found: scores.Directions) -> torch.Tensor:
     if config.redundancy == "online":
         return scores.redundancy(found)
     table, heads = config.redundancy, found.count.shape[1]

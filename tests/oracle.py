@@ -46,7 +46,9 @@ def masked(model, masks, prompt):
 
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    configs = {id(m.config): m.config for m in model.get_decoder().modules() if hasattr(m, "layer_idx") and hasattr(m, "config")}
+    configs = {
+        id(m.config): m.config for m in model.get_decoder().modules() if hasattr(m, "layer_idx") and hasattr(m, "config")
+    }
     for config in configs.values():
         config._attn_implementation_internal = _NAME
     try:

@@ -49,7 +49,9 @@ def test_ada_follows_the_votes():
     assert got.tolist() == [[5, 1]]
 
 
-@pytest.mark.parametrize("layers, base, length", [(1, 40, 300), (2, 33, 300), (28, 224, 3000), (28, 96, 100), (5, 7, 7), (30, 96, 4000)])
+@pytest.mark.parametrize(
+    "layers, base, length", [(1, 40, 300), (2, 33, 300), (28, 224, 3000), (28, 96, 100), (5, 7, 7), (30, 96, 4000)]
+)
 def test_pyramid_falls_and_sums_exactly(layers, base, length):
     rows = [
         budgets.pyramid(torch.tensor([base]), torch.full((1, 2), length), layer_idx=layer, num_layers=layers, beta=20)[0]

@@ -164,7 +164,10 @@ def test_an_attention_that_never_met_the_cache_is_an_error():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: transformers.T5ForConditionalGeneration(_tiny(transformers.T5Config, d_model=16, d_kv=8, d_ff=16)), "encoder-decoder"),
+        (
+            lambda: transformers.T5ForConditionalGeneration(_tiny(transformers.T5Config, d_model=16, d_kv=8, d_ff=16)),
+            "encoder-decoder",
+        ),
         (lambda: transformers.DeepseekV3ForCausalLM(_tiny(transformers.DeepseekV3Config, first_k_dense_replace=2)), "latent"),
         (
             lambda: transformers.MistralForCausalLM(_tiny(transformers.MistralConfig, sliding_window=8)),
@@ -183,7 +186,13 @@ def test_unsupported_models(build, message):
 
 def _tiny(kind, **more):
     return kind(
-        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **more
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **more,
     )
 
 

@@ -65,7 +65,12 @@ def test_chunked_prefill_compresses_once_after_the_last_chunk(name, chunk, bind)
     if bind == "patched":
         mixkv.patch(model, **SMALL)
         out = model.generate(
-            **prompts, max_new_tokens=4, do_sample=False, prefill_chunk_size=chunk, return_dict_in_generate=True, output_logits=True
+            **prompts,
+            max_new_tokens=4,
+            do_sample=False,
+            prefill_chunk_size=chunk,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         logits, chunked = torch.stack(out.logits, dim=1), out.past_key_values
     else:
@@ -106,7 +111,11 @@ def test_a_patched_assistant_is_not_compressed():
     greedy, _ = oracle.generate(model, prompts, 10, past_key_values=mixkv.MixKVCache(model, **SMALL))
     mixkv.patch(assistant, **SMALL)
     tokens = model.generate(
-        **prompts, max_new_tokens=10, do_sample=False, assistant_model=assistant, past_key_values=mixkv.MixKVCache(model, **SMALL)
+        **prompts,
+        max_new_tokens=10,
+        do_sample=False,
+        assistant_model=assistant,
+        past_key_values=mixkv.MixKVCache(model, **SMALL),
     )
     assert torch.equal(tokens[:, 48:], greedy)
 
@@ -250,17 +259,17 @@ def test_decode_recompression_keeps_what_select_says():
     options = dict(method="adakv", decode_budget=20, decode_slack=8, **SMALL)
     cache = mixkv.MixKVCache(model, **options)
     calls = []
-    real = mixkv.cache.select
+    real = mixkv.layer.select
 
     def record(query, key, value, config, **rest):
         calls.append((query.clone(), config.budget))
         return real(query, key, value, config, **rest)
 
-    mixkv.cache.select = record
+    mixkv.layer.select = record
     try:
         oracle.generate(model, prompts, 30, past_key_values=cache)
     finally:
-        mixkv.cache.select = real
+        mixkv.layer.select = real
     assert [budget for _, budget in calls].count(14) == 3
     later = [query for query, budget in calls if budget == 20]
     assert later and all(query.shape[2] == 6 for query in later)

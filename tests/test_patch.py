@@ -152,5 +152,7 @@ def test_import_costs_nothing_beyond_torch_and_transformers():
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\nprint(sorted(new - {'mixkv'}))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    extra = [name for name in eval(result.stdout) if name not in sys.stdlib_module_names and name not in ("torch", "transformers")]
+    extra = [
+        name for name in eval(result.stdout) if name not in sys.stdlib_module_names and name not in ("torch", "transformers")
+    ]
     assert extra == []

@@ -118,7 +118,7 @@ def naive(query, lists, new_key, new_value, *, scaling, mask=None, softcap=None,
                 keys, values = [row[1] for row in stored], [row[2] for row in stored]
                 if new_key is not None:
                     for j in range(new):
-                        if (mask[b if mask.shape[0] > 1 else 0, 0, i, j] if mask is not None else j <= i):
+                        if mask[b if mask.shape[0] > 1 else 0, 0, i, j] if mask is not None else j <= i:
                             keys.append(new_key[b, h // groups, j])
                             values.append(new_value[b, h // groups, j])
                 k, v = torch.stack(keys).double(), torch.stack(values).double()

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from mixkv import scores
 
 shapes = st.tuples(
-    st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.integers(1, 12), st.sampled_from([8, 10, 64])
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.sampled_from([8, 10, 64]),
 )
 
 
@@ -16,7 +21,9 @@ def draw(shape, seed=0, dtype=torch.float32):
     batch, heads, groups, length, window, size = shape
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, heads * groups, min(window, length), size, generator=generator, dtype=dtype)
-    key = torch.randn(batch, heads, length, size, generator=generator, dtype=dtype) + torch.randn(heads, 1, size, generator=generator)
+    key = torch.randn(batch, heads, length, size, generator=generator, dtype=dtype) + torch.randn(
+        heads, 1, size, generator=generator
+    )
     value = torch.randn(batch, heads, length, size, generator=generator, dtype=dtype)
     return query, key.to(dtype), value
 
@@ -49,7 +56,9 @@ def naive_attention(query, key, valid, scaling, reduce, softcap=None, sinks=None
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes, st.integers(0, 99), st.sampled_from(["mean", "max"]), st.sampled_from([None, 2.0]), st.booleans(), st.integers(0, 9))
+@given(
+    shapes, st.integers(0, 99), st.sampled_from(["mean", "max"]), st.sampled_from([None, 2.0]), st.booleans(), st.integers(0, 9)
+)
 def test_window_attention_equals_full_softmax_rows(shape, seed, reduce, softcap, with_sinks, pad):
     query, key, _ = draw(shape, seed)
     batch, length, window = key.shape[0], key.shape[2], query.shape[2]

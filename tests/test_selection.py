@@ -14,7 +14,9 @@ SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff")
 def draw(batch, heads, groups, length, window, size=16, seed=0, offset=1.0):
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, heads * groups, min(window, length), size, generator=generator)
-    key = torch.randn(batch, heads, length, size, generator=generator) + offset * torch.randn(heads, 1, size, generator=generator)
+    key = torch.randn(batch, heads, length, size, generator=generator) + offset * torch.randn(
+        heads, 1, size, generator=generator
+    )
     return query, key, torch.randn(batch, heads, length, size, generator=generator)
 
 

@@ -119,9 +119,7 @@ def qwen2_5_vl(hidden):
 def qwen3_vl(hidden):
     """As `qwen2_vl`, with one deepstack feature level."""
     tower = dict(_PATCHES, hidden_size=32, intermediate_size=64, out_hidden_size=hidden)
-    return Picture(
-        6, _grid, dict(tower, num_position_embeddings=36, deepstack_visual_indexes=[0]), ("mm_token_type_ids",)
-    )
+    return Picture(6, _grid, dict(tower, num_position_embeddings=36, deepstack_visual_indexes=[0]), ("mm_token_type_ids",))
 
 
 GEMMA3 = Picture(9, _typed_square(24), dict(_SIGLIP, image_size=24), ("token_type_ids",))

@@ -1,0 +1,222 @@
+// Attention of a few query rows over runs of rows: each key and value row is read once for up to kGroup queries.
+//
+// R rows and Q queries make R * Q dot products at a time, as many as a vector has lanes, so that one vector holds their logits:
+// lane q * R + r belongs to query q and row r. The softmax keeps that layout ("block").
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using mixkv::Queries;
+using mixkv::Run;
+using mixkv::State;
+using mixkv::Visible;
+
+constexpr int kGroup = 4;
+// Rows whose logits are held at once.
+constexpr int kTile = 128;
+
+template <int Q>
+constexpr int kRows = kLanes / Q;
+
+// A query in the form that the dot product wants: float, or bfloat16 where the chip multiplies that.
+template <class T>
+struct QueryOf {
+  typedef float Type;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct QueryOf<Bfloat16> {
+  typedef Bfloat16 Type;
+};
+
+MIXKV_INLINE __m512bh load_pairs(const Bfloat16* from, int count) {
+  __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
+  return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
+}
+#endif
+
+MIXKV_INLINE int padded_size(int size) { return (size + 31) / 32 * 32; }
+
+template <class T>
+MIXKV_INLINE void prepare(const Queries& queries, typename QueryOf<T>::Type* out) {
+  int padded = padded_size(queries.size);
+  for (int i = 0; i < queries.count; ++i) {
+    const T* row = (const T*)queries.rows[i];
+    auto* to = out + i * padded;
+    if constexpr (__is_same(typename QueryOf<T>::Type, T)) {
+      memcpy((void*)to, row, queries.size * sizeof(T));
+    } else {
+      for (int d = 0; d < queries.size; d += kLanes) store(to + d, load(row + d));
+    }
+    memset((void*)(to + queries.size), 0, (padded - queries.size) * sizeof *to);
+  }
+}
+
+// One block of dot products. Rows beyond `last` are read as row `last`.
+template <class T, int Q>
+MIXKV_INLINE Vec dots(const typename QueryOf<T>::Type* query, int size, const T* key, int64_t stride, int last) {
+  constexpr int R = kRows<Q>;
+  const int padded = padded_size(size);
+  const T* row[R];
+  for (int r = 0; r < R; ++r) row[r] = key + (r < last ? r : last) * stride;
+  Vec total[kLanes] = {};
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, Bfloat16)) {
+    for (int d = 0; d < size; d += 32) {
+      __m512bh q[Q];
+      for (int i = 0; i < Q; ++i) q[i] = (__m512bh)_mm512_loadu_si512(query + i * padded + d);
+      for (int r = 0; r < R; ++r) {
+        __m512bh k = load_pairs(row[r] + d, size - d);
+        for (int i = 0; i < Q; ++i) total[i * R + r] = (Vec)_mm512_dpbf16_ps((__m512)total[i * R + r], q[i], k);
+      }
+    }
+    return sums(total);
+  } else
+#endif
+  {
+    for (int d = 0; d < size; d += kLanes) {
+      Vec q[Q];
+      for (int i = 0; i < Q; ++i) q[i] = load(query + i * padded + d);
+      for (int r = 0; r < R; ++r) {
+        Vec k = load(row[r] + d);
+        for (int i = 0; i < Q; ++i) total[i * R + r] += q[i] * k;
+      }
+    }
+    return sums(total);
+  }
+}
+
+template <int Q>
+MIXKV_INLINE int lane(int query, int row) {
+  return row / kRows<Q> * kLanes + query * kRows<Q> + row % kRows<Q>;
+}
+
+template <class T, int Q, int Vectors>
+MIXKV_INLINE void add_values(float* sum, int value_size, const float* scale, const float* mass, const T* value, int64_t stride, int rows) {
+  constexpr int R = kRows<Q>;
+  Vec total[Q][Vectors];
+  for (int i = 0; i < Q; ++i)
+    for (int j = 0; j < Vectors; ++j) total[i][j] = load(sum + i * value_size + j * kLanes) * scale[i];
+  auto add = [&](const float* block, int r, const T* row) __attribute__((always_inline)) {
+    Vec v[Vectors];
+    for (int j = 0; j < Vectors; ++j) v[j] = load(row + j * kLanes);
+    for (int i = 0; i < Q; ++i)
+      for (int j = 0; j < Vectors; ++j) total[i][j] += block[i * R + r] * v[j];
+  };
+  int first = 0;
+  for (; first + R <= rows; first += R, mass += kLanes)
+    for (int r = 0; r < R; ++r, value += stride) add(mass, r, value);
+  for (int r = 0; first < rows; ++first, ++r, value += stride) add(mass, r, value);
+  for (int i = 0; i < Q; ++i)
+    for (int j = 0; j < Vectors; ++j) store(sum + i * value_size + j * kLanes, total[i][j]);
+}
+
+// Takes `rows` <= kTile rows into the state of Q queries.
+template <class T, int Q>
+static void attend_tile(const typename QueryOf<T>::Type* query, const Queries& queries, const Run& run, const Visible* visible,
+                        int64_t first, int offset, const State& state, float* logits) {
+  constexpr int R = kRows<Q>;
+  const int rows = run.rows - first < kTile ? int(run.rows - first) : kTile;
+  const T* key = (const T*)run.key + first * run.key_stride;
+  const T* value = (const T*)run.value + first * run.value_stride;
+  const int blocks = (rows + R - 1) / R;
+  for (int b = 0; b < blocks; ++b) {
+    const T* at = key + int64_t(b) * R * run.key_stride;
+    Vec x = (b + 1) * R <= rows ? dots<T, Q>(query, queries.size, at, run.key_stride, R - 1)
+                                : dots<T, Q>(query, queries.size, at, run.key_stride, rows - 1 - b * R);
+    x = x * queries.scaling;
+    if (queries.softcap != 0.0f) x = queries.softcap * tangent(x / queries.softcap);
+    store(logits + b * kLanes, x);
+  }
+  for (int row = rows; row < blocks * R; ++row)
+    for (int i = 0; i < Q; ++i) logits[lane<Q>(i, row)] = -kInfinity;
+  if (visible != nullptr) {
+    for (int i = 0; i < Q; ++i) {
+      int64_t limit = visible->limits ? visible->limits[offset + i] - first : kTile;
+      const uint8_t* mask = visible->masks ? visible->masks[offset + i] + first * visible->mask_stride : nullptr;
+      for (int row = 0; row < rows; ++row)
+        if (row > limit || (mask && !mask[row * visible->mask_stride])) logits[lane<Q>(i, row)] = -kInfinity;
+    }
+  }
+
+  Vec highest = all(-kInfinity);
+  for (int b = 0; b < blocks; ++b) highest = maximum(highest, load(logits + b * kLanes));
+  Vec base = {};
+  float scale[Q];
+  for (int i = 0; i < Q; ++i) {
+    float& largest = state.maximum[offset + i];
+    float next = largest;
+    for (int r = 0; r < R; ++r) next = highest[i * R + r] > next ? highest[i * R + r] : next;
+    // A query that has seen nothing yet has no largest logit: any base does.
+    float origin = next == -kInfinity ? 0.0f : next;
+    scale[i] = largest == next ? 1.0f : exponential(largest - origin);
+    largest = next;
+    for (int r = 0; r < R; ++r) base[i * R + r] = origin;
+  }
+  Vec mass = {};
+  for (int b = 0; b < blocks; ++b) {
+    Vec x = exponential(load(logits + b * kLanes) - base);
+    mass += x;
+    store(logits + b * kLanes, x);
+  }
+  for (int i = 0; i < Q; ++i) {
+    float added = 0.0f;
+    for (int r = 0; r < R; ++r) added += mass[i * R + r];
+    state.mass[offset + i] = state.mass[offset + i] * scale[i] + added;
+  }
+
+  const int size = queries.value_size;
+  float* sum = state.sum + int64_t(offset) * size;
+  constexpr int kWide = kLanes == 16 ? (Q <= 2 ? 8 : 4) : (Q <= 2 ? 4 : 2);
+  int d = 0;
+  for (; d + kWide * kLanes <= size; d += kWide * kLanes)
+    add_values<T, Q, kWide>(sum + d, size, scale, logits, value + d, run.value_stride, rows);
+  for (; d + 2 * kLanes <= size; d += 2 * kLanes)
+    add_values<T, Q, 2>(sum + d, size, scale, logits, value + d, run.value_stride, rows);
+  for (; d < size; d += kLanes) add_values<T, Q, 1>(sum + d, size, scale, logits, value + d, run.value_stride, rows);
+}
+
+template <class T>
+static void attend(const Queries& queries, const Run& run, const Visible* visible, const State& state, float* scratch) {
+  typedef typename QueryOf<T>::Type Query;
+  float* logits = scratch;
+  Query* query = (Query*)(scratch + kTile * kLanes);
+  prepare<T>(queries, query);
+  const int padded = padded_size(queries.size);
+  for (int64_t first = 0; first < run.rows; first += kTile) {
+    int i = 0;
+    for (; i + kGroup <= queries.count; i += kGroup)
+      attend_tile<T, kGroup>(query + i * padded, queries, run, visible, first, i, state, logits);
+    if (queries.count - i == 3) attend_tile<T, 3>(query + i * padded, queries, run, visible, first, i, state, logits);
+    if (queries.count - i == 2) attend_tile<T, 2>(query + i * padded, queries, run, visible, first, i, state, logits);
+    if (queries.count - i == 1) attend_tile<T, 1>(query + i * padded, queries, run, visible, first, i, state, logits);
+  }
+}
+
+static int64_t attend_scratch(int count, int size) { return kTile * kLanes + int64_t(count) * padded_size(size); }
+
+template <class T>
+static void finish(const State& state, int count, int value_size, const float* sinks, void* const* out) {
+  for (int i = 0; i < count; ++i) {
+    const float* sum = state.sum + int64_t(i) * value_size;
+    float mass = state.mass[i], factor = 0.0f;
+    if (state.maximum[i] > -kInfinity) {
+      if (sinks != nullptr) {
+        float highest = state.maximum[i] > sinks[i] ? state.maximum[i] : sinks[i];
+        factor = exponential(state.maximum[i] - highest);
+        mass = mass * factor + exponential(sinks[i] - highest);
+      } else {
+        factor = 1.0f;
+      }
+      factor /= mass;
+    }
+    T* to = (T*)out[i];
+    for (int d = 0; d < value_size; ++d) put(to + d, sum[d] * factor);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,217 @@
+// Attention over flat storage: attend, append_attend, attend_extend. Divides the work among torch's threads.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "rows.h"
+#include "store.h"
+
+namespace mixkv::cpu {
+
+// Multiplications that one thread does before another is worth its start.
+constexpr int64_t kGrain = 1 << 17;
+// Query rows that share one pass over the stored rows in `attend_extend`.
+constexpr int64_t kExtendQueries = 32;
+
+static int64_t state_floats(int64_t count, int64_t value_size) { return count * (2 + value_size); }
+
+static State fresh_state(float* memory, int64_t count, int64_t value_size) {
+  State state{memory, memory + count, memory + 2 * count};
+  std::fill_n(state.maximum, count, -std::numeric_limits<float>::infinity());
+  std::fill_n(state.mass, count * (1 + value_size), 0.0f);
+  return state;
+}
+
+// Takes what another part of the same sequence has seen into `into`.
+static void merge(const State& into, const State& other, int64_t count, int64_t value_size) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float highest = std::max(into.maximum[i], other.maximum[i]);
+    if (highest == -std::numeric_limits<float>::infinity()) continue;
+    const float mine = std::exp(into.maximum[i] - highest), theirs = std::exp(other.maximum[i] - highest);
+    into.mass[i] = into.mass[i] * mine + other.mass[i] * theirs;
+    for (int64_t d = 0; d < value_size; ++d)
+      into.sum[i * value_size + d] = into.sum[i * value_size + d] * mine + other.sum[i * value_size + d] * theirs;
+    into.maximum[i] = highest;
+  }
+}
+
+static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, int64_t, double scaling,
+                     double softcap, std::optional<Tensor> sinks) {
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  const Heads heads(store, query, key_buffer, sinks);
+  STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);
+  const Extents extents(store, starts, lengths);
+  query = row_dense(query);
+  Tensor out = torch::stable::new_empty(query, {heads.batch, 1, heads.query_heads, store.value_size});
+
+  const Kernels& set = kernels();
+  const ElementKernels& kernel = set.of[element_of(key_buffer)];
+  const int64_t groups = heads.groups, value_size = store.value_size, bytes = query.element_size();
+  const int64_t row_bytes = store.size * bytes, value_bytes = value_size * bytes;
+  const int64_t query_batch = query.stride(0) * bytes, query_head = query.stride(1) * bytes;
+  const char* queries = data<char>(query);
+  const char* keys = data<char>(key_buffer);
+  const char* values = data<char>(value_buffer);
+  char* outs = data<char>(out);
+  const float* sink = sinks ? data<float>(*sinks) : nullptr;
+
+  auto finish = [&](int64_t s, const State& state, std::vector<void*>& targets) {
+    for (int64_t g = 0; g < groups; ++g) targets[g] = outs + (s * groups + g) * value_bytes;
+    kernel.finish(state, int(groups), int(value_size), sink ? sink + s % heads.heads * groups : nullptr, targets.data());
+  };
+
+  // All rows in one line, cut into equal parts: a sequence that a cut meets is finished from its pieces.
+  const int64_t multiplications = extents.total * (store.size + value_size) * groups;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), multiplications / kGrain));
+  struct Piece {
+    int64_t sequence = -1;
+    State state;
+  };
+  const int64_t piece_floats = state_floats(groups, value_size);
+  std::vector<Piece> pieces(2 * parts);
+  const auto piece_memory = scratch(parts > 1 ? 2 * parts * piece_floats : 0);
+
+  auto work = [&](int64_t begin, int64_t end) {
+    const auto memory = scratch(piece_floats + set.attend_scratch(int(groups), int(store.size)));
+    std::vector<const void*> rows(groups);
+    std::vector<void*> targets(groups);
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t low = extents.total * part / parts, high = extents.total * (part + 1) / parts;
+      int64_t before = 0, used = 0;
+      for (int64_t s = 0; s < store.sequences && before < high; before += extents.lengths[s], ++s) {
+        const int64_t length = extents.lengths[s];
+        const int64_t from = std::max<int64_t>(low - before, 0), to = std::min(high - before, length);
+        if (from >= to) continue;
+        const bool whole = from == 0 && to == length;
+        float* at = memory.get();
+        if (!whole) at = piece_memory.get() + (2 * part + used) * piece_floats;
+        const State state = fresh_state(at, groups, value_size);
+        const char* first = queries + s / heads.heads * query_batch + s % heads.heads * groups * query_head;
+        for (int64_t g = 0; g < groups; ++g) rows[g] = first + g * query_head;
+        const int64_t row = extents.starts[s] + from;
+        kernel.attend({rows.data(), int(groups), int(store.size), int(value_size), float(scaling), float(softcap)},
+                      {keys + row * row_bytes, values + row * value_bytes, store.size, value_size, to - from}, nullptr, state,
+                      memory.get() + piece_floats);
+        if (whole) {
+          finish(s, state, targets);
+        } else {
+          pieces[2 * part + used++] = {s, state};
+        }
+      }
+    }
+  };
+  if (parts == 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, parts, 1, work);
+  }
+
+  std::vector<void*> targets(groups);
+  for (size_t i = 0; i < pieces.size();) {
+    const int64_t s = pieces[i].sequence;
+    const State state = pieces[i].state;
+    for (++i; i < pieces.size() && (pieces[i].sequence == s || pieces[i].sequence < 0); ++i)
+      if (s >= 0 && pieces[i].sequence == s) merge(state, pieces[i].state, groups, value_size);
+    if (s >= 0) finish(s, state, targets);
+  }
+  for (int64_t s = 0; s < store.sequences; ++s)
+    if (extents.lengths[s] == 0) std::memset(outs + s * groups * value_bytes, 0, groups * value_bytes);
+  return out;
+}
+
+static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
+                            Tensor key, Tensor value, int64_t column, int64_t max_length, double scaling, double softcap,
+                            std::optional<Tensor> sinks) {
+  append(key_buffer, value_buffer, position_buffer, starts, lengths, key, value, column, std::nullopt);
+  return attend(query, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks);
+}
+
+static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
+                            std::optional<Tensor> mask, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  check_new(store, key_buffer, key, value);
+  const Heads heads(store, query, key_buffer, sinks);
+  const int64_t rows = heads.rows;
+  STD_TORCH_CHECK(key.size(0) == heads.batch && key.size(2) == rows, "query and new rows must agree in batch and number");
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 4 && mask->size(2) == rows && mask->size(3) == rows &&
+                        mask->size(1) == 1 && (mask->size(0) == heads.batch || mask->size(0) == 1),
+                    "mask must be a bool [B or 1, 1, n, n] tensor");
+  }
+  const Extents extents(store, starts, lengths);
+  query = row_dense(query);
+  key = row_dense(key);
+  value = row_dense(value);
+  Tensor out = torch::stable::new_empty(query, {heads.batch, rows, heads.query_heads, store.value_size});
+  if (rows == 0) return out;
+
+  const Kernels& set = kernels();
+  const ElementKernels& kernel = set.of[element_of(key_buffer)];
+  const int64_t groups = heads.groups, value_size = store.value_size, bytes = query.element_size();
+  const int64_t block = std::clamp<int64_t>(kExtendQueries / groups, 1, rows), blocks = (rows + block - 1) / block;
+  const int64_t most = block * groups;
+  const int64_t query_strides[] = {query.stride(0) * bytes, query.stride(1) * bytes, query.stride(2) * bytes};
+  const int64_t key_strides[] = {key.stride(0) * bytes, key.stride(1) * bytes};
+  const int64_t value_strides[] = {value.stride(0) * bytes, value.stride(1) * bytes};
+  const int64_t key_row = key.stride(2), value_row = value.stride(2);
+  const int64_t mask_batch = mask && mask->size(0) > 1 ? mask->stride(0) : 0, mask_query = mask ? mask->stride(2) : 0;
+  const int64_t mask_row = mask ? mask->stride(3) : 0;
+  const uint8_t* seen = mask ? data<uint8_t>(*mask) : nullptr;
+  const char* queries = data<char>(query);
+  const char* keys = data<char>(key_buffer);
+  const char* values = data<char>(value_buffer);
+  const char* new_keys = data<char>(key);
+  const char* new_values = data<char>(value);
+  char* outs = data<char>(out);
+  const float* sink = sinks ? data<float>(*sinks) : nullptr;
+
+  torch::stable::parallel_for(0, store.sequences * blocks, 1, [&](int64_t begin, int64_t end) {
+    const auto memory = scratch(state_floats(most, value_size) + most + set.attend_scratch(int(most), int(store.size)));
+    float* row_sinks = memory.get() + state_floats(most, value_size);
+    std::vector<const void*> query_rows(most);
+    std::vector<void*> targets(most);
+    std::vector<int64_t> limits(most);
+    std::vector<const uint8_t*> masks(most);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t s = item / blocks, b = s / heads.heads, h = s % heads.heads;
+      const int64_t first = item % blocks * block, last = std::min(first + block, rows);
+      int64_t count = 0;
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t i = first; i < last; ++i, ++count) {
+          const int64_t head = h * groups + g;
+          query_rows[count] = queries + b * query_strides[0] + head * query_strides[1] + i * query_strides[2];
+          targets[count] = outs + ((b * rows + i) * heads.query_heads + head) * value_size * bytes;
+          limits[count] = i;
+          masks[count] = seen ? seen + b * mask_batch + i * mask_query : nullptr;
+          row_sinks[count] = sink ? sink[head] : 0.0f;
+        }
+      }
+      const State state = fresh_state(memory.get(), count, value_size);
+      const Queries block_queries{query_rows.data(), int(count), int(store.size), int(value_size), float(scaling), float(softcap)};
+      float* free = row_sinks + most;
+      const int64_t row = extents.starts[s];
+      kernel.attend(block_queries,
+                    {keys + row * store.size * bytes, values + row * value_size * bytes, store.size, value_size, extents.lengths[s]},
+                    nullptr, state, free);
+      const Visible visible{seen ? nullptr : limits.data(), seen ? masks.data() : nullptr, mask_row};
+      kernel.attend(block_queries,
+                    {new_keys + b * key_strides[0] + h * key_strides[1], new_values + b * value_strides[0] + h * value_strides[1], key_row,
+                     value_row, seen ? rows : last},
+                    &visible, state, free);
+      kernel.finish(state, int(count), int(value_size), sink ? row_sinks : nullptr, targets.data());
+    }
+  });
+  return out;
+}
+
+}  // namespace mixkv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
+  m.impl("attend", TORCH_BOX(&mixkv::cpu::attend));
+  m.impl("append_attend", TORCH_BOX(&mixkv::cpu::append_attend));
+  m.impl("attend_extend", TORCH_BOX(&mixkv::cpu::attend_extend));
+}
+
+extern "C" __attribute__((visibility("default"))) const char* mixkv_cpu_kernels() { return mixkv::kernels().name; }

@@ -1,0 +1,77 @@
+// What one set of CPU kernels offers. The same source is compiled once for each instruction set; `kernels()` picks a set at run time.
+#pragma once
+
+#include <stdint.h>
+
+namespace mixkv {
+
+enum Element { kFloat, kHalf, kBfloat16, kElements };
+
+// A run of rows: rows of keys and of values, each a fixed number of elements apart.
+struct Run {
+  const void* key;
+  const void* value;
+  int64_t key_stride;
+  int64_t value_stride;
+  int64_t rows;
+};
+
+// Query rows that attend to the same keys.
+struct Queries {
+  const void* const* rows;
+  int count;
+  int size;        // D
+  int value_size;  // Dv
+  float scaling;
+  float softcap;  // 0: none
+};
+
+// What each query may see of a run. A null array restricts nothing.
+struct Visible {
+  const int64_t* limits;            // query i sees rows 0 .. limits[i]
+  const uint8_t* const* masks;      // query i sees row r if masks[i][r * mask_stride]
+  int64_t mask_stride;
+};
+
+// Softmax in progress for each query: the largest logit, the mass relative to it, and the weighted values.
+struct State {
+  float* maximum;  // [count]
+  float* mass;     // [count]
+  float* sum;      // [count, Dv]
+};
+
+struct Window {
+  const void* query;  // W rows of one query head
+  int64_t query_stride;
+  const void* key;  // N rows
+  int64_t key_stride;
+  const uint8_t* valid;  // null: all columns are
+  int64_t valid_stride;
+  int64_t window;
+  int64_t columns;  // N
+  int size;         // D
+  float scaling;
+  float softcap;  // 0: none
+  bool has_sink;
+  float sink;
+};
+
+struct ElementKernels {
+  // Takes a run into the state. scratch: `attend_scratch` floats.
+  void (*attend)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
+  // Writes query i's result to out[i]; sinks (may be null) holds one logit per query.
+  void (*finish)(const State&, int count, int value_size, const float* sinks, void* const* out);
+  // Writes the mean over the window's queries for columns 0 .. N - W. scratch: `window_scratch` floats.
+  void (*window)(const Window&, float* out, float* scratch);
+};
+
+struct Kernels {
+  const char* name;
+  ElementKernels of[kElements];
+  int64_t (*attend_scratch)(int count, int size);
+  int64_t (*window_scratch)(int64_t columns, int size);
+};
+
+const Kernels& kernels();
+
+}  // namespace mixkv

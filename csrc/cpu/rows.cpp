@@ -1,0 +1,151 @@
+// Operations that copy rows: append, compact, move_rows.
+#include "rows.h"
+
+#include <cstring>
+
+#include "store.h"
+
+namespace mixkv::cpu {
+
+// Bytes that one thread copies before another is worth its start.
+constexpr int64_t kGrain = 1 << 18;
+
+static void check_positions(const Store& store, const Tensor& position) {
+  check_ints(position, store.rows, "position_buffer");
+}
+
+static int64_t grain(const Tensor& buffer, int64_t rows) {
+  const int64_t bytes = rows * buffer.size(1) * int64_t(buffer.element_size()) * 2;
+  return kGrain / (bytes + 1) + 1;
+}
+
+void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
+            int64_t column, std::optional<Tensor> valid) {
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  check_positions(store, position_buffer);
+  check_new(store, key_buffer, key, value);
+  key = row_dense(key);
+  value = row_dense(value);
+  const int64_t heads = key.size(1), rows = key.size(2);
+  if (valid) {
+    STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool && valid->dim() == 2 && valid->size(0) == key.size(0) && valid->size(1) == rows,
+                    "valid must be a bool [B, n] tensor");
+  }
+  const Extents extents(store, starts, lengths, valid ? 0 : rows);
+
+  const int64_t bytes = key.element_size();
+  const int64_t key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
+  const int64_t key_strides[] = {key.stride(0) * bytes, key.stride(1) * bytes, key.stride(2) * bytes};
+  const int64_t value_strides[] = {value.stride(0) * bytes, value.stride(1) * bytes, value.stride(2) * bytes};
+  const char* from_key = data<char>(key);
+  const char* from_value = data<char>(value);
+  char* to_key = data<char>(key_buffer);
+  char* to_value = data<char>(value_buffer);
+  int32_t* to_position = data<int32_t>(position_buffer);
+  int32_t* counts = data<int32_t>(lengths);
+  const bool* real = valid ? data<bool>(*valid) : nullptr;
+  const int64_t real_batch = valid ? valid->stride(0) : 0, real_row = valid ? valid->stride(1) : 0;
+  if (valid) {
+    for (int64_t b = 0; b < key.size(0); ++b) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < rows; ++i) count += real[b * real_batch + i * real_row];
+      for (int64_t s = b * heads; s < (b + 1) * heads; ++s)
+        STD_TORCH_CHECK(extents.starts[s] + extents.lengths[s] + count <= store.rows, "sequence ", s, " has no room for ", count, " rows");
+    }
+  }
+
+  auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t b = s / heads, h = s % heads;
+      int64_t row = extents.starts[s] + counts[s];
+      for (int64_t i = 0; i < rows; ++i) {
+        if (real && !real[b * real_batch + i * real_row]) continue;
+        std::memcpy(to_key + row * key_bytes, from_key + b * key_strides[0] + h * key_strides[1] + i * key_strides[2], key_bytes);
+        std::memcpy(to_value + row * value_bytes, from_value + b * value_strides[0] + h * value_strides[1] + i * value_strides[2],
+                    value_bytes);
+        to_position[row] = int32_t(column + i);
+        ++row;
+      }
+      counts[s] = int32_t(row - extents.starts[s]);
+    }
+  };
+  if (store.sequences * rows * (key_bytes + value_bytes) <= kGrain) {
+    work(0, store.sequences);
+  } else {
+    torch::stable::parallel_for(0, store.sequences, grain(key_buffer, rows), work);
+  }
+}
+
+static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor offsets,
+                    Tensor key, Tensor value, Tensor positions) {
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  check_positions(store, position_buffer);
+  check_new(store, key_buffer, key, value);
+  check_ints(offsets, store.sequences, "offsets");
+  check_ints(positions, -1, "positions");
+  key = row_dense(key);
+  value = row_dense(value);
+  const Extents extents(store, starts, lengths);
+  const int64_t heads = key.size(1), columns = key.size(2), total = positions.numel();
+  const int32_t* first = data<int32_t>(offsets);
+  const int32_t* taken = data<int32_t>(positions);
+  for (int64_t s = 0; s < store.sequences; ++s)
+    STD_TORCH_CHECK(first[s] >= 0 && first[s] + extents.lengths[s] <= total, "offsets reach beyond the ", total, " positions");
+  for (int64_t i = 0; i < total; ++i) STD_TORCH_CHECK(taken[i] >= 0 && taken[i] < columns, "position ", taken[i], " is not below ", columns);
+
+  const int64_t bytes = key.element_size();
+  const int64_t key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
+  const int64_t key_strides[] = {key.stride(0) * bytes, key.stride(1) * bytes, key.stride(2) * bytes};
+  const int64_t value_strides[] = {value.stride(0) * bytes, value.stride(1) * bytes, value.stride(2) * bytes};
+  const char* from_key = data<char>(key);
+  const char* from_value = data<char>(value);
+  char* to_key = data<char>(key_buffer);
+  char* to_value = data<char>(value_buffer);
+  int32_t* to_position = data<int32_t>(position_buffer);
+  torch::stable::parallel_for(0, store.sequences, grain(key_buffer, total / store.sequences), [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const char* key_head = from_key + s / heads * key_strides[0] + s % heads * key_strides[1];
+      const char* value_head = from_value + s / heads * value_strides[0] + s % heads * value_strides[1];
+      const int32_t* columns_taken = taken + first[s];
+      for (int64_t i = 0, row = extents.starts[s]; i < extents.lengths[s]; ++i, ++row) {
+        std::memcpy(to_key + row * key_bytes, key_head + columns_taken[i] * key_strides[2], key_bytes);
+        std::memcpy(to_value + row * value_bytes, value_head + columns_taken[i] * value_strides[2], value_bytes);
+        to_position[row] = columns_taken[i];
+      }
+    }
+  });
+}
+
+static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor from_key,
+                      Tensor from_value, Tensor from_position, Tensor from_starts, int64_t) {
+  const Store to(key_buffer, value_buffer, starts, lengths);
+  const Store from(from_key, from_value, from_starts, lengths);
+  check_positions(to, position_buffer);
+  check_positions(from, from_position);
+  STD_TORCH_CHECK(to.size == from.size && to.value_size == from.value_size && key_buffer.scalar_type() == from_key.scalar_type(),
+                  "both stores must have one dtype and one head size");
+  const Extents into(to, starts, lengths), out_of(from, from_starts, lengths);
+  const int64_t key_bytes = to.size * int64_t(key_buffer.element_size()), value_bytes = to.value_size * int64_t(key_buffer.element_size());
+  char* to_key = data<char>(key_buffer);
+  char* to_value = data<char>(value_buffer);
+  int32_t* to_position = data<int32_t>(position_buffer);
+  const char* old_key = data<char>(from_key);
+  const char* old_value = data<char>(from_value);
+  const int32_t* old_position = data<int32_t>(from_position);
+  torch::stable::parallel_for(0, to.sequences, grain(key_buffer, into.total / to.sequences), [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t row = into.starts[s], old_row = out_of.starts[s], count = into.lengths[s];
+      std::memcpy(to_key + row * key_bytes, old_key + old_row * key_bytes, count * key_bytes);
+      std::memcpy(to_value + row * value_bytes, old_value + old_row * value_bytes, count * value_bytes);
+      std::memcpy(to_position + row, old_position + old_row, count * sizeof(int32_t));
+    }
+  });
+}
+
+}  // namespace mixkv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
+  m.impl("append", TORCH_BOX(&mixkv::cpu::append));
+  m.impl("compact", TORCH_BOX(&mixkv::cpu::compact));
+  m.impl("move_rows", TORCH_BOX(&mixkv::cpu::move_rows));
+}

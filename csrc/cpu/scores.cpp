@@ -1,0 +1,69 @@
+// window_scores: what the observation window attends to, head by head.
+#include <algorithm>
+
+#include "store.h"
+
+namespace mixkv::cpu {
+
+static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> valid, double scaling, bool reduce_max, double softcap,
+                            std::optional<Tensor> sinks) {
+  const WindowShape shape(query, key, valid, sinks);
+  query = row_dense(query);
+  key = row_dense(key);
+  const int64_t groups = shape.groups, candidates = shape.columns - shape.window;
+  Tensor out = torch::stable::new_empty(key, {shape.batch, shape.heads, candidates}, ScalarType::Float);
+  if (candidates == 0) return out;
+
+  const Kernels& set = kernels();
+  const ElementKernels& kernel = set.of[element_of(key)];
+  const int64_t bytes = key.element_size();
+  const int64_t query_batch = query.stride(0) * bytes, query_head = query.stride(1) * bytes, query_row = query.stride(2);
+  const int64_t key_batch = key.stride(0) * bytes, key_head = key.stride(1) * bytes, key_row = key.stride(2);
+  const int64_t valid_batch = valid ? valid->stride(0) : 0, valid_head = valid ? valid->stride(1) : 0;
+  const int64_t valid_row = valid ? valid->stride(2) : 0;
+  const char* queries = data<char>(query);
+  const char* keys = data<char>(key);
+  const uint8_t* real = valid ? data<uint8_t>(*valid) : nullptr;
+  const float* sink = sinks ? data<float>(*sinks) : nullptr;
+  float* result = data<float>(out);
+  const auto each = scratch(shape.batch * shape.query_heads * candidates);
+
+  torch::stable::parallel_for(0, shape.batch * shape.query_heads, 1, [&](int64_t begin, int64_t end) {
+    const auto memory = scratch(set.window_scratch(shape.columns, int(shape.size)));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / shape.query_heads, head = item % shape.query_heads, h = head / groups;
+      Window window{};
+      window.query = queries + b * query_batch + head * query_head;
+      window.query_stride = query_row;
+      window.key = keys + b * key_batch + h * key_head;
+      window.key_stride = key_row;
+      window.valid = real ? real + b * valid_batch + h * valid_head : nullptr;
+      window.valid_stride = valid_row;
+      window.window = shape.window;
+      window.columns = shape.columns;
+      window.size = int(shape.size);
+      window.scaling = float(scaling);
+      window.softcap = float(softcap);
+      window.has_sink = sink != nullptr;
+      window.sink = sink ? sink[head] : 0.0f;
+      kernel.window(window, each.get() + item * candidates, memory.get());
+    }
+  });
+  torch::stable::parallel_for(0, shape.batch * shape.heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      float* to = result + s * candidates;
+      std::copy_n(each.get() + s * groups * candidates, candidates, to);
+      for (int64_t g = 1; g < groups; ++g) {
+        const float* from = each.get() + (s * groups + g) * candidates;
+        for (int64_t n = 0; n < candidates; ++n) to[n] = reduce_max ? std::max(to[n], from[n]) : to[n] + from[n];
+      }
+      if (!reduce_max)
+        for (int64_t n = 0; n < candidates; ++n) to[n] /= float(groups);
+    }
+  });
+  return out;
+}
+
+}  // namespace mixkv::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) { m.impl("window_scores", TORCH_BOX(&mixkv::cpu::window_scores)); }

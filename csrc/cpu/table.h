@@ -1,0 +1,19 @@
+// The table of one instruction set. Included by a file that defines MIXKV_TABLE and MIXKV_NAME and is compiled for that set.
+#include "attend.h"
+#include "window.h"
+
+namespace mixkv {
+
+extern const Kernels MIXKV_TABLE;
+const Kernels MIXKV_TABLE = {
+    MIXKV_NAME,
+    {
+        {attend<float>, finish<float>, window_attention<float>},
+        {attend<Half>, finish<Half>, window_attention<Half>},
+        {attend<Bfloat16>, finish<Bfloat16>, window_attention<Bfloat16>},
+    },
+    attend_scratch,
+    window_scratch,
+};
+
+}  // namespace mixkv

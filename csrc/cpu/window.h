@@ -1,0 +1,155 @@
+// Observation-window attention of one query head: the lanes of a vector are queries, so that a softmax over the columns needs no
+// sums across lanes, and a key is multiplied by broadcasting its elements.
+#pragma once
+
+#include "attend.h"
+
+namespace {
+
+using mixkv::Window;
+
+// Columns multiplied at once: with two vectors of queries they fill half of the registers.
+constexpr int kColumns = kLanes == 16 ? 8 : 4;
+constexpr int kMostVectors = 2;
+
+// Keys as they are broadcast: floats, or pairs of bfloat16 where the chip multiplies those.
+template <class T>
+constexpr int kPerStep = 1;
+#if defined(__AVX512BF16__)
+template <>
+constexpr int kPerStep<Bfloat16> = 2;
+#endif
+
+// Packs queries first .. first + V * kLanes (zeros beyond the window) as [D / kPerStep][V * kLanes].
+template <class T, int V>
+static void pack_queries(const Window& window, int64_t first, float* out) {
+  constexpr int kStep = kPerStep<T>;
+  for (int i = 0; i < V * kLanes; ++i) {
+    const T* row = (const T*)window.query + (first + i) * window.query_stride;
+    const bool real = first + i < window.window;
+    for (int d = 0; d < window.size; d += kStep) {
+      float* to = out + d / kStep * V * kLanes + i;
+      if constexpr (kStep == 1) {
+        *to = real ? get(row + d) : 0.0f;
+      } else {
+        memset(to, 0, 4);
+        if (real) memcpy(to, row + d, 4);
+      }
+    }
+  }
+}
+
+template <class T, int V>
+MIXKV_INLINE void multiply(const float* queries, const float* const* rows, int steps, Vec total[kColumns][V]) {
+  for (int r = 0; r < kColumns; ++r)
+    for (int v = 0; v < V; ++v) total[r][v] = Vec{};
+  for (int step = 0; step < steps; ++step) {
+    Vec q[V];
+    for (int v = 0; v < V; ++v) q[v] = load(queries + (step * V + v) * kLanes);
+    for (int r = 0; r < kColumns; ++r) {
+#if defined(__AVX512BF16__)
+      if constexpr (kPerStep<T> == 2) {
+        int32_t pair;
+        memcpy(&pair, rows[r] + step, 4);
+        for (int v = 0; v < V; ++v)
+          total[r][v] = (Vec)_mm512_dpbf16_ps((__m512)total[r][v], (__m512bh)q[v], (__m512bh)_mm512_set1_epi32(pair));
+        continue;
+      }
+#endif
+      for (int v = 0; v < V; ++v) total[r][v] += q[v] * rows[r][step];
+    }
+  }
+}
+
+// Adds the share of queries first .. first + V * kLanes to out [N - W].
+template <class T, int V>
+static void window_block(const Window& window, int64_t first, float* out, float* scratch) {
+  constexpr int kWidth = V * kLanes;
+  const int64_t columns = window.columns, candidates = columns - window.window;
+  float* queries = scratch;
+  float* converted = queries + window.size * kWidth;
+  float* logits = converted + window.size * kColumns;
+  pack_queries<T, V>(window, first, queries);
+
+  Vec highest[V];
+  for (int v = 0; v < V; ++v) highest[v] = all(window.has_sink ? window.sink : -kInfinity);
+  for (int64_t n = 0; n < columns; n += kColumns) {
+    const float* rows[kColumns];
+    for (int r = 0; r < kColumns; ++r) {
+      const int64_t column = n + r < columns ? n + r : columns - 1;
+      const T* key = (const T*)window.key + column * window.key_stride;
+      if constexpr (__is_same(T, float) || kPerStep<T> == 2) {
+        rows[r] = (const float*)key;
+      } else {
+        for (int d = 0; d < window.size; d += kLanes) store(converted + r * window.size + d, load(key + d));
+        rows[r] = converted + r * window.size;
+      }
+    }
+    Vec total[kColumns][V];
+    multiply<T, V>(queries, rows, window.size / kPerStep<T>, total);
+    for (int r = 0; r < kColumns && n + r < columns; ++r) {
+      const bool valid = window.valid == nullptr || window.valid[(n + r) * window.valid_stride];
+      // Within the window, query w sees column candidates + i for i <= w.
+      const int64_t hidden = n + r - candidates - first;
+      for (int v = 0; v < V; ++v) {
+        Vec x = total[r][v] * window.scaling;
+        if (window.softcap != 0.0f) x = window.softcap * tangent(x / window.softcap);
+        if (!valid) x = all(-kInfinity);
+        if (hidden > 0)
+          for (int i = 0; i < kLanes; ++i)
+            if (v * kLanes + i < hidden) x[i] = -kInfinity;
+        highest[v] = maximum(highest[v], x);
+        store(logits + (n + r) * kWidth + v * kLanes, x);
+      }
+    }
+  }
+
+  Vec mass[V], share[V];
+  for (int v = 0; v < V; ++v) {
+    highest[v] = highest[v] > -kInfinity ? highest[v] : Vec{};
+    mass[v] = window.has_sink ? exponential(all(window.sink) - highest[v]) : Vec{};
+  }
+  for (int64_t n = 0; n < columns; ++n) {
+    for (int v = 0; v < V; ++v) {
+      float* at = logits + n * kWidth + v * kLanes;
+      Vec x = exponential(load(at) - highest[v]);
+      mass[v] += x;
+      store(at, x);
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    for (int i = 0; i < kLanes; ++i) {
+      const bool counts = first + v * kLanes + i < window.window && mass[v][i] > 0.0f;
+      share[v][i] = counts ? 1.0f / (mass[v][i] * float(window.window)) : 0.0f;
+    }
+  }
+  for (int64_t n = 0; n < candidates; n += kLanes) {
+    Vec total[kLanes] = {};
+    const int64_t count = candidates - n < kLanes ? candidates - n : kLanes;
+    for (int64_t i = 0; i < count; ++i)
+      for (int v = 0; v < V; ++v) total[i] += load(logits + (n + i) * kWidth + v * kLanes) * share[v];
+    Vec x = sums(total);
+    for (int64_t i = 0; i < count; ++i) out[n + i] += x[i];
+  }
+}
+
+template <class T>
+static void window_attention(const Window& window, float* out, float* scratch) {
+  memset(out, 0, (window.columns - window.window) * sizeof(float));
+  int64_t first = 0;
+  while (first < window.window) {
+    if (window.window - first > kLanes) {
+      window_block<T, 2>(window, first, out, scratch);
+      first += 2 * kLanes;
+    } else {
+      window_block<T, 1>(window, first, out, scratch);
+      first += kLanes;
+    }
+  }
+}
+
+static int64_t window_scratch(int64_t columns, int size) {
+  return int64_t(size) * (kMostVectors * kLanes + kColumns) + columns * kMostVectors * kLanes;
+}
+
+}  // namespace

@@ -1,0 +1,18 @@
+// The operations' schemas. csrc/cpu and csrc/cuda register what implements them.
+#include <torch/csrc/stable/library.h>
+
+#define MIXKV_BUFFERS "Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor(c!) position_buffer, Tensor starts, "
+#define MIXKV_STORE "Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, "
+#define MIXKV_LOGITS "int max_length, float scaling, float softcap, Tensor? sinks"
+
+STABLE_TORCH_LIBRARY(mixkv, m) {
+  m.def("append(" MIXKV_BUFFERS "Tensor(d!) lengths, Tensor key, Tensor value, int column, Tensor? valid=None) -> ()");
+  m.def("attend(Tensor query, " MIXKV_STORE MIXKV_LOGITS ") -> Tensor");
+  m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, Tensor key, Tensor value, int column, " MIXKV_LOGITS
+        ") -> Tensor");
+  m.def("attend_extend(Tensor query, " MIXKV_STORE "Tensor key, Tensor value, Tensor? mask, " MIXKV_LOGITS ") -> Tensor");
+  m.def("compact(" MIXKV_BUFFERS "Tensor lengths, Tensor offsets, Tensor key, Tensor value, Tensor positions) -> ()");
+  m.def("move_rows(" MIXKV_BUFFERS "Tensor lengths, Tensor from_key, Tensor from_value, Tensor from_position, Tensor from_starts, "
+        "int max_length) -> ()");
+  m.def("window_scores(Tensor query, Tensor key, Tensor? valid, float scaling, bool reduce_max, float softcap, Tensor? sinks) -> Tensor");
+}

@@ -1,0 +1,121 @@
+// Checks and shapes that the operations on the CPU and on CUDA share.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace mixkv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool is_row_dense(const Tensor& tensor) { return tensor.stride(tensor.dim() - 1) == 1 || tensor.size(tensor.dim() - 1) == 1; }
+
+// A tensor whose last dimension is contiguous.
+inline Tensor row_dense(const Tensor& tensor) { return is_row_dense(tensor) ? tensor : torch::stable::contiguous(tensor); }
+
+inline void check_ints(const Tensor& tensor, int64_t count, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 && tensor.is_contiguous(), name,
+                  " must be a contiguous int32 vector");
+  STD_TORCH_CHECK(count < 0 || tensor.numel() == count, name, " must have ", count, " entries, has ", tensor.numel());
+}
+
+inline void check_flat(const Tensor& buffer, const char* name) {
+  STD_TORCH_CHECK(buffer.dim() == 2 && buffer.is_contiguous(), name, " must be a contiguous [rows, size] tensor");
+  const auto type = buffer.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+                  " must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(buffer.size(1) > 0 && buffer.size(1) % 16 == 0 && buffer.size(1) <= 256, name,
+                  ": the head size must be a multiple of 16 up to 256, is ", buffer.size(1));
+}
+
+// Flat storage of S sequences.
+struct Store {
+  int64_t sequences, rows, size, value_size;
+
+  Store(const Tensor& key, const Tensor& value, const Tensor& starts, const Tensor& lengths) {
+    check_flat(key, "key_buffer");
+    check_flat(value, "value_buffer");
+    check_ints(starts, -1, "starts");
+    check_ints(lengths, starts.numel(), "lengths");
+    STD_TORCH_CHECK(key.scalar_type() == value.scalar_type(), "key_buffer and value_buffer must have one dtype");
+    STD_TORCH_CHECK(key.size(0) == value.size(0), "key_buffer and value_buffer must have the same number of rows");
+    sequences = starts.numel();
+    rows = key.size(0);
+    size = key.size(1);
+    value_size = value.size(1);
+  }
+};
+
+// New rows [B, Hkv, n, D], [B, Hkv, n, Dv] that belong to a store.
+inline void check_new(const Store& store, const Tensor& key_buffer, const Tensor& key, const Tensor& value) {
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "key and value must be [B, Hkv, n, size]");
+  STD_TORCH_CHECK(key.size(0) * key.size(1) == store.sequences, "key has ", key.size(0) * key.size(1),
+                  " sequences, the store ", store.sequences);
+  for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(key.size(d) == value.size(d), "key and value must agree in all but their last dimension");
+  STD_TORCH_CHECK(key.size(3) == store.size && value.size(3) == store.value_size, "new rows must be as wide as the store's");
+  STD_TORCH_CHECK(key.scalar_type() == key_buffer.scalar_type() && value.scalar_type() == key_buffer.scalar_type(),
+                  "new rows must have the store's dtype");
+}
+
+// Query heads over the store's sequences.
+struct Heads {
+  int64_t batch, query_heads, heads, groups, rows;
+
+  Heads(const Store& store, const Tensor& query, const Tensor& key_buffer, const std::optional<Tensor>& sinks) {
+    STD_TORCH_CHECK(query.dim() == 4 && query.size(3) == store.size, "query must be [B, Hq, n, D] with the store's D = ", store.size);
+    STD_TORCH_CHECK(query.scalar_type() == key_buffer.scalar_type(), "query must have the store's dtype");
+    batch = query.size(0);
+    query_heads = query.size(1);
+    rows = query.size(2);
+    STD_TORCH_CHECK(batch > 0 && store.sequences % batch == 0 && store.sequences > 0, "the store's ", store.sequences,
+                    " sequences do not divide into ", batch, " batch rows");
+    heads = store.sequences / batch;
+    STD_TORCH_CHECK(query_heads % heads == 0, query_heads, " query heads do not divide into ", heads, " KV heads");
+    groups = query_heads / heads;
+    if (sinks) {
+      STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 && sinks->is_contiguous() &&
+                          sinks->numel() == query_heads,
+                      "sinks must be a contiguous float32 [Hq] tensor");
+    }
+  }
+};
+
+// Observation window [B, Hq, W, D] over keys [B, Hkv, N, D].
+struct WindowShape {
+  int64_t batch, query_heads, heads, groups, window, columns, size;
+
+  WindowShape(const Tensor& query, const Tensor& key, const std::optional<Tensor>& valid, const std::optional<Tensor>& sinks) {
+    STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query must be [B, Hq, W, D] and key [B, Hkv, N, D]");
+    batch = query.size(0);
+    query_heads = query.size(1);
+    window = query.size(2);
+    size = query.size(3);
+    heads = key.size(1);
+    columns = key.size(2);
+    STD_TORCH_CHECK(key.size(0) == batch && key.size(3) == size && heads > 0 && query_heads % heads == 0,
+                    "query and key must agree in batch and head size, and Hq be a multiple of Hkv");
+    STD_TORCH_CHECK(window > 0 && window <= columns, "the window must have 1 .. N queries, has ", window);
+    STD_TORCH_CHECK(size > 0 && size % 16 == 0 && size <= 256, "the head size must be a multiple of 16 up to 256, is ", size);
+    STD_TORCH_CHECK(query.scalar_type() == key.scalar_type(), "query and key must have one dtype");
+    groups = query_heads / heads;
+    if (valid) {
+      STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool && valid->dim() == 3 && valid->size(0) == batch &&
+                          valid->size(1) == heads && valid->size(2) == columns,
+                      "valid must be a bool [B, Hkv, N] tensor");
+    }
+    if (sinks) {
+      STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 && sinks->is_contiguous() &&
+                          sinks->numel() == query_heads,
+                      "sinks must be a contiguous float32 [Hq] tensor");
+    }
+  }
+};
+
+}  // namespace mixkv
