@@ -73,8 +73,7 @@ def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
     new = query.shape[2]
     valid = layer.valid_columns(mask, new)
     if new == 1 and valid is None:
-        layer.append(key, value, None)
-        output = layer.store.attend(query, **options)
+        output = layer.decode(query, key, value, options)
     else:
         output = layer.store.attend_extend(query, key, value, mask=_block_mask(mask, valid, new), **options)
         layer.append(key, value, valid)

@@ -12,6 +12,7 @@ from .headprofile import Table, as_table
 from .headprofile import load as load_profile
 
 METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm")
+BACKENDS = ("auto", "native", "varlen", "flash", "torch")
 SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff")
 
 
@@ -42,6 +43,8 @@ class MixKVConfig:
             rows per KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing
             that came after the first prompt is ever dropped.
         decode_slack: see ``decode_budget``.
+        backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
+            `mixkv.kernels`.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.
@@ -60,10 +63,12 @@ class MixKVConfig:
     profile: Table | str | None = None
     decode_budget: int | None = None
     decode_slack: int = 64
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("score", self.score, SCORES)
+        _one_of("backend", self.backend, BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
         _positive_int("window", self.window)

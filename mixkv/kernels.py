@@ -1,205 +1,105 @@
-"""Operations on ragged storage: one function each, in plain torch.
+"""The operations on ragged storage, each by the best back end at hand. Contracts: `mixkv.plain`, the ground truth.
 
-A store holds S = B * Hkv sequences (batch row by batch row, head by head) in flat buffers: sequence s owns the rows
-``starts[s] .. starts[s] + lengths[s]`` of ``key [rows, D]``, ``value [rows, Dv]`` and ``position [rows]`` (int32), followed by
-spare rows. ``starts`` and ``lengths`` are int32 [S] on the device; the host knows an upper bound of the lengths and, where
-all sequences have the same length and capacity, that they do (``stride``, the capacity). No function here synchronises with
-the device in a decode step.
+Back ends: ``native`` (csrc/, CPU and CUDA), ``varlen`` (torch's variable-length flash attention, torch >= 2.12, GPU),
+``flash`` (the flash-attn package, GPU), ``torch`` (plain torch: padded SDPA). The choice: ``MixKVConfig(backend=...)``, else
+the environment's ``MIXKV_BACKEND``, else the first in this order that can take the store's device, dtype and head sizes. What
+``varlen`` and ``flash`` do not have, plain torch does.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
-import torch.nn.functional as F
 
-# Queries attended at once by `attend_extend`: bounds its mask and logits at this many rows per prefix row.
-_EXTEND_BLOCK = 256
+from . import native, plain, scores, varlen
+from .config import BACKENDS
 
 
-def append(
-    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    column: int,
-    valid: torch.Tensor | None = None,
-) -> None:
-    """Writes n new rows to the end of every sequence and raises ``lengths``, in place. There must be spare rows for them.
+def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str:
+    """The back end for a store of this device, dtype and head sizes.
 
     Args:
-        buffers: ``(key, value, position)``, written.
-        starts, lengths: int32 [S]; ``lengths`` is written.
-        key, value: [B, Hkv, n, D], [B, Hkv, n, Dv].
-        column: position of the first new row; the others follow.
-        valid: bool [B, n]; rows that are not valid (padding) are left out. None: all are valid.
+        requested: a name from `config.BACKENDS`; ``auto`` asks the environment, then takes the first that works.
+
+    Raises:
+        ValueError: the back end asked for cannot be used; the message says why.
     """
-    batch, heads, new, _ = key.shape
-    ends = (starts + lengths).long()
-    if valid is None and new == 1:
-        buffers[0].index_copy_(0, ends, key.reshape(batch * heads, -1))
-        buffers[1].index_copy_(0, ends, value.reshape(batch * heads, -1))
-        buffers[2].index_fill_(0, ends, column)
-        lengths.add_(1)
-        return
-    columns = torch.arange(column, column + new, dtype=torch.int32, device=key.device)
-    if valid is None:
-        rows = (ends.unsqueeze(1) + torch.arange(new, device=key.device)).flatten()
-        buffers[0].index_copy_(0, rows, key.reshape(batch * heads * new, -1))
-        buffers[1].index_copy_(0, rows, value.reshape(batch * heads * new, -1))
-        buffers[2].index_copy_(0, rows, columns.repeat(batch * heads))
-        lengths.add_(new)
-        return
-    offsets = valid.cumsum(dim=-1) - 1
-    taken = valid.unsqueeze(1).expand(batch, heads, new)
-    rows = (ends.view(batch, heads, 1) + offsets.unsqueeze(1))[taken]
-    buffers[0].index_copy_(0, rows, key[taken])
-    buffers[1].index_copy_(0, rows, value[taken])
-    buffers[2].index_copy_(0, rows, columns.expand(batch, heads, new)[taken])
-    lengths.add_(valid.sum(dim=-1, dtype=torch.int32).repeat_interleave(heads))
+    if requested == "auto":
+        requested = os.environ.get("MIXKV_BACKEND", "auto")
+    if requested not in BACKENDS:
+        raise ValueError(f"unknown MIXKV_BACKEND={requested!r}; choose from {', '.join(BACKENDS)}")
+    if requested == "auto":
+        return next(name for name in BACKENDS[1:] if why_not(name, device, dtype, key_size, value_size) is None)
+    reason = why_not(requested, device, dtype, key_size, value_size)
+    if reason is not None:
+        raise ValueError(f"backend={requested!r} cannot be used: {reason}. Leave it at 'auto', or use 'torch'")
+    return requested
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    max_length: int,
-    stride: int | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Decode attention: one query position per batch row over its KV heads' sequences.
-
-    Args:
-        query: [B, Hq, 1, D].
-        key, value: flat buffers [rows, D], [rows, Dv].
-        starts, lengths: int32 [S].
-        max_length: at least ``lengths.max()``; exactly the common length where ``stride`` is given.
-        stride: the common capacity where all sequences have one length and lie ``stride`` rows apart, else None.
-        scaling, softcap, sinks [Hq]: as in the model.
-
-    Returns: [B, 1, Hq, Dv], in query's dtype.
-    """
-    batch, query_heads, _, size = query.shape
-    sequences = starts.numel()
-    heads = sequences // batch
-    folded = query.reshape(batch, heads, query_heads // heads, size)
-    keys, values, mask = _padded(key, value, starts, lengths, max_length, stride, batch)
-    mask = mask if mask is None else mask.unsqueeze(2)
-    out = _attention(folded, keys, values, mask, scaling, softcap, sinks)
-    return out.reshape(batch, 1, query_heads, -1)
+def why_not(name: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
+    """Why back end ``name`` cannot hold such a store; None if it can."""
+    if name == "native":
+        return native.why_not(device, dtype, key_size, value_size)
+    if name == "torch":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs half precision, not {dtype}"
+    if key_size != value_size or key_size > 256:
+        return f"it needs equal head sizes up to 256, not {key_size} and {value_size}"
+    if name == "varlen":
+        release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        return None if release >= (2, 12) else f"it needs torch >= 2.12, not {torch.__version__}"
+    return None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed: pip install 'mixkv[flash]'"
 
 
-def attend_extend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    max_length: int,
-    stride: int | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of n new positions over [stored sequence | new block]; the new block is not stored yet.
-
-    Every query sees its whole stored sequence; the new block is causal: query i sees new rows 0..i.
-
-    Args:
-        query: [B, Hq, n, D].
-        key, value, starts, lengths, max_length, stride: the store, as in `attend`.
-        new_key, new_value: [B, Hkv, n, D], [B, Hkv, n, Dv].
-        mask: bool [B or 1, 1, n, n], True where a query sees a new row, in place of the causal mask.
-
-    Returns: [B, n, Hq, Dv], in query's dtype.
-    """
-    batch, query_heads, new, size = query.shape
-    heads = new_key.shape[1]
-    groups = query_heads // heads
-    keys, values, stored = _padded(key, value, starts, lengths, max_length, stride, batch)
-    if stored is None:
-        stored = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
-    stored = stored.expand(batch, heads, keys.shape[2])
-    keys, values = torch.cat([keys, new_key], dim=2), torch.cat([values, new_value], dim=2)
-    if mask is None:
-        mask = torch.ones(new, new, dtype=torch.bool, device=query.device).tril().view(1, 1, new, new)
-    out = query.new_empty(batch, new, query_heads, value.shape[-1])
-    for first in range(0, new, _EXTEND_BLOCK):
-        block = slice(first, min(first + _EXTEND_BLOCK, new))
-        rows = block.stop - first
-        folded = query[:, :, block].reshape(batch, heads, groups * rows, size)
-        seen = torch.cat(
-            [
-                stored.unsqueeze(2).expand(batch, heads, rows, -1),
-                mask[:, :, block].expand(batch, heads, rows, new),
-            ],
-            dim=-1,
-        )
-        seen = seen.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(batch, heads, groups * rows, -1)
-        part = _attention(folded, keys, values, seen, scaling, softcap, sinks)
-        out[:, block] = part.view(batch, query_heads, rows, -1).transpose(1, 2)
-    return out
+_ATTEND = {"native": native.attend, "varlen": varlen.torch_attend, "flash": varlen.flash_attend, "torch": plain.attend}
 
 
-def flat_rows(starts: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
-    """The buffer rows of all sequences, one sequence after the other: int64 [total], total = lengths.sum() (host)."""
-    lengths = lengths.long()
-    shift = starts.long() - (lengths.cumsum(0) - lengths)
-    return torch.arange(total, device=starts.device) + shift.repeat_interleave(lengths, output_size=total)
+def append_attend(backend: str, query, buffers, starts, lengths, key, value, column, *, max_length, stride, **logits):
+    """`plain.append` of rows [B, Hkv, n, D] and then `plain.attend`; ``max_length`` counts the new rows."""
+    if backend == "native":
+        return native.append_attend(query, buffers, starts, lengths, key, value, column, max_length=max_length, **logits)
+    plain.append(buffers, starts, lengths, key, value, column)
+    return _ATTEND[backend](query, buffers[0], buffers[1], starts, lengths, max_length=max_length, stride=stride, **logits)
 
 
-def _padded(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    max_length: int,
-    stride: int | None,
-    batch: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Sequences side by side: [B, Hkv, max_length, D], [.., Dv] and, unless all are of that length, the bool mask [B, Hkv, max_length]."""
-    heads = starts.numel() // batch
-    if stride is not None:
-        shape = (batch, heads, stride, -1)
-        return key.view(shape)[:, :, :max_length], value.view(shape)[:, :, :max_length], None
-    columns = torch.arange(max_length, dtype=torch.int32, device=starts.device)
-    # Beyond a sequence's end other rows are read, and masked: all that matters is to stay inside the buffer.
-    rows = (starts.unsqueeze(1) + columns).clamp_(max=key.shape[0] - 1).flatten()
-    shape = (batch, heads, max_length, -1)
-    mask = (columns < lengths.unsqueeze(1)).view(batch, heads, max_length)
-    return key.index_select(0, rows).view(shape), value.index_select(0, rows).view(shape), mask
+def append(backend: str, *args) -> None:
+    """`plain.append`."""
+    _rows(backend).append(*args)
 
 
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """[B, Hkv, R, D] queries, R = G * rows (head-major), over [B, Hkv, L, D]; the mask is bool and broadcasts to [B, Hkv, R, L]."""
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    logits = (query.float() * scaling) @ key.float().transpose(-1, -2)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        batch, heads, rows, _ = logits.shape
-        groups = sinks.numel() // heads
-        column = sinks.float().view(1, heads, groups, 1).expand(batch, -1, -1, rows // groups)
-        logits = torch.cat([logits, column.reshape(batch, heads, rows, 1)], dim=-1)
-    mass = logits.softmax(dim=-1)[..., : key.shape[2]]
-    return (mass @ value.float()).to(query.dtype)
+def attend(backend: str, *args, **options) -> torch.Tensor:
+    """`plain.attend`."""
+    return _ATTEND[backend](*args, **options)
+
+
+def attend_extend(backend: str, *args, **options) -> torch.Tensor:
+    """`plain.attend_extend`."""
+    return _rows(backend).attend_extend(*args, **options)
+
+
+def compact(backend: str, *args) -> None:
+    """`plain.compact`."""
+    _rows(backend).compact(*args)
+
+
+def move_rows(backend: str, *args, total: int, max_length: int) -> None:
+    """`plain.move_rows`; ``max_length`` is at least ``lengths.max()`` (host)."""
+    if backend == "native":
+        native.move_rows(*args, max_length=max_length)
+    else:
+        plain.move_rows(*args, total=total)
+
+
+def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor:
+    """`scores.window_attention` for a requested back end (``auto`` included): compiled where that can be used."""
+    compiled = choose(backend, key.device, key.dtype, key.shape[-1], key.shape[-1]) == "native" and query.dtype == key.dtype
+    return (native if compiled else scores).window_attention(query, key, valid, **options)
+
+
+def _rows(backend: str):
+    return native if backend == "native" else plain

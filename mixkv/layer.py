@@ -226,12 +226,16 @@ class MixKVLayer(CacheLayerMixin):
         selection = select(
             self.query_tail, key.detach(), value.detach(), self.shared.config, attention_mask=valid, **self._place, **options
         )
-        self.store = RaggedStore.from_selection(key, value, selection)
+        self.store = RaggedStore.from_selection(key, value, selection, self.shared.config.backend)
         self.redundancy = selection.redundancy
         self.dense = None
         self.options = options
         if self.shared.config.decode_budget is None:
             self.query_tail = None
+
+    def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict) -> torch.Tensor:
+        """Stores the row of the token seen last, key, value [B, Hkv, 1, D], and attends: query [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
+        return self.store.append_attend(query, key, value, self.seen - 1, **options)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Stores the last n columns seen: key, value [B, Hkv, n, D], padding left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import kernels
+from . import kernels, plain
 from .selection import Selection, split_positions
 
 # Spare rows a sequence gets whenever the buffers are laid out: a share of its mean length, and at least so many. A layout
@@ -27,21 +27,20 @@ class RaggedStore:
         tail: rows at the end of every sequence that `crop` may remove: those appended since the last selection (host).
     """
 
-    def __init__(self, batch: int, heads: int):
-        self.batch, self.heads = batch, heads
+    def __init__(self, batch: int, heads: int, backend: str):
+        self.batch, self.heads, self.backend = batch, heads, backend
 
     @classmethod
-    def from_selection(cls, key: torch.Tensor, value: torch.Tensor, selection: Selection) -> RaggedStore:
-        """Copies the selected rows of ``key`` [B, Hkv, N, D] and ``value`` [B, Hkv, N, Dv] into new buffers."""
-        store = cls(key.shape[0], key.shape[1])
-        lengths = selection.lengths.flatten()
-        row, head = (torch.arange(count, device=key.device) for count in key.shape[:2])
-        total = selection.flat_positions.numel()
-        row = row.repeat_interleave(key.shape[1]).repeat_interleave(lengths, output_size=total)
-        head = head.repeat(key.shape[0]).repeat_interleave(lengths, output_size=total)
-        column = selection.flat_positions.long()
-        taken = (key.detach()[row, head, column], value.detach()[row, head, column], selection.flat_positions)
-        store._lay_out(taken, lengths.to(torch.int32), selection.lengths.tolist())
+    def from_selection(cls, key: torch.Tensor, value: torch.Tensor, selection: Selection, backend: str = "auto") -> RaggedStore:
+        """Copies the selected rows of ``key`` [B, Hkv, N, D] and ``value`` [B, Hkv, N, Dv] into new buffers.
+
+        ``backend`` is a name from `config.BACKENDS`.
+        """
+        key, value = key.detach(), value.detach()
+        store = cls(*key.shape[:2], kernels.choose(backend, key.device, key.dtype, key.shape[3], value.shape[3]))
+        store._measure(selection.lengths.tolist())
+        store._lay_out(selection.lengths.flatten(), (key, value))
+        kernels.compact(store.backend, store._buffers, store.starts, store.lengths, key, value, selection.flat_positions)
         return store
 
     @property
@@ -65,18 +64,32 @@ class RaggedStore:
 
         ``valid`` [B, n] leaves out padding; then the new lengths are read back to the host.
         """
-        new = key.shape[2]
-        if new > self.spare:
-            self._move(self.starts, self.lengths, new)
-        kernels.append(self._buffers, self.starts, self.lengths, key.detach(), value.detach(), column, valid)
-        self.spare -= new
+        self._reserve(key.shape[2])
+        kernels.append(self.backend, self._buffers, self.starts, self.lengths, key.detach(), value.detach(), column, valid)
         if valid is None:
-            self.max_length += new
-            self.tail += new
-            self.row_totals = [total + self.heads * new for total in self.row_totals]
-        else:
-            self._measure(self.lengths.view(self.batch, self.heads).tolist())
-            self.even, self.tail = False, 0
+            self._count(key.shape[2])
+            return
+        self.spare -= key.shape[2]
+        self._measure(self.lengths.view(self.batch, self.heads).tolist())
+        self.even, self.tail = False, 0
+
+    def append_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, column: int, **logits) -> torch.Tensor:
+        """A decode step: `append` of one row ``key`` [B, Hkv, 1, D] and `attend` of ``query`` [B, Hq, 1, D]."""
+        self._reserve(1)
+        self._count(1)
+        return kernels.append_attend(
+            self.backend,
+            query.detach(),
+            self._buffers,
+            self.starts,
+            self.lengths,
+            key.detach(),
+            value.detach(),
+            column,
+            max_length=self.max_length,
+            stride=self.stride,
+            **logits,
+        )
 
     def crop(self, count: int) -> None:
         """Removes the last ``count`` rows of every sequence.
@@ -108,11 +121,14 @@ class RaggedStore:
     def keep(self, selection: Selection, padded_length: int) -> None:
         """Keeps only a `selection` made over `padded` of that length."""
         counts = selection.lengths.flatten()
-        lengths, starts = self.lengths.long(), self.starts.long()
-        first = (starts + lengths - padded_length).repeat_interleave(counts)
-        rows = first + selection.flat_positions
+        first = (self.starts + self.lengths).long() - padded_length
+        rows = first.repeat_interleave(counts) + selection.flat_positions
         taken = tuple(buffer[rows] for buffer in self._buffers)
-        self._lay_out(taken, counts.to(torch.int32), selection.lengths.tolist())
+        self._measure(selection.lengths.tolist())
+        self._lay_out(counts, self._buffers)
+        rows = plain.flat_rows(self.starts, self.lengths, self.total)
+        for buffer, part in zip(self._buffers, taken):
+            buffer.index_copy_(0, rows, part)
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv], valid bool [B, Hkv, N]."""
@@ -125,66 +141,70 @@ class RaggedStore:
 
     def positions(self) -> list[list[torch.Tensor]]:
         """[B][Hkv] ascending int32 columns held."""
-        rows = kernels.flat_rows(self.starts, self.lengths, self.total)
+        rows = plain.flat_rows(self.starts, self.lengths, self.total)
         return split_positions(self.position[rows], self.lengths.view(self.batch, self.heads))
 
-    def attend(self, query: torch.Tensor, **options) -> torch.Tensor:
-        """`kernels.attend` over the store: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-        return kernels.attend(
-            query, self.key, self.value, self.starts, self.lengths, max_length=self.max_length, stride=self.stride, **options
-        )
+    def attend(self, query: torch.Tensor, **logits) -> torch.Tensor:
+        """`plain.attend` over the store: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]; ``logits``: scaling, softcap, sinks."""
+        return kernels.attend(self.backend, query.detach(), *self._stored, **self._extent, **logits)
 
     def attend_extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        """`kernels.attend_extend` over the store and a new block: ``query`` [B, Hq, n, D] to [B, n, Hq, Dv]."""
+        """`plain.attend_extend` over the store and a new block: ``query`` [B, Hq, n, D] to [B, n, Hq, Dv]."""
         return kernels.attend_extend(
-            query,
-            self.key,
-            self.value,
-            self.starts,
-            self.lengths,
-            key,
-            value,
-            max_length=self.max_length,
-            stride=self.stride,
-            **options,
+            self.backend, query.detach(), *self._stored, key.detach(), value.detach(), **self._extent, **options
         )
+
+    @property
+    def _stored(self) -> tuple[torch.Tensor, ...]:
+        return self.key, self.value, self.starts, self.lengths
+
+    @property
+    def _extent(self) -> dict[str, int | None]:
+        return {"max_length": self.max_length, "stride": self.stride}
 
     @property
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.key, self.value, self.position
 
+    def _reserve(self, new: int) -> None:
+        if new > self.spare:
+            self._move(self.starts, self.lengths, new)
+
+    def _count(self, new: int) -> None:
+        """Every sequence has ``new`` more rows."""
+        self.spare -= new
+        self.max_length += new
+        self.tail += new
+        self.row_totals = [total + self.heads * new for total in self.row_totals]
+
     def _move(self, starts: torch.Tensor, lengths: torch.Tensor, new: int = 0) -> None:
         """Lays out afresh the rows that ``starts``, ``lengths`` name in the present buffers."""
-        tail = self.tail
-        rows = kernels.flat_rows(starts, lengths, self.total)
-        taken = tuple(buffer.index_select(0, rows) for buffer in self._buffers)
-        self._lay_out(taken, lengths, None, new)
+        tail, old = self.tail, self._buffers
+        self._lay_out(lengths, old, new)
         self.tail = tail
+        kernels.move_rows(
+            self.backend,
+            self._buffers,
+            self.starts,
+            self.lengths,
+            old,
+            starts,
+            total=self.total,
+            max_length=self.max_length,
+        )
 
-    def _lay_out(
-        self,
-        taken: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        lengths: torch.Tensor,
-        host_lengths: list[list[int]] | None,
-        new: int = 0,
-    ) -> None:
-        """Puts rows (sequence after sequence) into new buffers with spare rows for ``new`` more and some."""
-        if host_lengths is not None:
-            self._measure(host_lengths)
-        total = taken[0].shape[0]
+    def _lay_out(self, lengths: torch.Tensor, like: tuple[torch.Tensor, ...], new: int = 0) -> None:
+        """New buffers for `total` rows in sequences of ``lengths`` [S], with spare rows for ``new`` more and some."""
         sequences = lengths.numel()
-        self.spare = new + max(_SPARE_ROWS, int(total / sequences * _SPARE_SHARE))
-        counts = lengths.long()
-        self.starts = (counts.cumsum(0) - counts + self.spare * torch.arange(sequences, device=counts.device)).to(torch.int32)
-        self.lengths = lengths.clone()
-        rows = kernels.flat_rows(self.starts, lengths, total)
-        buffers = []
-        for part in taken:
-            # Zeros, so that a masked read of spare rows never meets a NaN.
-            buffer = part.new_zeros(total + sequences * self.spare, *part.shape[1:])
-            buffers.append(buffer.index_copy_(0, rows, part))
-        self.key, self.value, self.position = buffers
+        self.spare = new + max(_SPARE_ROWS, int(self.total / sequences * _SPARE_SHARE))
         self.tail = 0
+        self.lengths = lengths.to(torch.int32, copy=True)
+        order = torch.arange(sequences, dtype=torch.int32, device=lengths.device)
+        self.starts = (self.lengths.cumsum(0, dtype=torch.int32) - self.lengths + self.spare * order).contiguous()
+        rows = self.total + sequences * self.spare
+        # Zeros, so that a masked read of spare rows never meets a NaN.
+        self.key, self.value = (part.new_zeros(rows, part.shape[-1]) for part in like[:2])
+        self.position = torch.zeros(rows, dtype=torch.int32, device=lengths.device)
 
     def _measure(self, host_lengths: list[list[int]]) -> None:
         self.row_totals = [sum(row) for row in host_lengths]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import budgets, scores
+from . import budgets, kernels, scores
 from .config import MixKVConfig
 
 
@@ -80,8 +80,8 @@ def select(
     real = valid.expand(batch, heads, length).sum(dim=-1)
     choosable = (real - window).clamp(min=0)
 
-    key = key.float()
-    attention = scores.window_attention(
+    attention = kernels.window_attention(
+        config.backend,
         query[:, :, query.shape[2] - window :],
         key,
         None if attention_mask is None else valid,
@@ -91,6 +91,7 @@ def select(
         sinks=sinks,
     )
     attention = scores.pool(attention, config.kernel_size, config.pooling).masked_fill(~valid[..., :candidates], 0.0)
+    key = key.float()
     found = scores.directions(key, valid)
     if redundancy is None:
         redundancy = _configured_redundancy(config, layer_idx, num_layers, found)

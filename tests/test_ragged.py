@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixkv import kernels
+from mixkv import plain
 from mixkv.ragged import RaggedStore
 from mixkv.selection import Selection
 
@@ -157,7 +157,7 @@ def test_attend_and_extend(dtype, size, groups, options):
 
 
 def test_extend_in_blocks(monkeypatch):
-    monkeypatch.setattr(kernels, "_EXTEND_BLOCK", 4)
+    monkeypatch.setattr(plain, "_EXTEND_BLOCK", 4)
     key, value = rows_of(1, 2, 20, 8, 1), rows_of(1, 2, 20, 8, 2)
     selection = selection_of([[5, 9]], 20)
     store, lists = RaggedStore.from_selection(key, value, selection), Lists(key, value, selection)

@@ -1,0 +1,565 @@
+"""The compiled operations against their twins in plain torch and against loops in float64."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixkv import native, plain, scores
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    STATUS = native.status("cpu")
+slow = pytest.mark.skipif(not os.environ.get("MIXKV_SLOW_TESTS"), reason="minutes; set MIXKV_SLOW_TESTS=1")
+needs_library = pytest.mark.skipif(not STATUS.available, reason=f"no compiled operations: {STATUS.reason}")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Half a unit in the last place of results around 1.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+GUARD = 3
+
+
+def make_store(lengths, size, value_size, dtype, spare=2, poison=True):
+    """Flat buffers with NaN wherever no sequence has a row, and GUARD unowned rows around every sequence."""
+    starts, row = [], GUARD
+    for length in lengths:
+        starts.append(row)
+        row += length + spare + GUARD
+    fill = float("nan") if poison else 0.0
+    key, value = torch.full((row, size), fill, dtype=dtype), torch.full((row, value_size), fill, dtype=dtype)
+    position = torch.full((row,), -1, dtype=torch.int32)
+    for start, length in zip(starts, lengths, strict=True):
+        key[start : start + length] = torch.randn(length, size).to(dtype)
+        value[start : start + length] = torch.randn(length, value_size).to(dtype)
+        position[start : start + length] = torch.arange(length, dtype=torch.int32)
+    ints = (torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32))
+    return (key, value, position), *ints
+
+
+def rows_of(buffer, starts, lengths, index):
+    start = int(starts[index])
+    return buffer[start : start + int(lengths[index])]
+
+
+def softmax_row(logits, sink):
+    """Weights in float64; a sink takes mass and holds no row."""
+    if sink is not None:
+        logits = torch.cat([logits, sink.double().view(1)])
+    weights = logits.softmax(dim=-1)
+    return weights if sink is None else weights[:-1]
+
+
+def one_query(query, key, value, scaling, softcap, sink):
+    if key.shape[0] == 0:
+        return torch.zeros(value.shape[1], dtype=torch.float64)
+    logits = key.double() @ query.double() * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return softmax_row(logits, sink) @ value.double()
+
+
+def oracle_attend(query, buffers, starts, lengths, scaling, softcap=None, sinks=None):
+    batch, query_heads = query.shape[:2]
+    heads = starts.numel() // batch
+    out = torch.empty(batch, 1, query_heads, buffers[1].shape[1], dtype=torch.float64)
+    for b, q in itertools.product(range(batch), range(query_heads)):
+        index = b * heads + q // (query_heads // heads)
+        rows = [rows_of(buffer, starts, lengths, index) for buffer in buffers[:2]]
+        out[b, 0, q] = one_query(query[b, q, 0], *rows, scaling, softcap, None if sinks is None else sinks[q])
+    return out
+
+
+def oracle_extend(query, buffers, starts, lengths, key, value, mask, scaling, softcap=None, sinks=None):
+    batch, query_heads, new, _ = query.shape
+    heads = key.shape[1]
+    out = torch.empty(batch, new, query_heads, value.shape[-1], dtype=torch.float64)
+    for b, q, i in itertools.product(range(batch), range(query_heads), range(new)):
+        head = q // (query_heads // heads)
+        seen = torch.arange(new) <= i if mask is None else mask[b if mask.shape[0] > 1 else 0, 0, i]
+        rows = [
+            torch.cat([rows_of(buffer, starts, lengths, b * heads + head), part[b, head][seen]])
+            for buffer, part in zip(buffers[:2], (key, value), strict=True)
+        ]
+        out[b, i, q] = one_query(query[b, q, i], *rows, scaling, softcap, None if sinks is None else sinks[q])
+    return out
+
+
+def assert_close(result, exact, twin=None):
+    """No worse than three times what plain torch loses in the same precision, and a rounding of the result."""
+    assert not result.isnan().any()
+    allowed = ROUNDING[result.dtype] * max(1.0, exact.abs().max().item()) * 1.5
+    if twin is not None:
+        allowed += 3 * (twin.double() - exact).abs().max().item()
+    assert (result.double() - exact).abs().max().item() <= allowed
+
+
+def clean(buffers):
+    """The same storage for the twin, which reads rows it masks."""
+    return [buffer.nan_to_num(0.0) if buffer.is_floating_point() else buffer for buffer in buffers]
+
+
+def strided(batch, heads, rows, size, dtype):
+    """[B, heads, rows, size] as a projection leaves it: heads side by side in a wider row."""
+    return torch.randn(batch, rows, heads, size + 16).to(dtype)[..., :size].transpose(1, 2)
+
+
+UNEVEN = [0, 1, 700, 3, 129, 128, 17, 16]
+
+
+@needs_library
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("size", [16, 64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_equals_oracle(dtype, size, groups):
+    torch.manual_seed(size + groups)
+    buffers, starts, lengths = make_store(UNEVEN, size, size, dtype)
+    query = strided(2, 4 * groups, 1, size, dtype)
+    scaling = size**-0.5
+    result = native.attend(query, *buffers[:2], starts, lengths, max_length=700, scaling=scaling)
+    twin = plain.attend(query, *clean(buffers)[:2], starts, lengths, max_length=700, stride=None, scaling=scaling)
+    exact = oracle_attend(query, buffers, starts, lengths, scaling)
+    twin.view(2, 4, groups, size)[0, 0] = 0.0  # the twin has no answer for a sequence without rows
+    assert result.dtype == dtype and result.shape == (2, 1, 4 * groups, size)
+    assert_close(result, exact, twin)
+
+
+@needs_library
+@pytest.mark.parametrize("value_size", [32, 48, 144])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap,with_sinks", [(30.0, False), (None, True), (5.0, True)])
+def test_attend_oracle_options(dtype, value_size, softcap, with_sinks):
+    torch.manual_seed(0)
+    buffers, starts, lengths = make_store([5, 0, 200, 33], 96, value_size, dtype)
+    query = torch.randn(2, 6, 1, 96).to(dtype) * 3
+    sinks = torch.randn(6).to(dtype) if with_sinks else None
+    result = native.attend(query, *buffers[:2], starts, lengths, max_length=200, scaling=0.2, softcap=softcap, sinks=sinks)
+    exact = oracle_attend(query, buffers, starts, lengths, 0.2, softcap, sinks)
+    assert_close(result, exact, exact.to(dtype))
+
+
+@needs_library
+def test_attend_oracle_size_256_steps():
+    for size in range(16, 257, 16):
+        for dtype in DTYPES:
+            buffers, starts, lengths = make_store([9, 40], size, size, dtype)
+            query = torch.randn(1, 6, 1, size).to(dtype)
+            result = native.attend(query, *buffers[:2], starts, lengths, max_length=40, scaling=size**-0.5)
+            exact = oracle_attend(query, buffers, starts, lengths, size**-0.5)
+            assert_close(result, exact, exact.to(dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("lengths", [[20000], [5000, 0, 1, 9000], [40, 30000, 2, 700, 0, 0]], ids=str)
+def test_attend_splits_long_sequences(lengths, threads):
+    torch.manual_seed(1)
+    buffers, starts, counts = make_store(lengths, 64, 64, torch.float32)
+    query = torch.randn(1, len(lengths) * 3, 1, 64) * 2
+    sinks = torch.randn(len(lengths) * 3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        result = native.attend(query, *buffers[:2], starts, counts, max_length=max(lengths), scaling=0.125, sinks=sinks)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(result, oracle_attend(query, buffers, starts, counts, 0.125, None, sinks))
+
+
+@needs_library
+def test_attend_extreme_logits():
+    buffers, starts, lengths = make_store([300, 300], 64, 64, torch.float32)
+    for factor in (1e-30, 1e4, 1e8):
+        query = torch.randn(1, 4, 1, 64) * factor
+        result = native.attend(query, *buffers[:2], starts, lengths, max_length=300, scaling=1.0)
+        twin = plain.attend(query, *clean(buffers)[:2], starts, lengths, max_length=300, stride=None, scaling=1.0)
+        assert_close(result, oracle_attend(query, buffers, starts, lengths, 1.0), twin)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("new", [1, 2, 5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_append_equals_twin(dtype, new, padded):
+    torch.manual_seed(2)
+    buffers, starts, lengths = make_store([0, 1, 77, 4], 80, 48, dtype, spare=5)
+    key, value = strided(2, 2, new, 80, dtype), strided(2, 2, new, 48, dtype)
+    valid = torch.tensor([[i % 2 == 0 for i in range(new)], [i > 0 for i in range(new)]]) if padded else None
+    expected = [buffer.clone() for buffer in buffers]
+    expected_lengths = lengths.clone()
+    plain.append(tuple(expected), starts, expected_lengths, key, value, 900, valid)
+    native.append(buffers, starts, lengths, key, value, 900, valid)
+    assert torch.equal(lengths, expected_lengths)
+    for buffer, other in zip(buffers, expected, strict=True):
+        torch.testing.assert_close(buffer, other, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+def test_append_takes_any_layout():
+    for layout in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT):
+        buffers, starts, lengths = make_store([3, 4, 5, 6], 64, 64, torch.float32)
+        key, value = (layout(torch.randn(2, 2, 2, 64)) for _ in range(2))
+        expected = [buffer.clone() for buffer in buffers]
+        plain.append(tuple(expected), starts, lengths.clone(), key, value, 7)
+        native.append(buffers, starts, lengths, key, value, 7)
+        assert lengths.tolist() == [5, 6, 7, 8]
+        for buffer, other in zip(buffers, expected, strict=True):
+            torch.testing.assert_close(buffer, other, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_append_attend_equals_both(dtype):
+    torch.manual_seed(3)
+    buffers, starts, lengths = make_store([0, 1, 77, 4], 64, 64, dtype)
+    other, other_lengths = [buffer.clone() for buffer in buffers], lengths.clone()
+    query, key, value = strided(2, 6, 1, 64, dtype), strided(2, 2, 1, 64, dtype), strided(2, 2, 1, 64, dtype)
+    result = native.append_attend(query, buffers, starts, lengths, key, value, 31, max_length=78, scaling=0.1)
+    native.append(tuple(other), starts, other_lengths, key, value, 31)
+    separate = native.attend(query, *other[:2], starts, other_lengths, max_length=78, scaling=0.1)
+    assert torch.equal(result, separate) and torch.equal(lengths, other_lengths)
+    for buffer, twin in zip(buffers, other, strict=True):
+        torch.testing.assert_close(buffer, twin, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups,new", [(1, 40), (3, 7), (4, 2), (9, 5)])
+@pytest.mark.parametrize("masked", ["causal", "row", "shared"])
+def test_extend_equals_oracle(dtype, groups, new, masked):
+    torch.manual_seed(4)
+    buffers, starts, lengths = make_store([0, 1, 150, 4], 80, 64, dtype)
+    query = strided(2, 2 * groups, new, 80, dtype)
+    key, value = strided(2, 2, new, 80, dtype), strided(2, 2, new, 64, dtype)
+    mask = None
+    if masked != "causal":
+        mask = torch.rand(2 if masked == "row" else 1, 1, new, new) < 0.5
+        mask |= torch.eye(new, dtype=torch.bool)
+    sinks = torch.randn(2 * groups) if masked == "row" else None
+    softcap = 20.0 if masked == "shared" else None
+    options = {"scaling": 0.11, "softcap": softcap, "sinks": sinks}
+    result = native.attend_extend(query, *buffers[:2], starts, lengths, key, value, mask=mask, max_length=150, **options)
+    twin = plain.attend_extend(
+        query, *clean(buffers)[:2], starts, lengths, key, value, mask=mask, max_length=150, stride=None, **options
+    )
+    exact = oracle_extend(query, buffers, starts, lengths, key, value, mask, **options)
+    assert result.shape == twin.shape and result.dtype == dtype
+    assert_close(result, exact, twin)
+
+
+@needs_library
+def test_extend_query_that_sees_nothing_is_zero():
+    buffers, starts, lengths = make_store([0, 0], 64, 64, torch.float32)
+    query, key, value = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 3, 64), torch.randn(1, 2, 3, 64)
+    mask = torch.ones(3, 3, dtype=torch.bool).tril().view(1, 1, 3, 3) & torch.tensor([False, True, True])
+    result = native.attend_extend(query, *buffers[:2], starts, lengths, key, value, mask=mask, max_length=0, scaling=0.1)
+    assert result[0, 0].abs().max() == 0 and not result.isnan().any()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compact_and_move_rows(dtype):
+    torch.manual_seed(5)
+    kept = [[0, 5, 9], [], [9], [1, 2, 3, 4, 8]]
+    key, value = strided(2, 2, 10, 64, dtype), strided(2, 2, 10, 80, dtype)
+    buffers, starts, lengths = make_store([len(part) for part in kept], 64, 80, dtype)
+    for buffer in buffers[:2]:
+        buffer.fill_(float("nan"))
+    buffers[2].fill_(-1)
+    positions = torch.tensor(sum(kept, []), dtype=torch.int32)
+    native.compact(buffers, starts, lengths, key, value, positions)
+    for index, part in enumerate(kept):
+        head = divmod(index, 2)
+        assert torch.equal(rows_of(buffers[0], starts, lengths, index), key[head][part])
+        assert torch.equal(rows_of(buffers[1], starts, lengths, index), value[head][part])
+        assert rows_of(buffers[2], starts, lengths, index).tolist() == part
+    assert int((~buffers[0].isnan()).any(dim=1).sum()) == int((buffers[2] >= 0).sum()) == positions.numel()
+
+    order = [1, 0, 1]
+    index = torch.tensor(order)
+    old_starts, new_lengths = (part.view(2, 2)[index].flatten() for part in (starts, lengths))
+    moved, new_starts, _ = make_store(new_lengths.tolist(), 64, 80, dtype, spare=7)
+    for buffer in moved[:2]:
+        buffer.fill_(float("nan"))
+    native.move_rows(moved, new_starts, new_lengths, buffers, old_starts, max_length=5)
+    for row, old in enumerate(order):
+        for head in range(2):
+            for new_buffer, buffer in zip(moved, buffers, strict=True):
+                assert torch.equal(
+                    rows_of(new_buffer, new_starts, new_lengths, row * 2 + head),
+                    rows_of(buffer, starts, lengths, old * 2 + head),
+                )
+    assert int((~moved[0].isnan()).any(dim=1).sum()) == int(new_lengths.sum())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "groups,window,columns,size", [(1, 1, 2, 64), (3, 8, 77, 80), (4, 32, 300, 128), (2, 33, 90, 96), (7, 50, 50, 64)]
+)
+@pytest.mark.parametrize("reduce,softcap,with_sinks,padded", [("mean", None, False, True), ("max", 10.0, True, False)])
+def test_window_equals_oracle(dtype, groups, window, columns, size, reduce, softcap, with_sinks, padded):
+    torch.manual_seed(6)
+    query, key = strided(2, 2 * groups, window, size, dtype), strided(2, 2, columns, size, dtype)
+    sinks = torch.randn(2 * groups) if with_sinks else None
+    valid = (torch.arange(columns) >= torch.tensor([[0], [columns // 3]]).clamp(max=columns - window)).view(2, 1, columns)
+    valid = valid if padded else None
+    options = {"scaling": size**-0.5, "group_reduce": reduce, "softcap": softcap, "sinks": sinks}
+    result = native.window_attention(query, key, valid, **options)
+    twin = scores.window_attention(query, key, valid, **options)
+    exact = scores_in_double(query, key, valid, **options)
+    assert result.shape == twin.shape and result.dtype == torch.float32
+    if result.numel():
+        assert_close(result, exact, twin)
+
+
+def scores_in_double(query, key, valid, scaling, group_reduce, softcap, sinks):
+    batch, query_heads, window, _ = query.shape
+    heads, columns = key.shape[1:3]
+    groups = query_heads // heads
+    out = torch.zeros(batch, heads, groups, columns - window, dtype=torch.float64)
+    for b, q, w in itertools.product(range(batch), range(query_heads), range(window)):
+        logits = key[b, q // groups].double() @ query[b, q, w].double() * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        seen = torch.arange(columns) <= columns - window + w
+        if valid is not None:
+            seen &= valid.expand(batch, heads, columns)[b, q // groups]
+        logits[~seen] = -torch.inf
+        weights = softmax_row(logits, None if sinks is None else sinks[q])
+        out[b, q // groups, q % groups] += weights[: columns - window] / window
+    return out.amax(dim=2) if group_reduce == "max" else out.mean(dim=2)
+
+
+@needs_library
+def test_window_padding_query_counts_as_nothing():
+    query, key = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 6, 64)
+    valid = torch.tensor([[[False, False, False, True, True, True]]])
+    result = native.window_attention(query, key, valid, scaling=0.1)
+    assert torch.equal(result, torch.zeros(1, 2, 2))
+
+
+def samples():
+    """Arguments of every operation, for opcheck."""
+    torch.manual_seed(7)
+    for dtype in (torch.float32, torch.bfloat16):
+        buffers, starts, lengths = make_store([2, 1, 7, 4], 64, 80, dtype, poison=False)
+        query, key, value = (
+            torch.randn(2, 6, 1, 64).to(dtype),
+            torch.randn(2, 2, 1, 64).to(dtype),
+            torch.randn(2, 2, 1, 80).to(dtype),
+        )
+        logits = (8, 0.1, 0.0, None)
+        yield "append", (*buffers, starts, lengths, key, value, 3)
+        yield "append", (*buffers, starts, lengths, key, value, 3, torch.ones(2, 1, dtype=torch.bool))
+        yield "attend", (query, *buffers[:2], starts, lengths, *logits)
+        yield "append_attend", (query, *buffers, starts, lengths, key, value, 3, *logits)
+        yield "attend_extend", (query, *buffers[:2], starts, lengths, key, value, None, *logits)
+        offsets = (lengths.cumsum(0) - lengths).to(torch.int32)
+        positions = torch.zeros(int(lengths.sum()), dtype=torch.int32)
+        yield "compact", (*buffers, starts, lengths, offsets, key, value, positions)
+        others = [buffer.clone() for buffer in buffers]
+        yield "move_rows", (*buffers, starts, lengths, *others, starts, 7)
+        yield (
+            "window_scores",
+            (torch.randn(1, 4, 3, 64).to(dtype), torch.randn(1, 2, 9, 64).to(dtype), None, 0.1, True, 0.0, torch.randn(4)),
+        )
+
+
+@needs_library
+def test_opcheck():
+    for name, arguments in samples():
+        torch.library.opcheck(getattr(torch.ops.mixkv, name).default, arguments)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.update(starts=a["starts"].long()),
+        lambda a: a.update(lengths=a["lengths"] + 1000),
+        lambda a: a.update(starts=a["starts"] - 1000),
+        lambda a: a.update(query=a["query"].double()),
+        lambda a: a.update(query=a["query"][..., :32]),
+        lambda a: a.update(query=torch.randn(2, 3, 1, 64)),
+        lambda a: a.update(value=a["value"].half()),
+        lambda a: a.update(sinks=torch.zeros(5)),
+    ],
+)
+def test_wrong_arguments_are_refused(change):
+    buffers, starts, lengths = make_store([2, 1, 7, 4], 64, 64, torch.float32)
+    given = {
+        "query": torch.randn(2, 6, 1, 64),
+        "key": buffers[0],
+        "value": buffers[1],
+        "starts": starts,
+        "lengths": lengths,
+        "sinks": None,
+    }
+    change(given)
+    with pytest.raises(RuntimeError):
+        native.attend(**given, max_length=7, scaling=0.1)
+
+
+@needs_library
+def test_append_without_room_is_refused_and_writes_nothing():
+    buffers, starts, lengths = make_store([4], 64, 64, torch.float32, spare=0)
+    before = [buffer.clone() for buffer in buffers]
+    with pytest.raises(RuntimeError, match="reaches beyond"):
+        native.append(buffers, starts, lengths, torch.randn(1, 1, 50, 64), torch.randn(1, 1, 50, 64), 0)
+    assert lengths.tolist() == [4]
+    for buffer, old in zip(buffers, before, strict=True):
+        torch.testing.assert_close(buffer, old, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+def test_supports():
+    x = torch.randn(1, 2, 1, 64)
+    assert native.supports(x, x[0], x[0])
+    assert not native.supports(x, x[0].double(), x[0].double())
+    assert not native.supports(x[..., :40], x[0, ..., :40], x[0, ..., :40])
+    assert not native.supports(x.clone().requires_grad_(), x[0], x[0])
+    assert not native.supports(x.to("meta"), x[0].to("meta"), x[0].to("meta"))
+
+
+@needs_library
+@pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512"])
+def test_other_instruction_sets(instructions):
+    if STATUS.detail == "baseline":
+        pytest.skip("this chip has no other")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "oracle or extreme or splits",
+    ]
+    done = subprocess.run(command, env={**os.environ, "MIXKV_CPU": instructions}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def run_python(code, **environment):
+    root = str(Path(native.__file__).resolve().parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": root, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_forced_torch_loads_nothing():
+    done = run_python("from mixkv import native; print(native.status())", MIXKV_BACKEND="torch")
+    assert "available=False" in done.stdout and "MIXKV_BACKEND=torch" in done.stdout, done.stderr
+
+
+def test_no_compiler_warns_once(tmp_path):
+    code = """
+    import shutil, warnings
+    from pathlib import Path
+    from mixkv import native
+    native.compiler = lambda device="cpu": None
+    native.__file__ = str(Path(native.source_dir()).parent / "elsewhere" / "native.py")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        native.status(), native.status()
+    assert not native.status().available
+    print(len(seen), seen[0].message)
+    """
+    done = run_python(code, MIXKV_CACHE=str(tmp_path), MIXKV_BACKEND="")
+    assert done.stdout.startswith("1 ") and "no C++ compiler" in done.stdout, done.stderr
+    forced = run_python(code, MIXKV_CACHE=str(tmp_path), MIXKV_BACKEND="native")
+    assert "MIXKV_BACKEND=native" in forced.stderr and forced.returncode
+
+
+def test_unloadable_library_is_harmless(tmp_path):
+    code = """
+    from pathlib import Path
+    from mixkv import native
+    broken = Path(r"%s") / "libmixkv-broken.so"
+    broken.write_bytes(b"not a library")
+    native._find = lambda device: (broken, "prebuilt")
+    print(native.status())
+    """
+    done = run_python(code % tmp_path, MIXKV_BACKEND="")
+    assert "available=False" in done.stdout and "cannot be loaded" in done.stdout, done.stderr
+
+
+def test_failed_build_is_remembered(tmp_path):
+    code = """
+    import time
+    from pathlib import Path
+    from mixkv import native
+    native.__file__ = str(Path(native.source_dir()).parent / "elsewhere" / "native.py")
+    began = time.monotonic()
+    print(native.status().reason[:60].replace("\\n", " "), time.monotonic() - began < 3)
+    """
+    if native.compiler() is None:
+        pytest.skip("no compiler")
+    environment = {"MIXKV_CACHE": str(tmp_path), "MIXKV_CXXFLAGS": "-include nowhere.h", "MIXKV_BACKEND": ""}
+    first, second = run_python(code, **environment), run_python(code, **environment)
+    assert "building compiled operations" in first.stderr
+    assert "an earlier build failed" in second.stdout and second.stdout.strip().endswith("True"), second.stderr
+    assert "building" not in second.stderr
+
+
+@slow
+def test_concurrent_first_use_builds_once(tmp_path):
+    code = """
+    from pathlib import Path
+    from mixkv import native
+    native.__file__ = str(Path(native.source_dir()).parent / "elsewhere" / "native.py")
+    print(native.status())
+    """
+    if native.compiler() is None:
+        pytest.skip("no compiler")
+    environment = {**os.environ, "PYTHONPATH": str(Path(native.__file__).resolve().parents[1]), "MIXKV_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=400) for process in both]
+    assert all("available=True" in out for out, _ in outputs)
+    assert sum("building compiled operations" in err for _, err in outputs) == 1
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for libasan with gcc")
+def test_address_sanitizer_finds_nothing(tmp_path):
+    compiler = native.compiler()
+    if compiler is None:
+        pytest.skip("no compiler")
+    # libstdc++ as well: the sanitizer looks for its exception functions at start.
+    names = ("libasan.so", "libstdc++.so.6")
+    found = [subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in names]
+    if not all(Path(path).is_file() for path in found):
+        pytest.skip("no libasan")
+    environment = {
+        **os.environ,
+        "MIXKV_CACHE": str(tmp_path),
+        "MIXKV_CXXFLAGS": "-fsanitize=address -fno-omit-frame-pointer -O1",
+        "MIXKV_BACKEND": "",
+    }
+    built = run_python("from mixkv import native; print(native._find('cpu'))", **environment)
+    assert "now" in built.stdout, built.stderr
+    environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}
+    for instructions in ("avx2", ""):
+        command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-s", "-k", "oracle or extreme or splits or append or compact or extend or window or refused"]
+        done = subprocess.run(
+            command, env={**environment, "MIXKV_CPU": instructions}, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
