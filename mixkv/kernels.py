@@ -101,5 +101,18 @@ def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor
     return (native if compiled else scores).window_attention(query, key, valid, **options)
 
 
+def report() -> list[str]:
+    """What runs on this machine, a line each, for ``mixkv info``: the choice for float32 on the CPU and bfloat16 on the GPU."""
+    lines = []
+    kinds = [("cpu", torch.float32)] + ([("cuda", torch.bfloat16)] if torch.cuda.is_available() else [])
+    for kind, dtype in kinds:
+        place = (torch.device(kind), dtype, 128, 128)
+        chosen = choose("auto", *place)
+        lines.append(f"{kind}: back end {chosen}" + (f" ({native.describe(kind)})" if chosen == "native" else ""))
+        for name in BACKENDS[1 : BACKENDS.index(chosen)]:
+            lines.append(f"{kind}: not {name}: {why_not(name, *place)}")
+    return lines
+
+
 def _rows(backend: str):
     return native if backend == "native" else plain

@@ -107,6 +107,13 @@ def why_not(device: torch.device, dtype: torch.dtype, key_size: int, value_size:
     return None if found.available else found.reason
 
 
+def describe(device: str) -> str:
+    """How the library for ``cpu`` or ``cuda`` came about, for people."""
+    found = status(device)
+    kind = f", {found.detail}" if found.detail else ""
+    return f"{found.built}{kind}, {found.path}"
+
+
 def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the compiled operations take these: device, dtypes and head sizes, and no gradient is asked for."""
     if not query.dtype == key.dtype == value.dtype or (query.requires_grad and _torch().is_grad_enabled()):

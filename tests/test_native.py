@@ -544,7 +544,9 @@ def test_address_sanitizer_finds_nothing(tmp_path):
         pytest.skip("no compiler")
     # libstdc++ as well: the sanitizer looks for its exception functions at start.
     names = ("libasan.so", "libstdc++.so.6")
-    found = [subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in names]
+    found = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in names
+    ]
     if not all(Path(path).is_file() for path in found):
         pytest.skip("no libasan")
     environment = {

@@ -1,0 +1,155 @@
+"""One prompt, the full cache against compressed ones: what each holds, how fast it is, how far its answer agrees."""
+
+from __future__ import annotations
+
+from statistics import mean, median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from ..config import MixKVConfig
+from . import InputError, measure
+from .measure import Held, Progress, median_ratio, no_progress
+from .prompts import check_length
+
+FULL = "full"
+
+# By place in the list of configurations; the full cache has the first.
+Plan = dict[int, MixKVConfig | None]
+
+
+def grid(methods: list[str], scores: list[str], budgets: list[int | float], **options: Any) -> list[MixKVConfig]:
+    """Every combination as a config, ``options`` being further fields of all of them.
+
+    Raises:
+        InputError: one is not valid; the message names the value.
+    """
+    try:
+        return [
+            MixKVConfig(method=method, score=score, budget=budget, **options)
+            for budget in budgets
+            for method in methods
+            for score in scores
+        ]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    configs: list[MixKVConfig],
+    *,
+    max_new_tokens: int = 48,
+    repeats: int = 2,
+    steps: int = 40,
+    progress: Progress = no_progress,
+) -> list[dict[str, Any]]:
+    """Compares compressed caches with the full one on one prompt [1, N].
+
+    The prompt is read ``repeats`` (>= 2) times and at least ``steps`` tokens are decoded with each cache, turn by turn;
+    ratios are medians of the ratios to the full cache in the same turn. Agreement is measured on the full cache's own greedy
+    answer: every cache is fed that answer token by token, and the distributions of its tokens from the second on are
+    compared. (The first follows from the prompt, which all caches read alike.)
+
+    Returns: a dict each, the full cache's first, with
+        method (``full`` for it), score, budget: as configured;
+        prompt_tokens;
+        rows, rows_per_head, bytes: held right after the prompt; bytes_ratio: to the full cache;
+        prefill_seconds, prefill_ratio, step_seconds, step_ratio;
+        answer, answer_tokens: what the cache answers, and in how many tokens;
+        equal_tokens: how many first tokens are the full cache's; reference_tokens: out of so many;
+        mean_kl: nats a token from the full cache's distributions; None for an answer of a single token.
+
+    Raises:
+        InputError: the prompt and its answer exceed the model's context, or the model cannot be compressed.
+    """
+    if repeats < 2:
+        raise InputError(f"--repeats {repeats} is too few: the first reading is for the answers and the last for the steps; give 2 or more")
+    check_length(model, input_ids.shape[1], max(max_new_tokens, steps))
+    plan: Plan = dict(enumerate([None, *configs]))
+    work = len(plan) * repeats + max(steps, max_new_tokens)
+    input_ids = input_ids.to(model.device)
+    measure.warm_up(model, configs)
+
+    held, answers, first = _answers(model, input_ids, plan, max_new_tokens, progress, work)
+    turns = [first]
+    for _ in range(repeats - 1):
+        caches, seconds = _read(model, input_ids, plan, progress, work)
+        turns.append(seconds)
+    step_turns, divergences = _steps(model, caches, answers[0], steps, progress, work)
+    return [
+        {
+            "method": FULL if config is None else config.method,
+            "score": None if config is None else config.score,
+            "budget": None if config is None else config.budget,
+            "prompt_tokens": input_ids.shape[1],
+            "rows": held[index].rows,
+            "rows_per_head": held[index].rows_per_head,
+            "bytes": held[index].bytes,
+            "bytes_ratio": held[index].bytes / held[0].bytes,
+            "prefill_seconds": median(turn[index] for turn in turns),
+            "prefill_ratio": median_ratio(turns, index, 0),
+            "step_seconds": median(turn[index] for turn in step_turns),
+            "step_ratio": median_ratio(step_turns, index, 0),
+            "answer": tokenizer.decode(answers[index], skip_special_tokens=True).strip(),
+            "answer_tokens": len(answers[index]),
+            "equal_tokens": measure.equal_prefix(answers[index], answers[0]),
+            "reference_tokens": len(answers[0]),
+            "mean_kl": mean(divergences[index]) if divergences[index] else None,
+        }
+        for index, config in plan.items()
+    ]
+
+
+def label(config: MixKVConfig | None) -> str:
+    """A name for people."""
+    return "full cache" if config is None else f"{config.method} {config.score} {config.budget}"
+
+
+def _answers(
+    model: PreTrainedModel, input_ids: torch.Tensor, plan: Plan, count: int, progress: Progress, work: int
+) -> tuple[dict[int, Held], dict[int, list[int]], dict[int, float]]:
+    """One turn of reading and answering: what was held, the answers, the seconds of reading."""
+    held, answers, seconds = {}, {}, {}
+    for index, config in plan.items():
+        progress(f"reading and answering: {label(config)}", work)
+        read = measure.read_prompt(model, input_ids, config)
+        held[index], seconds[index] = measure.held(read.cache), read.seconds
+        answers[index] = measure.greedy(model, read, count)
+    return held, answers, seconds
+
+
+def _read(
+    model: PreTrainedModel, input_ids: torch.Tensor, plan: Plan, progress: Progress, work: int
+) -> tuple[dict[int, Cache], dict[int, float]]:
+    """One turn of reading alone: the caches, and the seconds."""
+    caches, seconds = {}, {}
+    for index, config in plan.items():
+        progress(f"reading: {label(config)}", work)
+        read = measure.read_prompt(model, input_ids, config)
+        caches[index], seconds[index] = read.cache, read.seconds
+    return caches, seconds
+
+
+def _steps(
+    model: PreTrainedModel, caches: dict[int, Cache], answer: list[int], steps: int, progress: Progress, work: int
+) -> tuple[list[dict[int, float]], dict[int, list[float]]]:
+    """Feeds the answer to all caches, over again until ``steps`` are done: seconds a turn, and divergences a cache.
+
+    Divergences are those of the answer's tokens after its first; the repetitions are for the clock alone.
+    """
+    compared = len(answer) - 1
+    fed = torch.tensor([[answer[turn % len(answer)]] for turn in range(max(steps, compared))], device=model.device)
+    turns: list[dict[int, float]] = []
+    divergences: dict[int, list[float]] = {index: [] for index in caches}
+    for outcome in measure.rounds(model, caches, fed):
+        progress("decoding, turn by turn", work)
+        if len(turns) < compared:
+            for index, (logits, _) in outcome.items():
+                divergences[index].append(float(measure.kl_divergence(outcome[0][0], logits).mean()))
+        turns.append({index: seconds for index, (_, seconds) in outcome.items()})
+    return turns, divergences
