@@ -36,7 +36,7 @@ def attend_with_cache(
     layer = getattr(key, MARK, None)
     if layer is None:
         return base(module, query, key, value, attention_mask, **kwargs)
-    with layer.arriving(module, query, kwargs):
+    with layer.arriving(module, kwargs):
         if layer.store is None:
             return _read_prompt(layer, base, module, query, key, value, attention_mask, kwargs)
         if kwargs.get("output_attentions"):
@@ -77,7 +77,7 @@ def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
     else:
         output = layer.store.attend_extend(query, key, value, mask=_block_mask(mask, valid, new), **options)
         layer.append(key, value, valid)
-    layer.settle(query, options)
+    layer.settle(query, valid)
     return output
 
 

@@ -147,12 +147,6 @@ class MixKVLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.take_rows(beam_idx.tolist())
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.take_rows(torch.arange(self.batch, device=indices.device)[indices].tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.take_rows([row for row in range(self.batch) for _ in range(repeats)])
-
     def offload(self) -> None:
         raise ValueError("a compressed cache is not offloaded: leave offloading out; it holds few rows")
 
@@ -165,7 +159,7 @@ class MixKVLayer(CacheLayerMixin):
         return self.shared.prompt_length
 
     @contextmanager
-    def arriving(self, module: torch.nn.Module, query: torch.Tensor, kwargs: dict) -> Iterator[None]:
+    def arriving(self, module: torch.nn.Module, kwargs: dict) -> Iterator[None]:
         """The handed-out keys have come to the attention function of ``module``; on an error the layer is as before."""
         self.shared.waiting = None
         try:
@@ -241,19 +235,23 @@ class MixKVLayer(CacheLayerMixin):
         """Stores the last n columns seen: key, value [B, Hkv, n, D], padding left out."""
         self.store.append(key, value, self.seen - key.shape[2], valid)
 
-    def settle(self, query: torch.Tensor, options: dict) -> None:
-        """After a continuation of queries [B, Hq, n, D]: holds a layer with a decode budget to it."""
+    def settle(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """After a continuation of queries [B, Hq, n, D], ``valid`` [B, n] of them real: holds the layer to its decode budget."""
         if self.shared.config.decode_budget is None:
             return
-        self._remember(query)
+        self._remember(query, valid)
         if not self.shared.recording:
             self._bound()
 
-    def _remember(self, query: torch.Tensor) -> None:
-        """Keeps the last window of queries; while recording as many more as may be taken back."""
-        query = query.detach()
+    def _remember(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Keeps the last window of queries, those of padding left out; while recording as many more as may be taken back."""
+        query, new = query.detach(), query.shape[2]
         if self.query_tail is not None:
             query = torch.cat([self.query_tail, query], dim=2)
+        if valid is not None:
+            real = torch.nn.functional.pad(valid, (query.shape[2] - new, 0), value=True)
+            order = real.long().argsort(dim=-1, stable=True)
+            query = query.gather(2, order[:, None, :, None].expand_as(query))
         wanted = self.shared.config.window + (self.arrived if self.shared.recording else 0)
         self.query_tail = query[:, :, -wanted:].clone()
 

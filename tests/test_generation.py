@@ -275,6 +275,28 @@ def test_decode_recompression_keeps_what_select_says():
     assert later and all(query.shape[2] == 6 for query in later)
 
 
+def test_decode_budget_with_padding_in_the_second_turn():
+    model = zoo.build("llama")
+    batch, rows = zoo.ragged("llama", [48, 41])
+    options = dict(decode_budget=20, decode_slack=2, **SMALL)
+    added = [torch.randint(4, 100, (1, n), generator=torch.Generator().manual_seed(n)) for n in (9, 12)]
+    block = torch.cat([torch.nn.functional.pad(part, (12 - part.shape[1], 0)) for part in added])
+    mask = torch.cat([batch["attention_mask"], (block > 0).long()], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    together = mixkv.MixKVCache(model, **options)
+    with torch.no_grad():
+        model(**batch, past_key_values=together, position_ids=places[:, :48])
+        model(input_ids=block, attention_mask=mask, past_key_values=together, position_ids=places[:, 48:])
+        for row in range(2):
+            alone = mixkv.MixKVCache(model, **options)
+            model(**rows[row], past_key_values=alone)
+            model(input_ids=added[row], past_key_values=alone)
+            for layer in range(3):
+                assert [len(part) for part in together.kept(layer)[row]] == [len(part) for part in alone.kept(layer)[0]]
+                for kept, expected in zip(together.kept(layer)[row], alone.kept(layer)[0]):
+                    assert places[row][kept.long()].tolist() == expected.tolist()
+
+
 def test_assisted_decoding_with_decode_budget():
     model, prompts = zoo.build("llama"), prompts_for("llama")
     cache = mixkv.MixKVCache(model, decode_budget=20, decode_slack=4, **SMALL)
