@@ -14,8 +14,8 @@ def stats(cache) -> dict[str, Any]:
         bytes_full: what an uncompressed cache holds after the same tokens;
         ratio: bytes / bytes_full;
         seen: tokens seen, padding included;
-        lengths: per layer rows held [B][Hkv], None for layers that are not compressed;
-        redundancy: per layer [B][Hkv] as measured on the prompt, None likewise;
+        lengths: per layer an int64 tensor [B, Hkv] of rows held, None for layers that are not compressed;
+        redundancy: per layer a float32 tensor [B, Hkv] as measured on the prompt, None likewise;
         rows: rows held by all compressed layers; spare_rows: rows allocated on top of them;
         method, score, budget: from the config.
     """
@@ -30,10 +30,8 @@ def stats(cache) -> dict[str, Any]:
         "bytes_full": full,
         "ratio": held / full if full else 1.0,
         "seen": max((layer.seen for layer in layers if _ours(layer)), default=0),
-        "lengths": [layer.lengths().tolist() if _ours(layer) else None for layer in layers],
-        "redundancy": [
-            layer.redundancy.tolist() if _ours(layer) and layer.redundancy is not None else None for layer in layers
-        ],
+        "lengths": [layer.lengths() if _ours(layer) else None for layer in layers],
+        "redundancy": [layer.redundancy.cpu() if _ours(layer) and layer.redundancy is not None else None for layer in layers],
         "rows": rows,
         "spare_rows": sum(store.key.shape[0] for store in stores) - rows,
         "method": cache.config.method,
@@ -65,7 +63,7 @@ def html(cache) -> str:
 
 
 def _picture(lengths: list) -> str:
-    grid = [(index, layer[0]) for index, layer in enumerate(lengths) if layer]
+    grid = [(index, layer[0].tolist()) for index, layer in enumerate(lengths) if layer is not None and len(layer)]
     if not grid:
         return ""
     most = max(max(row) for _, row in grid) or 1

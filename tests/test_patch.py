@@ -104,9 +104,10 @@ def test_stats():
     assert abs(numbers["bytes"] - held) <= 64 * len(cache.layers)
     assert numbers["ratio"] == numbers["bytes"] / numbers["bytes_full"] < 1
     assert numbers["seen"] == 60
-    ours = [layer for layer in numbers["lengths"] if layer]
+    ours = [layer for layer in numbers["lengths"] if layer is not None]
     assert len(ours) == 1 and all(sum(row) == 14 * len(row) for layer in ours for row in layer)
-    assert all(0 <= r <= 1 for layer in numbers["redundancy"] if layer for row in layer for r in row)
+    assert [layer.shape for layer in ours] == [(2, 2)]
+    assert all((0 <= layer).all() and (layer <= 1).all() for layer in numbers["redundancy"] if layer is not None)
     assert numbers["rows"] == sum(sum(row) for layer in ours for row in layer)
     assert "MiB" in repr(cache) and "<svg" in cache._repr_html_()
     cache.reset()
