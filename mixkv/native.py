@@ -2,10 +2,10 @@
 
 Two libraries hold the same operations, ``libmixkv`` for the CPU and ``libmixkv_cuda`` for NVIDIA GPUs. Each is taken from the
 package (built by setup.py) or from a cache folder, else built into that folder. They are written against torch's stable ABI:
-one build serves every Python and every torch from 2.10 on. Nothing here fails an import: without a library `supports` is
-False and `status` says why.
+one build serves every Python and every torch from 2.10 on. Nothing here fails an import: without a library `why_not` and
+`status` say why.
 
-Environment: ``MIXKV_BACKEND=torch`` never loads a library, ``MIXKV_BACKEND=native`` makes it an error that there is none;
+Environment: ``MIXKV_BACKEND=torch`` never loads a library (``MIXKV_BACKEND=native`` makes `kernels.choose` insist on one);
 ``MIXKV_CACHE`` is the cache folder (default ``~/.cache/mixkv``); ``CXX``, ``NVCC`` the compilers, ``MIXKV_CXXFLAGS`` further flags;
 ``MIXKV_BUILD_TIMEOUT`` the seconds that a build may take.
 """
@@ -89,10 +89,7 @@ def status(device: str = "cpu", *, load: bool = True) -> Status:
     with _lock:
         if device not in _statuses:
             _statuses[device] = _load(device)
-    found = _statuses[device]
-    if not found.available and os.environ.get("MIXKV_BACKEND") == "native":
-        raise RuntimeError(f"MIXKV_BACKEND=native, but there are no compiled operations for {device}: {found.reason}")
-    return found
+    return _statuses[device]
 
 
 def why_not(device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
@@ -112,13 +109,6 @@ def describe(device: str) -> str:
     found = status(device)
     kind = f", {found.detail}" if found.detail else ""
     return f"{found.built}{kind}, {found.path}"
-
-
-def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the compiled operations take these: device, dtypes and head sizes, and no gradient is asked for."""
-    if not query.dtype == key.dtype == value.dtype or (query.requires_grad and _torch().is_grad_enabled()):
-        return False
-    return why_not(key.device, key.dtype, key.shape[-1], value.shape[-1]) is None
 
 
 def append(buffers, starts, lengths, key, value, column, valid=None) -> None:
@@ -218,6 +208,8 @@ def _load(device: str) -> Status:
     if version < _TARGET:
         return Status(False, reason=f"torch {torch.__version__} is older than {_TARGET[0]}.{_TARGET[1]}")
     if device == "cuda":
+        if not torch.cuda.is_available():
+            return Status(False, reason="torch sees no GPU")
         # The schemas are in the CPU library.
         base = status("cpu")
         if not base.available:
@@ -314,7 +306,9 @@ def _units(device: str, sources: Path) -> list[tuple[Path, list[str]]]:
         codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in _ARCHITECTURES]
         newest = _ARCHITECTURES[-1]
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        return [(path, [*_NVCC_FLAGS, *codes]) for path in sorted((sources / "cuda").glob("*.cu"))]
+        return [
+            (path, [*_NVCC_FLAGS, *codes]) for path in sorted((sources / "cuda").glob("*.c*")) if path.suffix in (".cu", ".cpp")
+        ]
     files = [sources / "registration.cpp", *sorted((sources / "cpu").glob("*.cpp"))]
     if platform.machine().lower() not in ("x86_64", "amd64"):
         files = [path for path in files if path.name not in _TABLES]

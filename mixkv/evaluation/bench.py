@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
-from ..cache import MixKVCache, MixKVLayer
+from ..cache import MixKVCache
 from ..config import MixKVConfig
 from ..ragged import RaggedStore
 from ..selection import Selection
 from . import InputError, measure
-from .measure import Held, Progress, Read, median_ratio, no_progress
+from .measure import Progress, median_ratio, no_progress
 from .prompts import check_length, filler
 
 FULL, FLOOR = "full", "floor"
-PREFILL_LIMIT, STEP_LIMIT, LENGTH_LIMIT, BYTES_LIMIT = 1.05, 1.15, 1.05, 1.25
 
-# What is measured: a method (or FULL, or FLOOR) and the prompt's length.
+# The most that is aimed at; see `targets`.
+BYTES, PREFILL, STEP, LONGER = 1.25, 1.05, 1.15, 1.05
+
+# What is measured: a method, FULL or FLOOR, and the length of the prompt.
 Name = tuple[str, int]
+Turns = list[dict[Name, float]]
 
 
 def run(
@@ -30,54 +32,167 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompt_tokens: list[int],
-    budget: int = 128,
     methods: list[str],
+    budget: int = 128,
     batch: int = 1,
     repeats: int = 3,
     steps: int = 48,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Measures prompts of each length under the full cache and every method (score ``mix``), and the floor.
+    """Measures the full cache and every method (score ``mix``) on prompts of each length, and the floor.
 
-    The floor is the uncompressed model after a prompt of ``budget`` tokens: what a decode step costs with so many rows and
-    no compression. Prompts are read turn by turn, ``repeats`` times; then all caches of all lengths, each holding its prompt,
-    decode one token each, turn by turn, ``steps`` times. Seconds are medians, ratios medians of the ratios within a turn.
+    The floor is the uncompressed model after a prompt of ``budget`` tokens: a decode step over so many rows without any
+    compression. Prompts are read turn by turn, ``repeats`` times. Then all caches of all lengths, each holding its prompt,
+    decode a token each, turn by turn, ``steps`` times. Seconds are medians; ratios of seconds are medians over the turns.
 
-    ``sparsemm`` gets a made-up profile: its time depends on how uneven the heads are, not on which they are.
+    ``sparsemm`` gets a made-up head profile: its time depends on how uneven the heads are, not on which they are.
 
-    Returns: a dict for each of them, with
+    Returns: a dict each, with
         method, prompt_tokens, batch;
-        prefill_seconds; first_token_seconds (making the cache and reading the token included); step_seconds;
+        prefill_seconds; first_token_seconds (the making of the cache and the reading of the token included); step_seconds;
         bytes, rows_per_head: held right after the prompt; peak_bytes: on the GPU while reading it, None on the CPU;
-        bytes_to_full, prefill_to_full, step_to_full: ratios to the full cache of the same prompt;
+        bytes_to_full, prefill_to_full, step_to_full: ratios to the full cache of the same prompt, None for the floor;
         step_to_floor; step_to_shortest: to the same method after the shortest prompt.
 
     Raises:
-        InputError: a prompt that does not fit the model or the budget.
+        InputError: a prompt that fits into the budget, or does not fit the model.
     """
     lengths = sorted(set(prompt_tokens))
     if lengths[0] <= budget:
-        raise InputError(f"--prompt-tokens {lengths[0]} is within --budget {budget}, so nothing would be compressed: give longer prompts")
+        raise InputError(
+            f"--prompt-tokens {lengths[0]} is within --budget {budget}, so nothing would be compressed: give longer prompts"
+        )
     check_length(model, lengths[-1], steps)
-    plan = _plan(model, lengths, budget, methods)
-    configs = [config for config in plan.values() if config is not None]
-    measure.warm_up(model, configs[: len(methods)])
+    plan = _plan(model, lengths, methods, budget)
+    measure.warm_up(model, [config for config in plan.values() if config is not None])
     work = len(plan) * repeats + steps
 
-    turns: list[dict[Name, Read]] = []
-    held: dict[Name, Held] = {}
-    caches: dict[Name, Cache] = {}
-    for _ in range(repeats):
-        reads = {}
+    caches, held, peaks = {}, {}, {}
+    prefills: Turns = [{} for _ in range(repeats)]
+    firsts: Turns = [{} for _ in range(repeats)]
+    for turn in range(repeats):
         for name, config in plan.items():
             progress(f"reading {name[1]} tokens: {name[0]}", work)
-            ids = filler(tokenizer, name[1], batch).to(model.device)
-            read = measure.read_prompt(model, ids, config)
-            held[name], caches[name] = measure.held(read.cache), read.cache
-            reads[name] = read.timing
-        turns.append(reads)
-    step_turns = []
+            caches.pop(name, None)
+            read = measure.read_prompt(model, filler(tokenizer, name[1], batch).to(model.device), config)
+            prefills[turn][name], firsts[turn][name] = read.seconds, read.first_token_seconds
+            caches[name], held[name], peaks[name] = read.cache, measure.held(read.cache), read.peak_bytes
+    decodes: Turns = []
     for outcome in measure.rounds(model, caches, filler(tokenizer, steps, batch).T.to(model.device)):
         progress("decoding, turn by turn", work)
-        step_turns.append({name: seconds for name, (_, seconds) in outcome.items()})
-    return [_record(name, batch, budget, lengths[0], turns, held, step_turns) for name in plan]
+        decodes.append({name: seconds for name, (_, seconds) in outcome.items()})
+
+    records = []
+    for name in plan:
+        full, shortest = (FULL, name[1]), (name[0], lengths[0])
+        alone = name[0] == FLOOR
+        records.append(
+            {
+                "method": name[0],
+                "prompt_tokens": name[1],
+                "batch": batch,
+                "prefill_seconds": median(turn[name] for turn in prefills),
+                "first_token_seconds": median(turn[name] for turn in firsts),
+                "step_seconds": median(turn[name] for turn in decodes),
+                "bytes": held[name].bytes,
+                "rows_per_head": held[name].rows_per_head,
+                "peak_bytes": peaks[name],
+                "bytes_to_full": None if alone else held[name].bytes / held[full].bytes,
+                "prefill_to_full": None if alone else median_ratio(prefills, name, full),
+                "step_to_full": None if alone else median_ratio(decodes, name, full),
+                "step_to_floor": median_ratio(decodes, name, (FLOOR, budget)),
+                "step_to_shortest": None if alone else median_ratio(decodes, name, shortest),
+            }
+        )
+    return records
+
+
+def targets(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """What `run` measured against what this library aims at: for every method, how much at the most.
+
+    Returns: a dict each with ``what``, method, prompt_tokens, value, limit, met.
+    """
+    found = []
+    shortest = min(record["prompt_tokens"] for record in records if record["method"] != FLOOR)
+    for record in records:
+        if record["method"] in (FULL, FLOOR):
+            continue
+        limits = {"prefill_to_full": PREFILL, "step_to_floor": STEP}
+        if record["method"] == "adakv":
+            limits["bytes_to_full"] = BYTES * budget / record["prompt_tokens"]
+        if record["prompt_tokens"] != shortest:
+            limits["step_to_shortest"] = LONGER
+        for what, limit in limits.items():
+            place = {key: record[key] for key in ("method", "prompt_tokens")}
+            found.append({"what": what, **place, "value": record[what], "limit": limit, "met": record[what] <= limit})
+    return found
+
+
+def append_times(model: PreTrainedModel, stored: tuple[int, ...] = (128, 4096), appends: int = 1024) -> list[dict[str, Any]]:
+    """Time of `RaggedStore.append` alone, one row at a time, for stores of different sizes of one layer of ``model``.
+
+    In place, there is always room: what is appended is taken back. Growing, the buffers are laid out anew whenever they
+    are full, and that is spread over all the rows appended.
+
+    Returns: a dict each with rows_per_head, in_place_seconds (median), growing_seconds (mean).
+    """
+    heads, size = _shape(model)
+    row = torch.randn(1, heads, 1, size, dtype=model.dtype, device=model.device)
+    stores = {rows: _store(heads, rows, row) for rows in stored}
+    in_place: dict[int, list[float]] = {rows: [] for rows in stored}
+    for _ in range(appends):
+        for rows, store in stores.items():
+            in_place[rows].append(_append(store, row))
+            store.crop(1)
+    growing = {rows: [_append(store, row) for _ in range(appends)] for rows, store in stores.items()}
+    return [
+        {"rows_per_head": rows, "in_place_seconds": median(in_place[rows]), "growing_seconds": mean(growing[rows])}
+        for rows in stored
+    ]
+
+
+def _plan(model: PreTrainedModel, lengths: list[int], methods: list[str], budget: int) -> dict[Name, MixKVConfig | None]:
+    plan: dict[Name, MixKVConfig | None] = {(FLOOR, budget): None}
+    profile = None
+    if "sparsemm" in methods:
+        heads, _ = _shape(model)
+        layers = sum(hasattr(layer, "shared") for layer in MixKVCache(model).layers)
+        profile = torch.rand(layers, heads, generator=torch.Generator().manual_seed(0)).pow(2).tolist()
+    try:
+        configs = {
+            method: MixKVConfig(method=method, score="mix", budget=budget, profile=profile if method == "sparsemm" else None)
+            for method in methods
+        }
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for length in lengths:
+        plan[FULL, length] = None
+        plan.update({(method, length): config for method, config in configs.items()})
+    return plan
+
+
+def _shape(model: PreTrainedModel) -> tuple[int, int]:
+    """KV heads, and the size of a head."""
+    config = model.config.get_text_config(decoder=True)
+    query_heads = config.num_attention_heads
+    return (
+        getattr(config, "num_key_value_heads", None) or query_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // query_heads,
+    )
+
+
+def _store(heads: int, rows: int, row: torch.Tensor) -> RaggedStore:
+    """A store of ``heads`` sequences of ``rows`` copies of ``row`` [1, heads, 1, D]."""
+    kept = torch.arange(rows, dtype=torch.int32, device=row.device).repeat(heads)
+    lengths = torch.full((1, heads), rows, device=row.device)
+    nothing = torch.zeros(1, heads, 0, device=row.device)
+    states = row.expand(-1, -1, rows, -1)
+    return RaggedStore.from_selection(states, states, Selection(kept, lengths, nothing, nothing))
+
+
+def _append(store: RaggedStore, row: torch.Tensor) -> float:
+    measure.synchronize(row.device)
+    start = perf_counter()
+    store.append(row, row, store.max_length)
+    measure.synchronize(row.device)
+    return perf_counter() - start

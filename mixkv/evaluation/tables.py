@@ -1,100 +1,138 @@
-"""Results as tables in the terminal, progress while they are made, and what machine they come from."""
+"""Results for people: rich tables, and a progress bar. Nothing here measures."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
-console = Console()
+from .measure import Progress
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on the terminal; yields ``report(what, done, total)``."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+def progress_bar() -> Iterator[Progress]:
+    """A bar on standard error, gone when its block ends."""
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading the model", total=None)
+        begun = 0
+
+        def progress(what: str, total: int) -> None:
+            nonlocal begun
+            bar.update(task, description=what, total=total, completed=begun)
+            begun += 1
+
+        yield progress
 
 
-def comparison(records: list[dict[str, Any]]) -> None:
-    """The table of `compare.run`, and the answers."""
-    table = Table(title="against the full cache, same run")
-    for name in ("cache", "rows/head", "held", "share", "prefill", "step", "same tokens", "KL"):
-        table.add_column(name, justify="left" if name == "cache" else "right")
-    length = len(records[0]["tokens"])
+def comparison(console: Console, records: list[dict[str, Any]]) -> None:
+    """Prints what `compare.run` returns: the numbers, then the answers."""
+    numbers = Table(title=f"Prompt of {records[0]['prompt_tokens']:,} tokens", title_justify="left")
+    for name in ("method", "score"):
+        numbers.add_column(name)
+    for name in ("budget", "rows a head", "held", "bytes", "prefill", "step", "same tokens", "mean KL"):
+        numbers.add_column(name, justify="right")
+    answers = Table(title="Answers", title_justify="left", show_lines=True)
+    answers.add_column("cache", no_wrap=True)
+    answers.add_column("answer")
     for record in records:
+        full = record["budget"] is None
+        numbers.add_row(
+            "full cache" if full else record["method"],
+            record["score"] or "",
+            "" if full else str(record["budget"]),
+            f"{record['rows_per_head']:,.0f}",
+            mebibytes(record["bytes"]),
+            times(record["bytes_ratio"]),
+            f"{record['prefill_seconds']:.2f} s" if full else times(record["prefill_ratio"]),
+            f"{1e3 * record['step_seconds']:.1f} ms" if full else times(record["step_ratio"]),
+            f"{record['equal_tokens']}/{record['reference_tokens']}",
+            "" if record["mean_kl"] is None else f"{record['mean_kl']:.3f}",
+            style="bold" if full else None,
+        )
+        name = "full cache" if full else f"{record['method']} {record['score']} {record['budget']}"
+        answers.add_row(name, record["answer"])
+    console.print(numbers)
+    console.print(
+        "Ratios are to the full cache, in the same turn. same tokens: how many first tokens of the greedy answer are the full "
+        "cache's. mean KL: nats a token, over the full cache's answer. One text is an illustration, not an evaluation.",
+        style="dim",
+    )
+    console.print(answers)
+
+
+def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
+    """Prints what `bench.run` returns."""
+    table = Table(title="Time and memory", title_justify="left")
+    table.add_column("cache")
+    for name in ("prompt", "held", "prefill", "first token", "step", "bytes", "prefill", "step", "step/floor", "step/shortest"):
+        table.add_column(name, justify="right")
+    length = None
+    for record in records:
+        if record["prompt_tokens"] != length:
+            table.add_section()
+            length = record["prompt_tokens"]
         table.add_row(
-            record["name"],
-            f"{record['rows']:.0f}",
-            size(record["bytes"]),
-            f"{record['bytes_ratio']:.1%}",
-            f"{record['prefill_s']:.2f} s" if record["name"] == "full" else f"x {record['prefill_ratio']:.2f}",
-            f"{record['step_s'] * 1e3:.1f} ms" if record["name"] == "full" else f"x {record['step_ratio']:.2f}",
-            f"{record['same_tokens']}/{length}",
-            "-" if record["kl"] is None else f"{record['kl']:.3f}",
+            record["method"],
+            f"{length:,}",
+            mebibytes(record["bytes"]),
+            f"{record['prefill_seconds']:.3f} s",
+            f"{record['first_token_seconds']:.3f} s",
+            f"{1e3 * record['step_seconds']:.1f} ms",
+            *(
+                times(record[name])
+                for name in ("bytes_to_full", "prefill_to_full", "step_to_full", "step_to_floor", "step_to_shortest")
+            ),
         )
     console.print(table)
-    for record in records:
-        console.print(f"[bold]{record['name']:>22}[/bold]  {record['answer']}", highlight=False)
-
-
-def benchmark(records: list[dict[str, Any]], append: dict, targets: list[tuple[str, float, float]]) -> None:
-    """The tables of `bench.run`."""
-    table = Table(title="prefill, bytes and decode step; ratios from one run")
-    columns = ("prompt", "cache", "prefill", "to full", "held", "to full", "step", "to full", "to floor", "to shortest")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "cache" else "right")
-    for record in records:
-        table.add_row(
-            str(record["length"]),
-            record["name"],
-            f"{record['prefill_s']:.2f} s",
-            f"{record['prefill_ratio']:.3f}",
-            size(record["bytes"]),
-            f"{record['bytes_ratio']:.4f}",
-            f"{record['step_s'] * 1e3:.1f} ms",
-            f"{record['step_to_full']:.3f}",
-            f"{record['step_to_floor']:.3f}",
-            f"{record['step_to_shortest']:.3f}",
-        )
-    console.print(table)
-    for rows, cost in append.items():
-        console.print(
-            f"append with {rows} rows a head stored: {cost['in_place_us']:.1f} us in place, {cost['growth_us']:.1f} us of growth per append"
-        )
-    for what, measured, most in targets:
-        mark = "[green]met[/green]" if measured <= most else "[red]missed[/red]"
-        console.print(f"{mark} {what}: {measured:.4f}, at most {most:.4f}", highlight=False)
-
-
-def size(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"
-
-
-def machine() -> dict[str, Any]:
-    """Where results come from."""
-    return {
-        "processor": _processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+    peaks = {
+        f"{record['method']} {record['prompt_tokens']}": record["peak_bytes"] for record in records if record["peak_bytes"]
     }
+    if peaks:
+        console.print("Peak memory while reading: " + ", ".join(f"{name}: {mebibytes(peak)}" for name, peak in peaks.items()))
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def targets(console: Console, found: list[dict[str, Any]]) -> None:
+    """Prints what `bench.targets` returns."""
+    table = Table(title="Targets", title_justify="left")
+    for name in ("what", "method"):
+        table.add_column(name)
+    for name in ("prompt", "measured", "at most"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for target in found:
+        met = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
+        numbers = (f"{target['prompt_tokens']:,}", f"{target['value']:.3f}", f"{target['limit']:.3f}")
+        table.add_row(target["what"].replace("_", " "), target["method"], *numbers, met)
+    console.print(table)
+
+
+def appends(console: Console, records: list[dict[str, Any]]) -> None:
+    """Prints what `bench.append_times` returns."""
+    table = Table(title="Appending one row to every head of one layer", title_justify="left")
+    for name in ("rows held a head", "in place (median)", "growth spread over all (mean)"):
+        table.add_column(name, justify="right")
+    for record in records:
+        seconds = (record["in_place_seconds"], record["growing_seconds"])
+        table.add_row(f"{record['rows_per_head']:,}", *(f"{1e6 * value:.1f} us" for value in seconds))
+    console.print(table)
+
+
+def mebibytes(count: int) -> str:
+    """As in ``12.3 MiB``."""
+    return f"{count / 2**20:.1f} MiB"
+
+
+def times(ratio: float | None) -> str:
+    """As in ``0.071x``; nothing for None."""
+    return "" if ratio is None else f"{ratio:.3f}x"

