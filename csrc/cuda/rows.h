@@ -1,0 +1,10 @@
+#pragma once
+
+#include "../tensors.h"
+
+namespace mixkv::cuda {
+
+void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
+            int64_t column, std::optional<Tensor> valid);
+
+}  // namespace mixkv::cuda

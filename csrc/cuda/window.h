@@ -1,0 +1,37 @@
+// What the host tells the observation-window kernels.
+#pragma once
+
+#include "attention.h"
+
+namespace mixkv::cuda {
+
+struct Window {
+  // [B, Hq, W, D] and [B, Hkv, N, D]; valid [B, Hkv, N].
+  const void* query;
+  const void* key;
+  Strides query_strides, key_strides;
+  const uint8_t* valid;
+  Strides valid_strides;
+  const float* sinks;
+  // [B, Hkv, N - W]
+  float* out;
+  // Of every sequence, block of columns and query row: maximum and mass.
+  float2* states;
+  // Of every sequence and query row: the logarithm of the whole mass.
+  float* totals;
+
+  int64_t sequences;
+  int heads, groups, window, columns, size;
+  // Query rows are padded to whole tiles, head by head.
+  int tiles_per_head, column_blocks;
+  float scaling, softcap;
+  bool reduce_max;
+};
+
+// Columns that a block of threads takes, for a head size.
+constexpr int window_block_columns(int size) { return size > 128 ? 64 : 128; }
+
+template <class T>
+void launch_window(const Window& window, const Device& device, cudaStream_t stream);
+
+}  // namespace mixkv::cuda

