@@ -201,7 +201,8 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
   const int rows = narrow(key.size(2));
   Validity validity{nullptr, 0, 0, narrow(key.size(1)), rows};
   if (valid) {
-    STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool && valid->dim() == 2 && valid->size(0) == key.size(0) && valid->size(1) == rows,
+    STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool && valid->dim() == 2 && valid->size(0) == key.size(0) &&
+                        valid->size(1) == rows,
                     "valid must be a bool [B, n] tensor");
     validity.real = data<uint8_t>(*valid);
     validity.batch_stride = valid->stride(0);

@@ -160,7 +160,8 @@ void launch_window(const Window& w, const Device& device, cudaStream_t stream) {
   with_sizes<T>(w.size, w.size, [&](auto sizes) {
     using S = decltype(sizes);
     constexpr int kColumns = window_block_columns(S::Capacity), kThreads = kWindowWarps<S> * 32;
-    const int64_t memory = (kColumns + kStagedQueries) * (w.size + kVector<T>) * sizeof(T) + kWindowWarps<S> * kStagedQueries * sizeof(float2);
+    const int64_t memory =
+        (kColumns + kStagedQueries) * (w.size + kVector<T>) * sizeof(T) + kWindowWarps<S> * kStagedQueries * sizeof(float2);
     STD_TORCH_CHECK(memory <= device.block_memory, "head size ", w.size, " needs more shared memory than this GPU has");
     const int rows = w.groups * w.tiles_per_head * kTileQueries;
     launch<window_pass<T, S, false>>(device, stream, w.sequences * w.column_blocks, kThreads, memory, w);
