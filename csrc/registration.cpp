@@ -14,5 +14,7 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("compact(" MIXKV_BUFFERS "Tensor lengths, Tensor offsets, Tensor key, Tensor value, Tensor positions) -> ()");
   m.def("move_rows(" MIXKV_BUFFERS "Tensor lengths, Tensor from_key, Tensor from_value, Tensor from_position, Tensor from_starts, "
         "int max_length) -> ()");
-  m.def("window_scores(Tensor query, Tensor key, Tensor? valid, float scaling, bool reduce_max, float softcap, Tensor? sinks) -> Tensor");
+  m.def("window_scores(Tensor query, Tensor key, Tensor? valid, float scaling, bool squared, bool reduce_max, float softcap, "
+        "Tensor? sinks) -> Tensor");
+  m.def("projected_norm(Tensor value, Tensor factor) -> Tensor");
 }

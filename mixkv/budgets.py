@@ -121,5 +121,73 @@ def from_profile(
     return apportion(mine.double(), mine.sum(-1).minimum(candidates.sum(-1)), candidates)
 
 
+class Votes:
+    """Shared out over the whole model by importance, with a floor; layers come one at a time.
+
+    All candidates of all L x Hkv heads compete: the ``L * Hkv * base`` most important vote for their heads, n votes; a head
+    gets ``(1 - floor) * n + floor * base``. Votes of earlier layers can only fall as later layers arrive, and a head's rows
+    fall with its votes: rows beyond the `quota` so far are never needed again. Ties go to the earlier layer, head and column.
+
+    Args:
+        floor: the share of the total that every head gets for certain.
+    """
+
+    def __init__(self, floor: float):
+        self.floor, self.layers = floor, 0
+        self.value = self.owner = None
+
+    def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
+        """The next layer.
+
+        Args:
+            base: [B] int, candidate rows per head on average.
+            candidates: [B, Hkv] int, rows to choose from.
+            importance: [B, Hkv, M], -inf for padding.
+            num_layers: L.
+
+        Raises:
+            ValueError: a layer with another number of KV heads than the first.
+        """
+        batch, heads, _ = importance.shape
+        if self.layers == 0:
+            self.heads, self.num_layers = heads, num_layers
+            self.base = base.minimum(candidates.amax(dim=-1))
+            self.total = self.base * heads * num_layers
+            self.candidates = candidates
+        elif heads != self.heads:
+            raise ValueError(
+                f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: method='global' needs the same number "
+                f"in all layers. Use method='adakv'"
+            )
+        owner = torch.arange(self.layers * heads, (self.layers + 1) * heads, dtype=torch.int32, device=importance.device)
+        owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)
+        value = importance.flatten(1)
+        if self.layers > 0:
+            value = torch.cat([self.value.to(value.device), value], dim=1)
+            owner = torch.cat([self.owner.to(owner.device), owner], dim=1)
+        kept = min(int(self.total.max()), value.shape[1])
+        order = value.sort(dim=1, descending=True, stable=True).indices[:, :kept]
+        self.value, self.owner = value.gather(1, order), owner.gather(1, order)
+        self.layers += 1
+
+    def quota(self) -> torch.Tensor:
+        """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
+        batch = self.value.shape[0]
+        device = self.value.device
+        counted = torch.arange(self.value.shape[1], device=device) < self.total.to(device).unsqueeze(-1)
+        counted &= ~self.value.isneginf()
+        votes = torch.zeros(batch, self.layers * self.heads, dtype=torch.float64, device=device)
+        votes.scatter_add_(1, self.owner.long(), counted.double())
+        base = self.base.to(device).unsqueeze(-1)
+        shares = (1 - self.floor) * votes + self.floor * base.double()
+        limit = self.candidates.to(device).repeat(1, self.layers)
+        if self.layers == self.num_layers:
+            rows = apportion(shares, self.total.to(device), limit)
+        else:
+            # `apportion` rounds up by at most one.
+            rows = ((shares + 1e-6).floor().long() + 1).minimum(limit)
+        return rows.view(batch, self.layers, self.heads)
+
+
 def _total(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     return (base * candidates.shape[-1]).minimum(candidates.sum(-1))

@@ -38,6 +38,8 @@ class MixKVCache(Cache):
         ValueError: unknown or bad options, or a model that cannot be compressed.
     """
 
+    layer_class = MixKVLayer
+
     def __init__(self, model: PreTrainedModel | None = None, config: MixKVConfig | None = None, **options):
         for name in ("offloading", "offload_only_non_sliding"):
             if options.pop(name, None):
@@ -64,7 +66,7 @@ class MixKVCache(Cache):
     def _make_layers(self) -> None:
         ordinals = itertools.count()
         self.layers = [
-            MixKVLayer(self._shared, next(ordinals)) if slot is None else copy.deepcopy(slot) for slot in self._slots
+            self.layer_class(self._shared, next(ordinals)) if slot is None else copy.deepcopy(slot) for slot in self._slots
         ]
 
     @torch.compiler.disable
@@ -110,7 +112,7 @@ class MixKVCache(Cache):
         if self.layers:
             self._make_layers()
         self._batch = None
-        self._shared.prompt_length = self._shared.waiting = None
+        self._shared.prompt_length = self._shared.waiting = self._shared.contest = None
         self._shared.recording = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 from .headprofile import Table, as_table
 from .headprofile import load as load_profile
 
-METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm")
+METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global")
 BACKENDS = ("auto", "native", "varlen", "flash", "torch")
-SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff")
+SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff", "output", "mix-output")
+# Those that weigh attention by what a row adds to the residual stream.
+OUTPUT_SCORES = ("output", "mix-output")
 
 
 @dataclass(frozen=True)
@@ -23,20 +25,24 @@ class MixKVConfig:
     Args:
         method: who gets how many rows. ``snapkv`` every head the same (arXiv 2404.14469), ``pyramidkv`` fewer in later
             layers (2406.02069), ``adakv`` shared out among the heads of a layer by attention mass (2407.11550),
-            ``sparsemm`` shared out over the whole model by ``profile`` (2506.05344).
+            ``sparsemm`` shared out over the whole model by ``profile`` (2506.05344), ``global`` shared out over the whole
+            model, prompt by prompt, by what rows add to the layers' outputs.
         score: which rows a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
             (MixKV, 2510.20707), ``mix-fixed`` their plain mean, ``attn`` window attention (SnapKV), ``vnorm`` attention
-            plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364).
+            plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
+            attention times what the row adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``.
         budget: rows kept per KV head and layer, on average, window included (int), or a share of the prompt
             (float in (0, 1]). A prompt no longer than its budget is kept whole.
         window: the last prompt tokens, whose queries score the others; always kept.
-        kernel_size: width of the pooling over neighbouring positions; odd.
+        kernel_size: width of the pooling of attention over neighbouring positions; odd. (Output importance has its own:
+            `mixkv.scores.output_importance`.)
         pooling: ``avg`` or ``max``.
         group_reduce: ``mean`` or ``max`` over the query heads that share a KV head.
         redundancy: ``online`` (measured on every prompt) or a table of numbers in [0, 1], one row a layer, one column a
             KV head.
         pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
         ada_floor: the share of adakv's budget that every head gets for certain.
+        global_floor: the share of global's budget that every head gets for certain.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a JSON file
             with one; see `mixkv.headprofile`.
         decode_budget: bound for what generation adds: once a layer holds more than ``decode_budget + decode_slack``
@@ -60,6 +66,7 @@ class MixKVConfig:
     redundancy: str | Table = "online"
     pyramid_beta: int = 20
     ada_floor: float = 0.2
+    global_floor: float = 0.2
     profile: Table | str | None = None
     decode_budget: int | None = None
     decode_slack: int = 64
@@ -77,8 +84,10 @@ class MixKVConfig:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, so that pooling keeps positions in place")
         _positive_int("pyramid_beta", self.pyramid_beta)
         _positive_int("decode_slack", self.decode_slack)
-        if not _is_number(self.ada_floor) or not 0 <= self.ada_floor <= 1:
-            raise ValueError(f"ada_floor={self.ada_floor!r} must be a number from 0 to 1")
+        for name in ("ada_floor", "global_floor"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
         self._check_budget()
         self._check_tables()
 

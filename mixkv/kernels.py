@@ -106,6 +106,13 @@ def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor
     return (native if compiled else scores).window_attention(query, key, valid, **options)
 
 
+def projected_norm(backend: str, value, factor) -> torch.Tensor:
+    """`scores.projected_norm` for a requested back end; compiled for the CPU only: a GPU multiplies matrices at full speed."""
+    size = value.shape[-1]
+    compiled = value.device.type == "cpu" and choose(backend, value.device, value.dtype, size, size) == "native"
+    return (native if compiled else scores).projected_norm(value, factor)
+
+
 def report() -> list[str]:
     """What runs on this machine, a line each, for ``mixkv info``: the choice for float32 on the CPU and bfloat16 on the GPU."""
     lines = []

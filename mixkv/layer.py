@@ -12,9 +12,11 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import MARK, visible
-from .config import MixKVConfig
+from .config import OUTPUT_SCORES, MixKVConfig
+from .contest import Contest
+from .projection import output_factor
 from .ragged import RaggedStore
-from .selection import select
+from .selection import Selection, rank, select
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Shared:
     ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
     ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
     ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
+    ``contest``: the layers of a prompt under ``method="global"``, until its last layer has come.
     ``mask_memo``: (the last mask, columns, its valid columns): read once a forward, not once a layer.
     """
 
@@ -32,6 +35,7 @@ class Shared:
     prompt_length: int | None = None
     recording: bool = False
     waiting: MixKVLayer | None = None
+    contest: Contest | None = None
     mask_memo: tuple = field(default=(None, None, None), repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,6 +62,9 @@ class MixKVLayer(CacheLayerMixin):
         self.dense: tuple[torch.Tensor, torch.Tensor] | None = None
         self.query_tail: torch.Tensor | None = None
         self.redundancy: torch.Tensor | None = None
+        # Rows of this layer's budget to those of the average layer.
+        self.share = 1.0
+        self.weighs_output: bool | None = None
         self.shape: tuple[int, ...] | None = None
         self.module: weakref.ref | None = None
         self.options: dict[str, Any] = {}
@@ -217,15 +224,64 @@ class MixKVLayer(CacheLayerMixin):
     ) -> None:
         """Keeps the selected rows of a whole prompt: key, value [B, Hkv, N, D]; query holds at least its last columns."""
         self._remember(query)
-        selection = select(
-            self.query_tail, key.detach(), value.detach(), self.shared.config, attention_mask=valid, **self._place, **options
-        )
+        key, value = key.detach(), value.detach()
+        contest = self._contest()
+        arguments = (self.query_tail, key, value, self.shared.config)
+        options = {**options, **self._output_factor(value)}
+        if contest is None:
+            selection = select(*arguments, attention_mask=valid, **self._place, **options)
+        else:
+            selection = contest.enter(rank(*arguments, attention_mask=valid, **self._place, **options))
         self.store = RaggedStore.from_selection(key, value, selection, self.shared.config.backend)
+        if contest is not None:
+            self._compete(contest, selection)
         self.redundancy = selection.redundancy
         self.dense = None
-        self.options = options
+        self.options = {name: option for name, option in options.items() if name != "output_factor"}
         if self.shared.config.decode_budget is None:
             self.query_tail = None
+
+    def _contest(self) -> Contest | None:
+        """What this layer competes in for its rows."""
+        config = self.shared.config
+        if config.method != "global":
+            return None
+        if self.ordinal == 0:
+            self.shared.contest = Contest(self.shared.num_layers, config.global_floor)
+        return self.shared.contest
+
+    def _compete(self, contest: Contest, selection: Selection) -> None:
+        contest.settle(self, selection)
+        if contest.over:
+            average = sum(layer.store.total for layer, _ in contest.held) / len(contest.held)
+            for layer, _ in contest.held:
+                layer.share = layer.store.total / average
+            self.shared.contest = None
+
+    def _output_factor(self, value: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """The option of `rank` by that name, where it is used."""
+        config = self.shared.config
+        if config.score not in OUTPUT_SCORES and config.method != "global":
+            return {}
+        module = self.module and self.module()
+        factor = None if module is None else output_factor(module, value.shape[1], value.shape[3])
+        self.weighs_output = factor is not None
+        return {"output_factor": None if factor is None else factor.to(value.device)}
+
+    def adopt(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        options: dict,
+    ) -> None:
+        """`compress` for an empty layer, as if a forward of ``module`` had just brought these columns."""
+        self.module = weakref.ref(module)
+        self.lazy_initialization(key, value)
+        self.seen = self.arrived = key.shape[2]
+        self.compress(query, key, value, valid, options)
 
     def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict) -> torch.Tensor:
         """Stores the row of the token seen last, key, value [B, Hkv, 1, D], and attends: query [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
@@ -259,17 +315,19 @@ class MixKVLayer(CacheLayerMixin):
         config = self.shared.config
         if config.decode_budget is None or self.store is None:
             return
-        if max(self.store.row_totals) <= (config.decode_budget + config.decode_slack) * self.store.heads:
+        budget = max(round(config.decode_budget * self.share), config.window + 1)
+        if max(self.store.row_totals) <= (budget + config.decode_slack) * self.store.heads:
             return
         key, value, valid = self.store.padded()
         selection = select(
             self.query_tail,
             key,
             value,
-            config.replace(budget=config.decode_budget),
+            config.replace(budget=budget),
             attention_mask=valid,
             **self._place,
             **self.options,
+            **self._output_factor(value),
         )
         self.store.keep(selection, key.shape[2])
 

@@ -161,11 +161,20 @@ def move_rows(buffers, starts, lengths, from_buffers, from_starts, *, max_length
     _ops().move_rows.default(*buffers, starts, lengths, *from_buffers, from_starts, max_length)
 
 
-def window_attention(query, key, valid, *, scaling, group_reduce="mean", softcap=None, sinks=None) -> torch.Tensor:
+def window_attention(
+    query, key, valid, *, scaling, statistic="mean", group_reduce="mean", softcap=None, sinks=None
+) -> torch.Tensor:
     """`scores.window_attention`, a few columns at a time instead of all logits at once."""
     if valid is not None:
         valid = valid.expand(key.shape[:3])
-    return _ops().window_scores.default(query, key, valid, scaling, group_reduce == "max", softcap or 0.0, _sinks(sinks))
+    return _ops().window_scores.default(
+        query, key, valid, scaling, statistic == "rms", group_reduce == "max", softcap or 0.0, _sinks(sinks)
+    )
+
+
+def projected_norm(value, factor) -> torch.Tensor:
+    """`scores.projected_norm` on the CPU, without storing what is projected."""
+    return _ops().projected_norm.default(value, factor)
 
 
 def build(out_dir: str | os.PathLike, cuda: bool = False) -> Path:
@@ -439,6 +448,7 @@ def _register_fakes() -> None:
         "window_scores": lambda query, key, *rest: key.new_empty(
             key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32
         ),
+        "projected_norm": lambda value, factor: value.new_empty(value.shape[:3], dtype=torch.float32),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"mixkv::{name}", fake)

@@ -122,13 +122,31 @@ class RaggedStore:
         """Keeps only a `selection` made over `padded` of that length."""
         counts = selection.lengths.flatten()
         first = (self.starts + self.lengths).long() - padded_length
-        rows = first.repeat_interleave(counts) + selection.flat_positions
-        taken = tuple(buffer[rows] for buffer in self._buffers)
-        self._measure(selection.lengths.tolist())
-        self._lay_out(counts, self._buffers)
-        rows = plain.flat_rows(self.starts, self.lengths, self.total)
-        for buffer, part in zip(self._buffers, taken):
-            buffer.index_copy_(0, rows, part)
+        self._keep_rows(first.repeat_interleave(counts) + selection.flat_positions, counts)
+
+    def trim(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """Drops the selected rows whose rank is not below their sequence's quota; rows appended since then stay.
+
+        Args:
+            ranks: int32 [selected rows], `Selection.flat_ranks` of the rows held.
+            quota: int [S].
+
+        Returns: the ranks of the selected rows that stay.
+        """
+        lengths, tail = self.lengths.long(), self.tail
+        quota = quota.to(ranks.device)
+        stay = ranks < quota.repeat_interleave(lengths - tail)
+        keep = stay
+        if tail:
+            place = torch.arange(self.total, device=ranks.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+            keep = torch.ones(self.total, dtype=torch.bool, device=ranks.device)
+            keep[place < (lengths - tail).repeat_interleave(lengths)] = stay
+        ends = lengths.cumsum(0)
+        kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+        rows = plain.flat_rows(self.starts, self.lengths, self.total)[keep]
+        self._keep_rows(rows, kept[ends] - kept[ends - lengths])
+        self.tail = tail
+        return ranks[stay]
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv], valid bool [B, Hkv, N]."""
@@ -192,6 +210,15 @@ class RaggedStore:
             total=self.total,
             max_length=self.max_length,
         )
+
+    def _keep_rows(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
+        """Keeps buffer rows ``rows``, sequence after sequence, ``counts`` [S] of each."""
+        taken = tuple(buffer[rows] for buffer in self._buffers)
+        self._measure(counts.view(self.batch, self.heads).tolist())
+        self._lay_out(counts, self._buffers)
+        rows = plain.flat_rows(self.starts, self.lengths, self.total)
+        for buffer, part in zip(self._buffers, taken):
+            buffer.index_copy_(0, rows, part)
 
     def _lay_out(self, lengths: torch.Tensor, like: tuple[torch.Tensor, ...], new: int = 0) -> None:
         """New buffers for `total` rows in sequences of ``lengths`` [S], with spare rows for ``new`` more and some."""

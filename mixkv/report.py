@@ -16,6 +16,8 @@ def stats(cache) -> dict[str, Any]:
         seen: tokens seen, padding included;
         lengths: per layer an int64 tensor [B, Hkv] of rows held, None for layers that are not compressed;
         redundancy: per layer a float32 tensor [B, Hkv] as measured on the prompt, None likewise;
+        output_norm: per layer what rows were weighed by for the ``output`` scores and ``method="global"``: ``projection`` (what
+            they add through the output projection) or ``value`` (the value's norm: the projection could not be read); else None;
         rows: rows held by all compressed layers; spare_rows: rows allocated on top of them;
         method, score, budget: from the config.
     """
@@ -32,12 +34,16 @@ def stats(cache) -> dict[str, Any]:
         "seen": max((layer.seen for layer in layers if _ours(layer)), default=0),
         "lengths": [layer.lengths() if _ours(layer) else None for layer in layers],
         "redundancy": [layer.redundancy.cpu() if _ours(layer) and layer.redundancy is not None else None for layer in layers],
+        "output_norm": [_OUTPUT_NORM[getattr(layer, "weighs_output", None)] for layer in layers],
         "rows": rows,
         "spare_rows": sum(store.key.shape[0] for store in stores) - rows,
         "method": cache.config.method,
         "score": cache.config.score,
         "budget": cache.config.budget,
     }
+
+
+_OUTPUT_NORM = {True: "projection", False: "value", None: None}
 
 
 def text(cache) -> str:

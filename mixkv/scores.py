@@ -19,6 +19,7 @@ def window_attention(
     valid: torch.Tensor | None,
     *,
     scaling: float,
+    statistic: str = "mean",
     group_reduce: str = "mean",
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -33,11 +34,12 @@ def window_attention(
         key: [B, Hkv, N, D].
         valid: bool, broadcasts to [B, Hkv, N]; None: all columns are valid.
         scaling: factor on the logits.
+        statistic: ``mean`` or ``rms`` (root mean square) over the window's queries.
         group_reduce: ``mean`` or ``max`` over the G query heads of a KV head.
         softcap: ``softcap * tanh(logits / softcap)`` where the model has it.
         sinks: [Hq] logits that take mass and hold no row, where the model has them.
 
-    Returns: [B, Hkv, M] float32, the mean over the window's queries, reduced over the group.
+    Returns: [B, Hkv, M] float32, the statistic over the window's queries, reduced over the group.
     """
     batch, query_heads, window, size = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
@@ -53,10 +55,23 @@ def window_attention(
     if sinks is not None:
         column = sinks.float().view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, window, 1)
         logits = torch.cat([logits, column], dim=-1)
-    mass = logits.softmax(dim=-1)[..., : length - window].mean(dim=3)
+    weights = logits.softmax(dim=-1)[..., : length - window]
+    mass = weights.square().mean(dim=3).sqrt() if statistic == "rms" else weights.mean(dim=3)
     mass = mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2)
     # A window query that is padding itself sees nothing: its softmax is 0/0, in a row without candidates.
     return mass if valid is None else mass.nan_to_num(0.0)
+
+
+def projected_norm(value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Norm of each value after a linear map of its head's.
+
+    Args:
+        value: [B, Hkv, N, D].
+        factor: [Hkv, outputs, D] float32.
+
+    Returns: [B, Hkv, N] float32.
+    """
+    return torch.linalg.vector_norm(value.float() @ factor.transpose(-1, -2), dim=-1)
 
 
 def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
@@ -71,6 +86,26 @@ def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tenso
         return attention
     operation = F.max_pool1d if pooling == "max" else F.avg_pool1d
     return operation(attention, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+# Neighbours that share the importance of a peak in `output_importance`.
+_OUTPUT_KERNEL = 7
+
+
+def output_importance(weights: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """What the window takes out of each row, in units of the residual stream: comparable across heads and layers.
+
+    The root mean square of its weights favours what *some* window query needs much over what all need a little; pooling
+    keeps the neighbours of a peak.
+
+    Args:
+        weights: [B, Hkv, M], `window_attention` with ``statistic="rms"``.
+        norm: [B, Hkv, >= M], of what each value row adds to the layer's output: `projected_norm` through
+            `mixkv.projection.output_factor`, or the value's own norm.
+
+    Returns: [B, Hkv, M].
+    """
+    return pool(weights * norm[..., : weights.shape[-1]], _OUTPUT_KERNEL, "max")
 
 
 class Directions(NamedTuple):
@@ -133,7 +168,7 @@ def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor) -> to
 
 def combine(
     score: str,
-    attention: torch.Tensor,
+    importance: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     valid: torch.Tensor,
@@ -144,37 +179,37 @@ def combine(
 
     Args:
         score: a name from `config.SCORES`.
-        attention: [B, Hkv, M], pooled window attention.
+        importance: [B, Hkv, M], pooled window attention, or for `config.OUTPUT_SCORES` the `output_importance`.
         key, value: [B, Hkv, N, D].
         valid: bool, broadcasts to [B, Hkv, N].
         found: of ``key``.
-        redundancy: [B, Hkv], the share of diversity in ``mix``.
+        redundancy: [B, Hkv], the share of diversity in ``mix`` and ``mix-output``.
 
     Returns: [B, Hkv, M] float32, -inf where not valid.
     """
-    candidates = attention.shape[-1]
+    candidates = importance.shape[-1]
     real = valid[..., :candidates]
 
     def diversity() -> torch.Tensor:
-        return match(-similarity(key, found)[..., :candidates], attention, real)
+        return match(-similarity(key, found)[..., :candidates], importance, real)
 
     def value_norm() -> torch.Tensor:
-        return match(value[:, :, :candidates].float().norm(dim=-1), attention, real)
+        return match(value[:, :, :candidates].float().norm(dim=-1), importance, real)
 
     def key_norm() -> torch.Tensor:
-        return match(-key[:, :, :candidates].float().norm(dim=-1), attention, real)
+        return match(-key[:, :, :candidates].float().norm(dim=-1), importance, real)
 
-    if score == "attn":
-        total = attention
+    if score in ("attn", "output"):
+        total = importance
     elif score == "vnorm":
-        total = attention + value_norm()
+        total = importance + value_norm()
     elif score == "knorm":
-        total = attention + key_norm()
+        total = importance + key_norm()
     elif score == "keydiff":
         total = diversity()
     elif score == "mix-fixed":
-        total = (diversity() + attention + value_norm()) / 3
+        total = (diversity() + importance + value_norm()) / 3
     else:
         share = redundancy.unsqueeze(-1)
-        total = share * diversity() + (1 - share) * (attention + value_norm())
+        total = share * diversity() + (1 - share) * (importance + value_norm())
     return total.masked_fill(~real, -torch.inf)

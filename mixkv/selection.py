@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from . import budgets, kernels, scores
-from .config import MixKVConfig
+from .config import OUTPUT_SCORES, MixKVConfig
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,15 @@ class Selection:
     Attributes:
         flat_positions: int32 [sum of lengths], the kept columns of all heads one after the other (row by row, head by
             head), ascending within a head.
+        flat_ranks: int32 [sum of lengths], the place of each among its head's candidates, best first: 0, 1, ...; -1 in the
+            window.
         lengths: int64 [B, Hkv], columns kept, window included.
-        redundancy: float32 [B, Hkv], as used by the ``mix`` score.
+        redundancy: float32 [B, Hkv], as used by the ``mix`` scores.
         scores: float32 [B, Hkv, M], the candidates' scores, -inf for padding; M = N - window.
     """
 
     flat_positions: torch.Tensor
+    flat_ranks: torch.Tensor
     lengths: torch.Tensor
     redundancy: torch.Tensor
     scores: torch.Tensor
@@ -31,6 +34,38 @@ class Selection:
     def positions(self) -> list[list[torch.Tensor]]:
         """[B][Hkv] int32 tensors: the kept columns, ascending."""
         return split_positions(self.flat_positions, self.lengths)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A layer's candidates before it is known how many of them stay.
+
+    Attributes:
+        ranks: int32 [B, Hkv, M], each candidate's place within its head, best first.
+        importance: float32 [B, Hkv, M], what heads compete with for rows: -inf for padding.
+        base: int64 [B], candidates kept per head on average.
+        real: int64 [B, Hkv], real tokens.
+        choosable: int64 [B, Hkv], candidates among them.
+        window: bool, broadcasts to [B, Hkv, W], the window's real tokens.
+        redundancy, scores: as in `Selection`.
+    """
+
+    ranks: torch.Tensor
+    importance: torch.Tensor
+    base: torch.Tensor
+    real: torch.Tensor
+    choosable: torch.Tensor
+    window: torch.Tensor
+    redundancy: torch.Tensor
+    scores: torch.Tensor
+
+    def take(self, quota: torch.Tensor) -> Selection:
+        """Keeps the window and the ``quota`` [B, Hkv] best candidates of each head."""
+        batch, heads, _ = self.ranks.shape
+        fixed = self.window.expand(batch, heads, -1)
+        ranks = torch.cat([self.ranks, torch.full_like(fixed, -1, dtype=torch.int32)], dim=-1)
+        keep = torch.cat([self.ranks < quota.unsqueeze(-1), fixed], dim=-1)
+        return Selection(keep.nonzero()[:, 2].to(torch.int32), ranks[keep], keep.sum(dim=-1), self.redundancy, self.scores)
 
 
 def split_positions(flat: torch.Tensor, lengths: torch.Tensor) -> list[list[torch.Tensor]]:
@@ -47,30 +82,59 @@ def select(
     *,
     layer_idx: int = 0,
     num_layers: int = 1,
-    attention_mask: torch.Tensor | None = None,
-    redundancy: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    **options,
 ) -> Selection:
     """Chooses the columns that each KV head keeps of a prompt: MixKV (arXiv 2510.20707) and what it builds on.
 
     Args:
         query: [B, Hq, >= min(window, N), D], the last queries of the prompt, rotated as the model uses them.
         key, value: [B, Hkv, N, D], the prompt's keys and values; Hq a multiple of Hkv.
-        config: method, score, budget and the rest.
+        config: method, score, budget and the rest. ``global`` shares rows out among the heads of this layer alone; over
+            layers: `mixkv.contest`.
         layer_idx, num_layers: which of the compressed layers this is (pyramidkv, sparsemm).
-        attention_mask: [B, N] or [B, Hkv, N], nonzero for real tokens; padding on the left only.
-        redundancy: [Hkv] or [B, Hkv], in place of the measured one; by default ``config.redundancy`` decides.
         lengths: [B, Hkv] int, forces the columns kept per head, window included.
-        scaling: factor on the attention logits; D ** -0.5 by default.
-        softcap, sinks: the model's logit soft-cap, and sink logits [Hq].
+        options: see `rank`.
 
     Returns: a `Selection`. Padding is never kept; a row of N real tokens within its budget is kept whole.
 
     Raises:
         ValueError: shapes that do not fit together, padding on the right, forced lengths out of range.
+    """
+    ranking = rank(query, key, value, config, layer_idx=layer_idx, num_layers=num_layers, **options)
+    if lengths is None:
+        return ranking.take(_quota(config, ranking, layer_idx, num_layers))
+    return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.window.shape[-1]))
+
+
+def rank(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: MixKVConfig,
+    *,
+    layer_idx: int = 0,
+    num_layers: int = 1,
+    attention_mask: torch.Tensor | None = None,
+    redundancy: torch.Tensor | None = None,
+    output_factor: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> Ranking:
+    """Puts the candidates of each head in order, by ``config.score``.
+
+    Args:
+        query, key, value, config, layer_idx, num_layers: as in `select`.
+        attention_mask: [B, N] or [B, Hkv, N], nonzero for real tokens; padding on the left only.
+        redundancy: [Hkv] or [B, Hkv], in place of the measured one; by default ``config.redundancy`` decides.
+        output_factor: [Hkv, D, D], `mixkv.projection.output_factor`, for the scores and the method that weigh a row by what
+            it adds to the layer's output; None: by its value's norm.
+        scaling: factor on the attention logits; D ** -0.5 by default.
+        softcap, sinks: the model's logit soft-cap, and sink logits [Hq].
+
+    Raises:
+        ValueError: shapes that do not fit together, padding on the right.
     """
     _check_shapes(query, key, value, config.window)
     batch, heads, length, size = key.shape
@@ -78,53 +142,63 @@ def select(
     window = min(config.window, length)
     candidates = length - window
     real = valid.expand(batch, heads, length).sum(dim=-1)
-    choosable = (real - window).clamp(min=0)
+    padding = valid[..., :candidates].logical_not()
+    logits = {"scaling": size**-0.5 if scaling is None else scaling, "softcap": softcap, "sinks": sinks}
 
-    attention = kernels.window_attention(
-        config.backend,
-        query[:, :, query.shape[2] - window :],
-        key,
-        None if attention_mask is None else valid,
-        scaling=size**-0.5 if scaling is None else scaling,
-        group_reduce=config.group_reduce,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    attention = scores.pool(attention, config.kernel_size, config.pooling).masked_fill(~valid[..., :candidates], 0.0)
+    def attention(statistic: str) -> torch.Tensor:
+        return kernels.window_attention(
+            config.backend,
+            query[:, :, query.shape[2] - window :],
+            key,
+            None if attention_mask is None else valid,
+            statistic=statistic,
+            group_reduce=config.group_reduce,
+            **logits,
+        )
+
+    if config.score in OUTPUT_SCORES or config.method == "global":
+        norm = kernels.projected_norm(config.backend, value, output_factor) if output_factor is not None else value_norm(value)
+        output = scores.output_importance(attention("rms"), norm).masked_fill(padding, 0.0)
+    if config.score in OUTPUT_SCORES:
+        importance = output
+    else:
+        importance = scores.pool(attention("mean"), config.kernel_size, config.pooling).masked_fill(padding, 0.0)
     key = key.float()
     found = scores.directions(key, valid)
     if redundancy is None:
         redundancy = _configured_redundancy(config, layer_idx, num_layers, found)
     redundancy = redundancy.to(key.device, torch.float32).expand(batch, heads)
-    score = scores.combine(config.score, attention, key, value, valid, found, redundancy)
+    score = scores.combine(config.score, importance, key, value, valid, found, redundancy)
+    return Ranking(
+        ranks=_ranks(score, (length - real.amax(dim=-1)).tolist() if attention_mask is not None else [0] * batch),
+        importance=(output if config.method == "global" else importance).masked_fill(padding, -torch.inf),
+        base=(rows_per_head(config.budget, real.amax(dim=-1)) - config.window).clamp(min=0),
+        real=real,
+        choosable=(real - window).clamp(min=0),
+        window=valid[..., candidates:],
+        redundancy=redundancy,
+        scores=score,
+    )
 
-    if lengths is None:
-        attention = attention.masked_fill(~valid[..., :candidates], -torch.inf)
-        quota = _quota(config, real, choosable, attention, layer_idx, num_layers)
-    else:
-        quota = _forced(lengths.to(key.device), real, window)
-    padding = (length - real.amax(dim=-1)).tolist() if attention_mask is not None else [0] * batch
-    keep = _best(score, quota, padding)
-    keep = torch.cat([keep, valid[..., candidates:].expand(batch, heads, window)], dim=-1)
-    return Selection(keep.nonzero()[:, 2].to(torch.int32), keep.sum(dim=-1), redundancy, score)
+
+def value_norm(value: torch.Tensor) -> torch.Tensor:
+    """Norms [B, Hkv, N] of values [B, Hkv, N, D], float32."""
+    return torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
 
 
-def _quota(
-    config: MixKVConfig,
-    real: torch.Tensor,
-    choosable: torch.Tensor,
-    attention: torch.Tensor,
-    layer_idx: int,
-    num_layers: int,
-) -> torch.Tensor:
+def _quota(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: int) -> torch.Tensor:
     """Candidate rows [B, Hkv] each head keeps, by the configured method."""
-    base = (rows_per_head(config.budget, real.amax(dim=-1)) - config.window).clamp(min=0)
+    base, choosable = ranking.base, ranking.choosable
     if config.method == "snapkv":
         return budgets.uniform(base, choosable)
     if config.method == "adakv":
-        return budgets.ada(base, choosable, attention, floor=config.ada_floor)
+        return budgets.ada(base, choosable, ranking.importance, floor=config.ada_floor)
     if config.method == "pyramidkv":
         return budgets.pyramid(base, choosable, layer_idx=layer_idx, num_layers=num_layers, beta=config.pyramid_beta)
+    if config.method == "global":
+        votes = budgets.Votes(floor=config.global_floor)
+        votes.add(base, choosable, ranking.importance, num_layers=1)
+        return votes.quota()[:, 0]
     return budgets.from_profile(base, choosable, config.profile, layer_idx=layer_idx, num_layers=num_layers)
 
 
@@ -135,20 +209,20 @@ def rows_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:
     return torch.full_like(length, budget)
 
 
-def _best(score: torch.Tensor, quota: torch.Tensor, padding: list[int]) -> torch.Tensor:
-    """Bool [B, Hkv, M]: the ``quota`` [B, Hkv] highest scores of each head, ``padding`` [B] columns on the left apart.
+def _ranks(score: torch.Tensor, padding: list[int]) -> torch.Tensor:
+    """Int32 [B, Hkv, M]: places by ``score`` within each head, ``padding`` [B] columns on the left apart, which come last.
 
     Max pooling makes exact ties. They go to whichever `torch.sort` puts first, as in the authors' implementation; its
     order depends on the row's length, so padding is cut off for a padded row to keep what it would keep alone.
     """
-    keep = torch.zeros_like(score, dtype=torch.bool)
+    ranks = torch.full(score.shape, score.shape[-1], dtype=torch.int32, device=score.device)
     padded = [(slice(row, row + 1), cut) for row, cut in enumerate(padding)]
     for rows, cut in padded if any(padding) else [(slice(None), 0)]:
         part = score[rows, :, cut:]
+        places = torch.arange(part.shape[-1], dtype=torch.int32, device=score.device).expand_as(part)
         order = part.sort(dim=-1, descending=True).indices
-        chosen = torch.arange(part.shape[-1], device=score.device) < quota[rows].unsqueeze(-1)
-        keep[rows, :, cut:] = torch.zeros_like(part, dtype=torch.bool).scatter_(-1, order, chosen)
-    return keep
+        ranks[rows, :, cut:] = torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(-1, order, places)
+    return ranks
 
 
 def _configured_redundancy(config: MixKVConfig, layer_idx: int, num_layers: int, found: scores.Directions) -> torch.Tensor:

@@ -134,7 +134,7 @@ def test_compare_by_hand(model, tokenizer, ids):
     for choice in (None, config):
         cache = measure.read_prompt(model, ids, choice).cache
         with torch.no_grad():
-            measure._bind(model, cache)
+            measure.bind(model, cache)
             logits.append(model(input_ids=torch.tensor([reference[:-1]]), past_key_values=cache).logits[0])
     assert record["mean_kl"] == pytest.approx(measure.kl_divergence(*logits).mean().item(), rel=1e-3)
 

@@ -19,7 +19,7 @@ def make_store(dtype=torch.float32, backend="torch"):
     generator = torch.Generator().manual_seed(0)
     key, value = (torch.randn(2, 2, 50, 32, generator=generator).to(dtype) for _ in range(2))
     flat = [torch.randperm(50, generator=generator)[:n].sort().values for row in lengths.tolist() for n in row]
-    selection = Selection(torch.cat(flat).to(torch.int32), lengths, torch.zeros(1), torch.zeros(1))
+    selection = Selection(torch.cat(flat).to(torch.int32), torch.zeros(1), lengths, torch.zeros(1), torch.zeros(1))
     return RaggedStore.from_selection(key, value, selection, backend)
 
 

@@ -304,14 +304,21 @@ def test_compact_and_move_rows(dtype):
 @pytest.mark.parametrize(
     "groups,window,columns,size", [(1, 1, 2, 64), (3, 8, 77, 80), (4, 32, 300, 128), (2, 33, 90, 96), (7, 50, 50, 64)]
 )
+@pytest.mark.parametrize("statistic", ["mean", "rms"])
 @pytest.mark.parametrize("reduce,softcap,with_sinks,padded", [("mean", None, False, True), ("max", 10.0, True, False)])
-def test_window_equals_oracle(dtype, groups, window, columns, size, reduce, softcap, with_sinks, padded):
+def test_window_equals_oracle(dtype, groups, window, columns, size, statistic, reduce, softcap, with_sinks, padded):
     torch.manual_seed(6)
     query, key = strided(2, 2 * groups, window, size, dtype), strided(2, 2, columns, size, dtype)
     sinks = torch.randn(2 * groups) if with_sinks else None
     valid = (torch.arange(columns) >= torch.tensor([[0], [columns // 3]]).clamp(max=columns - window)).view(2, 1, columns)
     valid = valid if padded else None
-    options = {"scaling": size**-0.5, "group_reduce": reduce, "softcap": softcap, "sinks": sinks}
+    options = {
+        "scaling": size**-0.5,
+        "statistic": statistic,
+        "group_reduce": reduce,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
     result = native.window_attention(query, key, valid, **options)
     twin = scores.window_attention(query, key, valid, **options)
     exact = scores_in_double(query, key, valid, **options)
@@ -320,7 +327,7 @@ def test_window_equals_oracle(dtype, groups, window, columns, size, reduce, soft
         assert_close(result, exact, twin)
 
 
-def scores_in_double(query, key, valid, scaling, group_reduce, softcap, sinks):
+def scores_in_double(query, key, valid, scaling, statistic, group_reduce, softcap, sinks):
     batch, query_heads, window, _ = query.shape
     heads, columns = key.shape[1:3]
     groups = query_heads // heads
@@ -334,7 +341,9 @@ def scores_in_double(query, key, valid, scaling, group_reduce, softcap, sinks):
             seen &= valid.expand(batch, heads, columns)[b, q // groups]
         logits[~seen] = -torch.inf
         weights = softmax_row(logits, None if sinks is None else sinks[q])
-        out[b, q // groups, q % groups] += weights[: columns - window] / window
+        weights = weights[: columns - window]
+        out[b, q // groups, q % groups] += (weights**2 if statistic == "rms" else weights) / window
+    out = out.sqrt() if statistic == "rms" else out
     return out.amax(dim=2) if group_reduce == "max" else out.mean(dim=2)
 
 
@@ -344,6 +353,41 @@ def test_window_padding_query_counts_as_nothing():
     valid = torch.tensor([[[False, False, False, True, True, True]]])
     result = native.window_attention(query, key, valid, scaling=0.1)
     assert torch.equal(result, torch.zeros(1, 2, 2))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rows,size,outputs", [(1, 64, 64), (33, 80, 80), (300, 128, 128), (1030, 16, 5), (70, 256, 300), (0, 64, 64)]
+)
+@pytest.mark.parametrize("triangular", [False, True])
+def test_projected_norm_equals_oracle(dtype, rows, size, outputs, triangular):
+    torch.manual_seed(8)
+    value, factor = strided(2, 3, rows, size, dtype), torch.randn(3, outputs, size)
+    factor = factor.triu() if triangular else factor
+    exact = (value.double() @ factor.double().transpose(-1, -2)).norm(dim=-1)
+    result = native.projected_norm(value, factor)
+    assert result.shape == (2, 3, rows) and result.dtype == torch.float32
+    # bfloat16 values meet a factor rounded to bfloat16 where the chip multiplies those. What cancels leaves its error behind.
+    tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-6
+    scale = value.double().norm(dim=-1) * factor.double().flatten(1).norm(dim=-1).unsqueeze(-1)
+    assert ((result - exact).abs() <= tolerance * scale).all()
+    torch.testing.assert_close(scores.projected_norm(value, factor).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "value, factor",
+    [
+        (torch.zeros(1, 2, 5, 64), torch.zeros(3, 64, 64)),
+        (torch.zeros(1, 2, 5, 64), torch.zeros(2, 64, 48)),
+        (torch.zeros(1, 2, 5, 64), torch.zeros(2, 64, 64).double()),
+        (torch.zeros(1, 2, 5, 24), torch.zeros(2, 24, 24)),
+    ],
+)
+def test_wrong_projections_are_refused(value, factor):
+    with pytest.raises(RuntimeError):
+        native.projected_norm(value, factor)
 
 
 def samples():
@@ -369,8 +413,18 @@ def samples():
         yield "move_rows", (*buffers, starts, lengths, *others, starts, 7)
         yield (
             "window_scores",
-            (torch.randn(1, 4, 3, 64).to(dtype), torch.randn(1, 2, 9, 64).to(dtype), None, 0.1, True, 0.0, torch.randn(4)),
+            (
+                torch.randn(1, 4, 3, 64).to(dtype),
+                torch.randn(1, 2, 9, 64).to(dtype),
+                None,
+                0.1,
+                True,
+                True,
+                0.0,
+                torch.randn(4),
+            ),
         )
+        yield "projected_norm", (torch.randn(1, 2, 9, 64).to(dtype), torch.randn(2, 64, 64))
 
 
 @needs_library
@@ -429,7 +483,7 @@ def test_why_not():
 
 
 # Each instruction set has its own vector width: every operation, group size and kind of tail once.
-SAMPLE = "(attend_equals and (112 or 80)) or options or 256_steps or extreme or (extend_equals and row) or window_equals"
+SAMPLE = "(attend_equals and (112 or 80)) or options or 256_steps or extreme or (extend_equals and row) or window_equals or projected_norm"
 
 
 INSTRUCTIONS = ["baseline", "avx2", "avx512"]
@@ -562,7 +616,7 @@ def test_address_sanitizer_finds_nothing(tmp_path):
     environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}
     for instructions in ("avx2", ""):
         command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
-        command += ["-s", "-k", "oracle or extreme or splits or append or compact or extend or window or refused"]
+        command += ["-s", "-k", "oracle or extreme or splits or append or compact or extend or window or norm or refused"]
         done = subprocess.run(
             command, env={**environment, "MIXKV_CPU": instructions}, capture_output=True, text=True, timeout=900
         )

@@ -19,7 +19,14 @@ def selection_of(lengths, length, seed=0):
     """Random ascending positions of the given [B, Hkv] lengths."""
     generator = torch.Generator().manual_seed(seed)
     flat = [torch.randperm(length, generator=generator)[:n].sort().values for row in lengths for n in row]
-    return Selection(torch.cat(flat).to(torch.int32), torch.tensor(lengths), torch.zeros(1), torch.zeros(1))
+    ranks = [torch.randperm(n, generator=generator) - min(2, n) for row in lengths for n in row]
+    return Selection(
+        torch.cat(flat).to(torch.int32),
+        torch.cat(ranks).clamp(min=-1).to(torch.int32),
+        torch.tensor(lengths),
+        torch.zeros(1),
+        torch.zeros(1),
+    )
 
 
 class Lists:
@@ -41,6 +48,16 @@ class Lists:
 
     def crop(self, count):
         self.rows = [[sequence[: len(sequence) - count] for sequence in row] for row in self.rows]
+
+    def trim(self, ranks, quota, tail):
+        """ranks: a list for each sequence, of its rows that came with the selection."""
+        self.rows = [
+            [
+                [row for row, rank in zip(sequence, ranks[b][h]) if rank < quota[b][h]] + sequence[len(sequence) - tail :]
+                for h, sequence in enumerate(heads)
+            ]
+            for b, heads in enumerate(self.rows)
+        ]
 
     def take_rows(self, rows):
         self.rows = [[list(sequence) for sequence in self.rows[row]] for row in rows]
@@ -104,6 +121,32 @@ def test_store_behaves_as_lists_of_rows(batch, heads, even, steps, seed):
         query = rows_of(store.batch, heads * 2, 1, 8, column)
         expected = naive(query, lists, None, None, scaling=0.3)
         assert torch.allclose(store.attend(query, scaling=0.3).double(), expected, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 20), st.integers(0, 999))
+def test_trim_behaves_as_lists_of_rows(batch, heads, appended, seed):
+    generator = torch.Generator().manual_seed(seed)
+    key, value = rows_of(batch, heads, 30, 8, seed), rows_of(batch, heads, 30, 6, seed + 1)
+    lengths = torch.randint(1, 31, (batch, heads), generator=generator)
+    selection = selection_of(lengths.tolist(), 30, seed)
+    store, lists = RaggedStore.from_selection(key, value, selection), Lists(key, value, selection)
+    if appended:
+        new = rows_of(batch, heads, appended, 8, 5), rows_of(batch, heads, appended, 6, 6)
+        store.append(*new, 30)
+        lists.append(*new, 30)
+    ranks = selection.flat_ranks
+    for _ in range(3):
+        quota = torch.randint(0, 31, (batch, heads), generator=generator)
+        parts = iter(ranks.split((store.lengths.long() - appended).tolist()))
+        by_head = [[next(parts).tolist() for _ in range(heads)] for _ in range(batch)]
+        ranks = store.trim(ranks, quota.flatten())
+        lists.trim(by_head, quota.tolist(), appended)
+        assert_same(store, lists)
+        assert ranks.tolist() == [r for b, row in enumerate(by_head) for h, of in enumerate(row) for r in of if r < quota[b, h]]
+    store.crop(appended)
+    lists.crop(appended)
+    assert_same(store, lists)
 
 
 def naive(query, lists, new_key, new_value, *, scaling, mask=None, softcap=None, sinks=None):

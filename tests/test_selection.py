@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from mixkv import MixKVConfig, select
 
-METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm")
-SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff")
+METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global")
+SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff", "output", "mix-output")
 
 
 def draw(batch, heads, groups, length, window, size=16, seed=0, offset=1.0):

@@ -54,6 +54,17 @@ struct Window {
   float softcap;  // 0: none
   bool has_sink;
   float sink;
+  bool squared;  // the root mean square over the queries, not the mean
+};
+
+// |F v| for rows v and a matrix F of `outputs` rows.
+struct Projection {
+  const void* value;  // N rows
+  int64_t value_stride;
+  int64_t rows;  // N
+  const float* factor;  // [outputs, D]
+  int64_t outputs;
+  int size;  // D
 };
 
 struct ElementKernels {
@@ -61,8 +72,10 @@ struct ElementKernels {
   void (*attend)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
   // Writes query i's result to out[i]; sinks (may be null) holds one logit per query.
   void (*finish)(const State&, int count, int value_size, const float* sinks, void* const* out);
-  // Writes the mean over the window's queries for columns 0 .. N - W. scratch: `window_scratch` floats.
+  // Writes the mean, or root mean square, over the window's queries for columns 0 .. N - W. scratch: `window_scratch` floats.
   void (*window)(const Window&, float* out, float* scratch);
+  // Writes the norms [N]. scratch: `norm_scratch` floats.
+  void (*norm)(const Projection&, float* out, float* scratch);
 };
 
 struct Kernels {
@@ -70,6 +83,7 @@ struct Kernels {
   ElementKernels of[kElements];
   int64_t (*attend_scratch)(int count, int size);
   int64_t (*window_scratch)(int64_t columns, int size);
+  int64_t (*norm_scratch)(int64_t outputs, int size);
 };
 
 const Kernels& kernels();

@@ -1,12 +1,12 @@
-// window_scores: what the observation window attends to, head by head.
+// window_scores: what the observation window attends to, head by head; projected_norm: what a value row adds to the output.
 #include <algorithm>
 
 #include "store.h"
 
 namespace mixkv::cpu {
 
-static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> valid, double scaling, bool reduce_max, double softcap,
-                            std::optional<Tensor> sinks) {
+static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> valid, double scaling, bool squared, bool reduce_max,
+                            double softcap, std::optional<Tensor> sinks) {
   const WindowShape shape(query, key, valid, sinks);
   query = row_dense(query);
   key = row_dense(key);
@@ -46,6 +46,7 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
       window.softcap = float(softcap);
       window.has_sink = sink != nullptr;
       window.sink = sink ? sink[head] : 0.0f;
+      window.squared = squared;
       kernel.window(window, each.get() + item * candidates, memory.get());
     }
   });
@@ -64,6 +65,45 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
   return out;
 }
 
+static Tensor projected_norm(Tensor value, Tensor factor) {
+  STD_TORCH_CHECK(value.dim() == 4 && factor.dim() == 3, "value must be [B, Hkv, N, D] and factor [Hkv, outputs, D]");
+  const int64_t batch = value.size(0), heads = value.size(1), rows = value.size(2), size = value.size(3), outputs = factor.size(1);
+  STD_TORCH_CHECK(factor.size(0) == heads && factor.size(2) == size, "factor must have the value's heads and head size");
+  STD_TORCH_CHECK(factor.scalar_type() == ScalarType::Float && factor.is_contiguous(), "factor must be contiguous float32");
+  STD_TORCH_CHECK(size > 0 && size % 16 == 0 && size <= 256, "the head size must be a multiple of 16 up to 256, is ", size);
+  value = row_dense(value);
+  Tensor out = torch::stable::new_empty(value, {batch, heads, rows}, ScalarType::Float);
+
+  const Kernels& set = kernels();
+  const ElementKernels& kernel = set.of[element_of(value)];
+  const int64_t bytes = value.element_size();
+  const int64_t value_batch = value.stride(0) * bytes, value_head = value.stride(1) * bytes, value_row = value.stride(2);
+  const char* values = data<char>(value);
+  const float* factors = data<float>(factor);
+  float* result = data<float>(out);
+  // Few heads still keep all threads busy; packing the factor anew for every part costs little beside its rows.
+  constexpr int64_t kPart = 1024;
+  const int64_t parts = (rows + kPart - 1) / kPart;
+  torch::stable::parallel_for(0, batch * heads * parts, 1, [&](int64_t begin, int64_t end) {
+    const auto memory = scratch(set.norm_scratch(outputs, int(size)));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t s = item / parts, first = item % parts * kPart, b = s / heads, h = s % heads;
+      Projection projection{};
+      projection.value = values + b * value_batch + h * value_head + first * value_row * bytes;
+      projection.value_stride = value_row;
+      projection.rows = std::min(kPart, rows - first);
+      projection.factor = factors + h * outputs * size;
+      projection.outputs = outputs;
+      projection.size = int(size);
+      kernel.norm(projection, result + s * rows + first, memory.get());
+    }
+  });
+  return out;
+}
+
 }  // namespace mixkv::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) { m.impl("window_scores", TORCH_BOX(&mixkv::cpu::window_scores)); }
+STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
+  m.impl("window_scores", TORCH_BOX(&mixkv::cpu::window_scores));
+  m.impl("projected_norm", TORCH_BOX(&mixkv::cpu::projected_norm));
+}

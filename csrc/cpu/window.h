@@ -39,6 +39,7 @@ static void pack_queries(const Window& window, int64_t first, float* out) {
   }
 }
 
+// total[r][v] = dot products of row r with kLanes packed queries.
 template <class T, int V>
 MIXKV_INLINE void multiply(const float* queries, const float* const* rows, int steps, Vec total[kColumns][V]) {
   for (int r = 0; r < kColumns; ++r)
@@ -61,7 +62,7 @@ MIXKV_INLINE void multiply(const float* queries, const float* const* rows, int s
   }
 }
 
-// Adds the share of queries first .. first + V * kLanes to out [N - W].
+// Adds the weights of queries first .. first + V * kLanes, or their squares, to out [N - W].
 template <class T, int V>
 static void window_block(const Window& window, int64_t first, float* out, float* scratch) {
   constexpr int kWidth = V * kLanes;
@@ -120,14 +121,18 @@ static void window_block(const Window& window, int64_t first, float* out, float*
   for (int v = 0; v < V; ++v) {
     for (int i = 0; i < kLanes; ++i) {
       const bool counts = first + v * kLanes + i < window.window && mass[v][i] > 0.0f;
-      share[v][i] = counts ? 1.0f / (mass[v][i] * float(window.window)) : 0.0f;
+      share[v][i] = counts ? 1.0f / mass[v][i] : 0.0f;
     }
   }
   for (int64_t n = 0; n < candidates; n += kLanes) {
     Vec total[kLanes] = {};
     const int64_t count = candidates - n < kLanes ? candidates - n : kLanes;
-    for (int64_t i = 0; i < count; ++i)
-      for (int v = 0; v < V; ++v) total[i] += load(logits + (n + i) * kWidth + v * kLanes) * share[v];
+    for (int64_t i = 0; i < count; ++i) {
+      for (int v = 0; v < V; ++v) {
+        const Vec x = load(logits + (n + i) * kWidth + v * kLanes) * share[v];
+        total[i] += window.squared ? x * x : x;
+      }
+    }
     Vec x = sums(total);
     for (int64_t i = 0; i < count; ++i) out[n + i] += x[i];
   }
@@ -135,7 +140,8 @@ static void window_block(const Window& window, int64_t first, float* out, float*
 
 template <class T>
 static void window_attention(const Window& window, float* out, float* scratch) {
-  memset(out, 0, (window.columns - window.window) * sizeof(float));
+  const int64_t candidates = window.columns - window.window;
+  memset(out, 0, candidates * sizeof(float));
   int64_t first = 0;
   while (first < window.window) {
     if (window.window - first > kLanes) {
@@ -145,6 +151,10 @@ static void window_attention(const Window& window, float* out, float* scratch) {
       window_block<T, 1>(window, first, out, scratch);
       first += kLanes;
     }
+  }
+  for (int64_t n = 0; n < candidates; ++n) {
+    const float mean = out[n] / float(window.window);
+    out[n] = window.squared ? __builtin_sqrtf(mean) : mean;
   }
 }
 

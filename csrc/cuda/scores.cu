@@ -7,8 +7,8 @@
 
 namespace mixkv::cuda {
 
-static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> valid, double scaling, bool reduce_max, double softcap,
-                            std::optional<Tensor> sinks) {
+static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> valid, double scaling, bool squared, bool reduce_max,
+                            double softcap, std::optional<Tensor> sinks) {
   const Place place(query);
   place.check({&key});
   place.check(valid);
@@ -41,6 +41,7 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
   w.column_blocks = (w.columns + block_columns - 1) / block_columns;
   w.scaling = static_cast<float>(scaling);
   w.softcap = static_cast<float>(softcap);
+  w.squared = squared;
   w.reduce_max = reduce_max;
 
   const int64_t rows = w.sequences * w.groups * w.tiles_per_head * 16;

@@ -81,7 +81,10 @@ __global__ void __launch_bounds__(kWindowWarps<S> * 32) window_pass(const Window
         const float* totals = w.totals + sequence * rows + first_row + staged;
         const float total[2] = {totals[query_of(0)], totals[query_of(2)]};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) share_sum[i / 4 * 2 + i % 2] += share(logits[i], total[i / 2 % 2]);
+        for (int i = 0; i < 8; ++i) {
+          const float x = share(logits[i], total[i / 2 % 2]);
+          share_sum[i / 4 * 2 + i % 2] += w.squared ? x * x : x;
+        }
         if (tile % w.tiles_per_head == w.tiles_per_head - 1) {
           const bool first_head = tile < w.tiles_per_head;
 #pragma unroll
@@ -89,6 +92,7 @@ __global__ void __launch_bounds__(kWindowWarps<S> * 32) window_pass(const Window
             float x = share_sum[c];
             for (int distance = 4; distance < 32; distance *= 2) x += across(x, distance);
             x /= w.window;
+            if (w.squared) x = sqrtf(x);
             result[c] = first_head ? x : w.reduce_max ? fmaxf(result[c], x) : result[c] + x;
             share_sum[c] = 0.0f;
           }

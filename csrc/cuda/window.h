@@ -25,7 +25,8 @@ struct Window {
   // Query rows are padded to whole tiles, head by head.
   int tiles_per_head, column_blocks;
   float scaling, softcap;
-  bool reduce_max;
+  // squared: the root mean square over the window, not the mean.
+  bool squared, reduce_max;
 };
 
 // Columns that a block of threads takes, for a head size.

@@ -187,7 +187,7 @@ def _store(heads: int, rows: int, row: torch.Tensor) -> RaggedStore:
     lengths = torch.full((1, heads), rows, device=row.device)
     nothing = torch.zeros(1, heads, 0, device=row.device)
     states = row.expand(-1, -1, rows, -1)
-    return RaggedStore.from_selection(states, states, Selection(kept, lengths, nothing, nothing))
+    return RaggedStore.from_selection(states, states, Selection(kept, nothing, lengths, nothing, nothing))
 
 
 def _append(store: RaggedStore, row: torch.Tensor) -> float:

@@ -84,7 +84,7 @@ def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor, config: MixKVCo
 @torch.no_grad()
 def step(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Feeds one token [B] a row: the next logits [B, V], and the seconds that the forward took."""
-    _bind(model, cache)
+    bind(model, cache)
     tokens = tokens.unsqueeze(1)
     synchronize(tokens.device)
     start = perf_counter()
@@ -178,7 +178,7 @@ def _reset_peak(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device)
 
 
-def _bind(model: PreTrainedModel, cache: Cache) -> None:
+def bind(model: PreTrainedModel, cache: Cache) -> None:
     """Every cache meets the attention that it is used with: the full one must not pay for a look at ours."""
     if isinstance(cache, MixKVCache):
         MixKVCache(model)

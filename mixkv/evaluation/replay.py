@@ -1,0 +1,75 @@
+"""One reading of a prompt, many caches: what attention saw is recorded once and compressed again by any configuration."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache import MixKVCache
+from ..config import MixKVConfig
+from ..layer import MixKVLayer
+from .measure import bind
+
+
+class Recording:
+    """A prompt [B, N] read once by ``model``.
+
+    Attributes:
+        cache: an uncompressed `MixKVCache` that holds the prompt.
+        logits: [B, V], of the token after the prompt.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, *, window: int = 128):
+        self.model, self.length = model, input_ids.shape[1]
+        self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
+        self.logits = model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self._inputs = [
+            layer.recorded if isinstance(layer, MixKVLayer) else copy.deepcopy(layer) for layer in self.cache.layers
+        ]
+
+    def compressed(self, config: MixKVConfig | None) -> MixKVCache:
+        """The cache that reading the prompt under ``config`` leaves; None: the full cache.
+
+        Raises:
+            ValueError: ``config.window`` exceeds the recorded window.
+        """
+        cache = MixKVCache(self.model, config or self.cache.config)
+        for index, (layer, recorded) in enumerate(zip(cache.layers, self._inputs)):
+            if isinstance(layer, MixKVLayer):
+                layer.adopt(*recorded)
+            else:
+                cache.layers[index] = copy.deepcopy(recorded)
+        return cache
+
+    @torch.no_grad()
+    def follow(self, cache: MixKVCache, input_ids: torch.Tensor) -> torch.Tensor:
+        """Feeds tokens [B, n] after the prompt at once, each seeing those before it: logits [B, n, V]."""
+        bind(self.model, cache)
+        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+
+    @torch.no_grad()
+    def answer(self, first: torch.Tensor, count: int) -> torch.Tensor:
+        """Greedy tokens [1, n <= count] of the full cache after tokens ``first`` [1, f], end-of-text token included."""
+        ends: Any = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        cache, fed, tokens = self.compressed(None), first, []
+        while len(tokens) < count and (not tokens or tokens[-1] not in ends):
+            fed = self.follow(cache, fed)[:, -1:].argmax(-1)
+            tokens.append(int(fed))
+        return torch.tensor([tokens], device=first.device)
+
+
+class _RecordingLayer(MixKVLayer):
+    """Keeps what `compress` is given."""
+
+    def compress(self, query, key, value, valid, options):
+        self.recorded = (self.module(), query[:, :, -self.shared.config.window :].clone(), key, value, valid, options)
+        super().compress(query, key, value, valid, options)
+
+
+class _RecordingCache(MixKVCache):
+    layer_class = _RecordingLayer

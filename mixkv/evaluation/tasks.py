@@ -1,0 +1,130 @@
+"""Tasks made from a seed: contexts and what follows them. Prose comes from Python's own manual, facts are made up.
+
+A task is a function ``(tokenizer, tokens, seed) -> Sample``. All are plain text to be completed, so that base models take
+them too. The manual's topics are dealt into two halves by the seed's parity: what is chosen on even seeds can be reported on
+odd ones.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+_THINGS = (
+    "vault locker server elevator printer archive garage terminal cabinet gate engine bunker safe hangar studio kiosk".split()
+)
+_FIRST = "Ada Boris Clara Dmitri Elena Felix Greta Hugo Irene Jonas Karin Louis Mara Nils Olga Pavel".split()
+_JOBS = "nurse pilot baker tailor lawyer farmer painter singer plumber judge miner sailor".split()
+_TOWNS = "Lisbon Oslo Cairo Lima Delhi Quito Turin Kyoto Perth Dakar Riga Sofia".split()
+_PETS = "parrot cat horse turtle rabbit goat ferret dog canary snake".split()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model reads, and what is asked of it.
+
+    Attributes:
+        context: token ids read before compression.
+        follow: token ids fed after it, one list a question; the first token that is predicted follows each.
+        answer: the true continuation of each, as token ids; None: the full cache's own greedy answer is the reference.
+        expected: the words a right answer holds, one a question; None where there is no right answer.
+    """
+
+    context: list[int]
+    follow: list[list[int]]
+    answer: list[list[int]] | None = None
+    expected: list[str] | None = None
+
+
+def codes(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
+    """Four codes hidden in prose, one asked for."""
+    chance = random.Random(f"codes {seed}")
+    names, numbers = chance.sample(_THINGS, 4), [str(chance.randint(10000, 99999)) for _ in range(4)]
+    facts = [f"The code of the {name} is {number}." for name, number in zip(names, numbers)]
+    asked = chance.randrange(4)
+    question = f"What is the code of the {names[asked]}? The code of the {names[asked]} is"
+    ids = _ids(tokenizer, f"{_hide(tokenizer, tokens, chance, seed, facts, question)}\n\n{question}")
+    return Sample(ids[:-1], [ids[-1:]], None, [numbers[asked]])
+
+
+def lookup(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
+    """A table of 32 words and their values amid prose, one looked up."""
+    chance = random.Random(f"lookup {seed}")
+    words = sorted(set(re.findall(r"\b[a-z]{6,9}\b", _manual(seed))))
+    values = {word: chance.choice(_TOWNS + _PETS + _JOBS) for word in chance.sample(words, 32)}
+    asked = chance.choice(list(values))
+    table = "\n".join(f"{word} = {value}" for word, value in values.items())
+    before, after = _around(tokenizer, tokens, chance, seed, f"{table}\n\n{asked} =")
+    ids = _ids(tokenizer, f"{before}\n\n{table}\n\n{after}\n\n{asked} =")
+    return Sample(ids[:-1], [ids[-1:]], None, [values[asked]])
+
+
+def prose(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int, following: int = 32) -> Sample:
+    """Prose and its true continuation; nothing is asked."""
+    chance = random.Random(f"prose {seed}")
+    ids = _ids(tokenizer, _passage(chance, seed, 8 * (tokens + following)))
+    return Sample(ids[: tokens - 1], [ids[tokens - 1 : tokens]], [ids[tokens : tokens + following]])
+
+
+def several(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
+    """Facts about four people hidden in prose, read before any question is known; then each is asked for."""
+    chance = random.Random(f"several {seed}")
+    facts, questions, answers = [], [], []
+    for name in chance.sample(_FIRST, 4):
+        kind, choices = chance.choice([("job", _JOBS), ("home town", _TOWNS), ("pet", _PETS)])
+        answers.append(chance.choice(choices))
+        facts.append(f"The {kind} of {name} is {answers[-1]}.")
+        questions.append(f"What is the {kind} of {name}? The {kind} of {name} is")
+    text = _hide(tokenizer, tokens, chance, seed, facts, max(questions, key=len))
+    whole = [_ids(tokenizer, f"{text}\n\n{question}") for question in questions]
+    # The last token of the text may have merged with what follows, and all questions begin alike.
+    known = [ids for ids in zip(_ids(tokenizer, text), *whole)]
+    shared = next((i for i, ids in enumerate(known) if len(set(ids)) > 1), len(known))
+    return Sample(whole[0][:shared], [ids[shared:] for ids in whole], None, answers)
+
+
+TASKS: dict[str, Callable[..., Sample]] = {"codes": codes, "lookup": lookup, "prose": prose, "several": several}
+
+
+def _hide(
+    tokenizer: PreTrainedTokenizerBase, tokens: int, chance: random.Random, seed: int, facts: list[str], question: str
+) -> str:
+    """Prose with ``facts`` between its sentences, far apart from one another: with ``question``, about ``tokens`` tokens."""
+    sentences = "".join(_around(tokenizer, tokens, chance, seed, " ".join([*facts, question]))).split(". ")
+    step = len(sentences) / len(facts)
+    for number, fact in reversed(list(enumerate(facts))):
+        sentences.insert(int(step * (number + chance.random())), fact.rstrip("."))
+    return ". ".join(sentences).strip() + "."
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, tokens: int, chance: random.Random, seed: int, given: str) -> tuple[str, str]:
+    """Prose in two parts that together with the text ``given`` takes about ``tokens`` tokens."""
+    room = max(tokens - len(_ids(tokenizer, given)) - 6, 2)
+    ids = tokenizer(_passage(chance, seed, 8 * tokens), add_special_tokens=False)["input_ids"][:room]
+    cut = chance.randrange(1, room)
+    return tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
+
+
+def _passage(chance: random.Random, seed: int, characters: int) -> str:
+    """So many characters of the manual, from a paragraph that chance picks."""
+    manual = _manual(seed)
+    start = manual.index("\n\n", chance.randrange(len(manual) - characters - 4000)) + 2
+    # The manual is set in lines of 70 characters: as flowing text it reads like a page.
+    return " ".join(manual[start : start + characters].split())
+
+
+def _manual(seed: int) -> str:
+    """The half of the manual's topics that this seed draws from."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics, key=lambda name: (len(topics[name]), name))
+    return "\n\n".join(topics[name] for name in names[seed % 2 :: 2])
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """As the model reads it, with its own first token where it has one."""
+    return tokenizer(text)["input_ids"]
