@@ -30,7 +30,7 @@ def bind(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
         ValueError: a model that cannot be compressed; the message says why.
     """
     slots = _slots(model)
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     missing = [index for index, slot in enumerate(slots) if slot is None and index not in modules]
     if missing:
         raise ValueError(
@@ -47,7 +47,7 @@ def bind(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
 def unbind(model: PreTrainedModel) -> None:
     """Undoes `bind`: the attention implementation is what it was."""
     with _LOCK:
-        for config in _configs(_attention_modules(model)):
+        for config in _configs(attention_modules(model)):
             name = config._attn_implementation
             if name is not None and name.startswith(_PREFIX):
                 config._attn_implementation_internal = name.removeprefix(_PREFIX)
@@ -93,7 +93,7 @@ def _slots(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
     return slots
 
 
-def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Layer index -> self-attention module of the decoder, in those that go through the attention interface."""
     decoder = model.get_decoder()
     decoder = model if decoder is None else decoder

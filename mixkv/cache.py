@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import weakref
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import binding, compat, report
+from . import binding, compat, report, saving
 from .config import MixKVConfig
 from .layer import MixKVLayer, Shared
 
@@ -51,17 +53,22 @@ class MixKVCache(Cache):
         self.config = (config or MixKVConfig()).replace(**options)
         self._shared = Shared(self.config)
         self._batch: int | None = None
+        self._model: weakref.ref | None = None
         super().__init__(layers=[])
         if model is not None:
             self._bind(model)
 
     def _bind(self, model: PreTrainedModel) -> None:
+        model = binding.unwrap(model)
         self._slots = binding.bind(model)
         self._shared.num_layers = sum(slot is None for slot in self._slots)
-        self._model_name = type(model).__name__
+        self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
         if self._shared.recording:
             self.activate_past_recording()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
 
     def _make_layers(self) -> None:
         ordinals = itertools.count()
@@ -149,6 +156,36 @@ class MixKVCache(Cache):
         """What is held: see `mixkv.report.stats`."""
         self._check_met()
         return report.stats(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Saves what is held, as one safetensors file that `load` reads; a file at ``path`` is replaced once all is written.
+
+        Raises:
+            ValueError: nothing is held yet, the prompt has not been read to its end, or a layer of the model keeps a state of
+                an unknown kind.
+            OSError: the file cannot be written.
+        """
+        self._check_met()
+        saving.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: PreTrainedModel, *, backend: str | None = None) -> MixKVCache:
+        """A cache as it was when `save` wrote ``path``, on the devices of ``model``: it goes on with the same tokens.
+
+        Args:
+            path: the file.
+            model: the model it was saved from, loaded anew if you like; it is bound as by `MixKVCache(model)`.
+            backend: as in `MixKVConfig`, for a machine that has not the saved one's.
+
+        Raises:
+            ValueError: the file is damaged, no saved cache, of another format, or another model's; the message says which.
+            OSError: the file cannot be read.
+        """
+        saved = saving.read(path)
+        model = binding.unwrap(model)
+        cache = cls(model, saved.config if backend is None else saved.config.replace(backend=backend))
+        saving.restore(cache, saved, model)
+        return cache
 
     def _check_met(self) -> None:
         if self._shared.waiting is not None:

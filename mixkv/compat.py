@@ -35,6 +35,11 @@ def holds_view(layer) -> bool:
     return layer.keys.untyped_storage().nbytes() > 2 * layer.keys.nbytes
 
 
+def position_keepers(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules that remember on themselves, as ``rope_deltas`` [B, 1] or None, how far an image moved the positions after it."""
+    return [module for module in model.modules() if hasattr(module, "rope_deltas")]
+
+
 def prompt_plan() -> tuple[int | None, bool]:
     """How the calling `generate` is about to read its prompt.
 

@@ -151,6 +151,23 @@ class MixKVLayer(CacheLayerMixin):
         if self.redundancy is not None:
             self.redundancy = self.redundancy[rows]
 
+    def restore(
+        self,
+        store: RaggedStore,
+        seen: int,
+        redundancy: torch.Tensor,
+        query_tail: torch.Tensor | None,
+        options: dict[str, Any],
+        module: torch.nn.Module | None,
+    ) -> None:
+        """Goes on from ``store`` as the layer did that filled it after ``seen`` tokens; see `mixkv.saving`."""
+        self.dtype, self.device = store.key.dtype, store.key.device
+        self.shape = (store.heads, store.key.shape[1], store.value.shape[1])
+        self.is_initialized = True
+        self.store, self.seen = store, seen
+        self.redundancy, self.query_tail, self.options = redundancy, query_tail, options
+        self.module = None if module is None else weakref.ref(module)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.take_rows(beam_idx.tolist())
 

@@ -43,6 +43,42 @@ class RaggedStore:
         kernels.compact(store.backend, store._buffers, store.starts, store.lengths, key, value, selection.flat_positions)
         return store
 
+    @classmethod
+    def from_rows(
+        cls,
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        lengths: torch.Tensor,
+        backend: str = "auto",
+        *,
+        tail: int = 0,
+        bound: int | None = None,
+    ) -> RaggedStore:
+        """The inverse of `held`: copies ``rows`` into new buffers.
+
+        Args:
+            rows: ``(key [rows, D], value [rows, Dv], position int32 [rows])``, sequence after sequence.
+            lengths: int32 [B, Hkv], on the rows' device; its sum is the number of rows.
+            backend: a name from `config.BACKENDS`.
+            tail: as the former store had it.
+            bound: the former store's ``max_length`` if it was not ``even``: with it attention sums in the same order as there.
+        """
+        key, value, _ = rows
+        store = cls(*lengths.shape, kernels.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1]))
+        store._measure(lengths.tolist())
+        store._lay_out(lengths.flatten(), rows)
+        store.tail = tail
+        if bound is not None:
+            store.max_length, store.even = max(store.max_length, bound), False
+        order = plain.flat_rows(store.starts, store.lengths, store.total)
+        for buffer, part in zip(store._buffers, rows):
+            buffer.index_copy_(0, order, part)
+        return store
+
+    def held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies of the rows held, without spare ones, sequence after sequence: key [rows, D], value [rows, Dv], position."""
+        rows = plain.flat_rows(self.starts, self.lengths, self.total)
+        return self.key[rows], self.value[rows], self.position[rows]
+
     @property
     def nbytes(self) -> int:
         """Bytes held, spare rows and bookkeeping included."""
