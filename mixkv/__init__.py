@@ -1,9 +1,10 @@
 """mixkv: a compressed KV cache for transformers' `generate`, from one line."""
 
+from . import plot
 from .cache import MixKVCache
 from .config import MixKVConfig
 from .patch import patch, patched, unpatch
 from .selection import Selection, select
 
 __version__ = "0.1.0"
-__all__ = ["MixKVCache", "MixKVConfig", "Selection", "patch", "patched", "select", "unpatch"]
+__all__ = ["MixKVCache", "MixKVConfig", "Selection", "patch", "patched", "plot", "select", "unpatch"]

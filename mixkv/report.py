@@ -57,7 +57,7 @@ def text(cache) -> str:
 
 
 def html(cache) -> str:
-    """A table of totals and a layer x head picture of the rows held (first batch row), darker for more."""
+    """A table of totals, and layer x head pictures (first batch row) of rows held and redundancy, darker for more."""
     numbers = stats(cache)
     rows = [
         ("method, score, budget", f"{numbers['method']}, {numbers['score']}, {numbers['budget']}"),
@@ -65,23 +65,30 @@ def html(cache) -> str:
         ("held", f"{_size(numbers['bytes'])} of {_size(numbers['bytes_full'])} ({numbers['ratio']:.1%})"),
     ]
     table = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{value}</td></tr>" for name, value in rows)
-    return f"<table>{table}</table>{_picture(numbers['lengths'])}"
+    pictures = _picture(numbers["lengths"], "rows held", "rgb(30,80,160)", "{:.0f} rows")
+    pictures += _picture(numbers["redundancy"], "redundancy", "rgb(160,80,30)", "{:.2f}", most=1.0)
+    return f"<table>{table}</table><div style='display:flex;gap:2em'>{pictures}</div>"
 
 
-def _picture(lengths: list) -> str:
-    grid = [(index, layer[0].tolist()) for index, layer in enumerate(lengths) if layer is not None and len(layer)]
+def _picture(layers: list, name: str, colour: str, format: str, most: float | None = None) -> str:
+    """Numbers [B, Hkv] a layer as squares, ``most`` (the largest by default) in full colour."""
+    grid = [(index, layer[0].tolist()) for index, layer in enumerate(layers) if layer is not None and len(layer)]
     if not grid:
         return ""
-    most = max(max(row) for _, row in grid) or 1
+    most = most or max(max(row) for _, row in grid) or 1
     side = 12
     cells = "".join(
-        f"<rect x='{head * side}' y='{index * side}' width='{side}' height='{side}' fill='rgb(30,80,160)' "
-        f"fill-opacity='{count / most:.2f}'><title>layer {index}, head {head}: {count} rows</title></rect>"
+        f"<rect x='{head * side}' y='{index * side}' width='{side}' height='{side}' fill='{colour}' "
+        f"fill-opacity='{number / most:.2f}'><title>layer {index}, head {head}: {format.format(number)}</title></rect>"
         for index, row in grid
-        for head, count in enumerate(row)
+        for head, number in enumerate(row)
     )
-    width, height = side * max(len(row) for _, row in grid), side * len(lengths)
-    return f"<svg width='{width}' height='{height}' role='img' aria-label='rows held per layer and head'>{cells}</svg>"
+    width, height = side * max(len(row) for _, row in grid), side * len(layers)
+    label = f"{name} per layer and head"
+    return (
+        f"<figure style='margin:0'><figcaption>{name}</figcaption>"
+        f"<svg width='{width}' height='{height}' role='img' aria-label='{label}'>{cells}</svg></figure>"
+    )
 
 
 def _ours(layer) -> bool:

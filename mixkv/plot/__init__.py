@@ -1,0 +1,7 @@
+"""Pictures of what a cache kept and what that costs. matplotlib is imported when one is drawn, not before."""
+
+from .heads import budgets, redundancy
+from .text import kept
+from .tradeoff import tradeoff
+
+__all__ = ["budgets", "kept", "redundancy", "tradeoff"]

@@ -1,0 +1,69 @@
+"""Layer x head heat maps: rows held, and the redundancy of the keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .canvas import axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def budgets(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
+    """Rows held by every KV head of every layer; layers that are not compressed are left blank.
+
+    Args:
+        cache: a `MixKVCache` that has read a prompt.
+        row: the batch row.
+        ax: where to draw; a new figure by default.
+
+    Returns: the Axes.
+
+    Raises:
+        ValueError: the cache is empty, or has no such row.
+        ImportError: matplotlib is not installed.
+    """
+    return _heat_map(grid(cache.stats()["lengths"], row), "rows held", ax)
+
+
+def redundancy(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
+    """Redundancy of every KV head's keys as measured on the prompt, from 0 to 1; else as `budgets`.
+
+    The ``mix`` score gives diversity the more weight, the more redundant a head is.
+    """
+    return _heat_map(grid(cache.stats()["redundancy"], row), "redundancy", ax, highest=1.0)
+
+
+def grid(layers: list[torch.Tensor | None], row: int) -> torch.Tensor:
+    """One batch row of numbers [B, Hkv] a layer: float32 [layers, most KV heads], NaN where there is none.
+
+    Raises:
+        ValueError: there are no numbers, or no such row.
+    """
+    rows = [None if layer is None or not len(layer) else layer for layer in layers]
+    batch = max((len(layer) for layer in rows if layer is not None), default=0)
+    if not batch:
+        raise ValueError("this cache is empty: let a model read a prompt with it first")
+    if not 0 <= row < batch:
+        raise ValueError(f"row={row} must be from 0 to {batch - 1}: the cache holds a batch of {batch}")
+    found = torch.full((len(rows), max(layer.shape[1] for layer in rows if layer is not None)), torch.nan)
+    for index, layer in enumerate(rows):
+        if layer is not None:
+            found[index, : layer.shape[1]] = layer[row].float()
+    return found
+
+
+def _heat_map(numbers: torch.Tensor, label: str, ax: Axes | None, highest: float | None = None) -> Axes:
+    layers, heads = numbers.shape
+    ax = axes(ax, 2.2 + 0.25 * heads, 1.0 + 0.16 * max(layers, 8))
+    # A Python list: arrays of torch and matplotlib need not agree on a numpy version.
+    image = ax.imshow(numbers.tolist(), aspect="auto", cmap="viridis", vmin=0, vmax=highest, interpolation="nearest")
+    ax.set_xlabel("KV head")
+    ax.set_ylabel("layer")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return ax

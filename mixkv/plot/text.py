@@ -1,0 +1,138 @@
+"""Which text survived: the prompt's tokens, coloured by the share of KV heads that kept them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .canvas import axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from transformers import PreTrainedTokenizerBase
+
+_NEWLINE, _TAB = "↵", "    "
+# Of a monospaced font: its characters' width and the distance of lines, both to the font size.
+_CHARACTER, _LINE = 0.602, 1.45
+_POINTS = 72  # an inch
+_SHADES = ("#ffffff", "#4a98c9")  # both light enough for black text
+
+
+class Piece(NamedTuple):
+    """A token's text on one line: ``column`` of the sequence, ``line`` and first character ``start`` on the page."""
+
+    column: int
+    line: int
+    start: int
+    text: str
+
+
+def kept(
+    cache,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    row: int = 0,
+    width: int = 80,
+    ax: Axes | None = None,
+) -> Axes:
+    """The text of ``input_ids``, every token on a colour that tells which share of KV heads kept it.
+
+    Args:
+        cache: a `MixKVCache` that has read ``input_ids``, and perhaps more.
+        tokenizer: of the model.
+        input_ids: [N] or [B, N], the sequence as passed to the model; padding on the left is not drawn.
+        layer, head: only this layer, only this KV head of every layer; all by default.
+        row: the batch row.
+        width: characters a line.
+        ax: where to draw; a new figure as high as the text by default.
+
+    Returns: the Axes.
+
+    Raises:
+        ValueError: the cache is empty, has read fewer tokens, or has no such row, layer or head.
+        ImportError: matplotlib is not installed.
+    """
+    ids = input_ids if input_ids.ndim == 1 else input_ids[row]
+    share = shares(cache, len(ids), layer=layer, head=head, row=row)
+    padding = int(((ids.cpu() != tokenizer.pad_token_id) | (share > 0)).long().argmax())
+    texts = [tokenizer.decode([token]) for token in ids[padding:].tolist()]
+    page = lay_out(texts, width)
+    lines = page[-1].line + 1 if page else 1
+    size = 8.0
+    ax = axes(ax, width * size * _CHARACTER / _POINTS / 0.72, 0.4 + lines * size * _LINE / _POINTS / 0.77)
+    return _draw(ax, page, share[padding:].tolist(), width, lines)
+
+
+def shares(cache, columns: int, *, layer: int | None = None, head: int | None = None, row: int = 0) -> torch.Tensor:
+    """The share of KV heads that hold each of the first ``columns`` columns: float32 [columns], from 0 to 1.
+
+    Args and errors as for `kept`.
+    """
+    held = [cache.kept(index) for index in range(len(cache.layers))]
+    ours = [index for index, part in enumerate(held) if part]
+    if not ours:
+        raise ValueError("this cache is empty: let a model read a prompt with it first")
+    if layer is not None and layer not in ours:
+        raise ValueError(f"layer={layer} is not compressed; choose from {ours}")
+    if columns > cache.get_seq_length():
+        raise ValueError(
+            f"input_ids has {columns} tokens and this cache has read {cache.get_seq_length()}: give the tokens that it has read"
+        )
+    batch, most = len(held[ours[0]]), max(len(held[index][0]) for index in ours)
+    if not 0 <= row < batch:
+        raise ValueError(f"row={row} must be from 0 to {batch - 1}: the cache holds a batch of {batch}")
+    if head is not None and not 0 <= head < most:
+        raise ValueError(f"head={head} must be from 0 to {most - 1}: there are {most} KV heads")
+    rows = [held[index][row] for index in ours if layer in (None, index)]
+    chosen = [part for heads in rows for part in (heads if head is None else heads[head : head + 1])]
+    count = torch.zeros(columns)
+    for positions in chosen:
+        count[positions[positions < columns].long().cpu()] += 1
+    return count / len(chosen)
+
+
+def lay_out(texts: list[str], width: int) -> list[Piece]:
+    """Places tokens on lines of ``width`` characters: whole where they fit, and after a line break on a new line."""
+    page, line, start = [], 0, 0
+    for column, text in enumerate(texts):
+        parts = text.replace("\t", _TAB).replace("\n", _NEWLINE + "\n").split("\n")
+        for index, part in enumerate(parts):
+            if index or start and start + len(part) > width:
+                line, start = line + 1, 0
+            for first in range(0, len(part), width):
+                if first:
+                    line, start = line + 1, 0
+                page.append(Piece(column, line, start, part[first : first + width]))
+                start += len(page[-1].text)
+    return page
+
+
+def _draw(ax: Axes, page: list[Piece], share: list[float], width: int, lines: int) -> Axes:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.patches import Rectangle
+
+    shades = ScalarMappable(Normalize(0, 1), LinearSegmentedColormap.from_list("kept", _SHADES))
+    ax.figure.colorbar(shades, ax=ax, label="share of KV heads that kept the token", fraction=0.04, pad=0.02)
+    ax.set(xlim=(0, width), ylim=(lines, 0))
+    ax.set_axis_off()
+    boxes = [Rectangle((piece.start, piece.line), len(piece.text), 1) for piece in page]
+    colours = shades.to_rgba([share[piece.column] for piece in page])
+    ax.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors="none", antialiased=False))
+    size = ax.get_position().width * ax.figure.get_figwidth() * _POINTS / width / _CHARACTER
+    for piece in page:
+        ax.text(
+            piece.start,
+            piece.line + 0.5,
+            piece.text,
+            family="monospace",
+            fontsize=size,
+            va="center_baseline",
+            parse_math=False,
+        )
+    return ax
