@@ -52,7 +52,7 @@ def test_it_runs(tour, tmp_path, monkeypatch, with_smollm2):
     cells = {cell.id: cell for cell in run.cells}
     if not with_smollm2:
         cells["model"].source = TINY
-        cells["document"].source = cells["document"].source.replace("LENGTH = 1800", "LENGTH = 900")
+        cells["document"].source = cells["document"].source.replace("LENGTH = 1200", "LENGTH = 900")
     nbclient.NotebookClient(run, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert "<svg" in shown(cells["cache"], "text/html")
     for name in ("heat-maps", "kept", "kept-one", "compare"):

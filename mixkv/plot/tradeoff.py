@@ -22,7 +22,8 @@ def tradeoff(
     """One line a method and score: quality over size.
 
     Args:
-        results: one record a run, in any order, as `mixkv compare --json` and `mixkv.evaluation.compare.run` give them::
+        results: one record a run, in any order, such as `mixkv.evaluation.compare.run` returns and `mixkv compare --json`
+            writes under ``runs``::
 
                 {"method": "adakv", "score": "mix", "budget": 128, "bytes": 6.7e6,
                  "kl": 0.23, "kl_low": 0.19, "kl_high": 0.28}
@@ -43,7 +44,7 @@ def tradeoff(
     """
     records = list(results)
     if not records:
-        raise ValueError("results is empty: give one record a run, such as mixkv compare --json writes")
+        raise ValueError("results is empty: give one record a run, such as mixkv compare --json writes under runs")
     quality = quality or next((name for name in _QUALITIES if name in records[0]), "kl")
     compressed = [record for record in records if record.get("method") != FULL]
     size = size or next((name for name in _SIZES if all(name in record for record in compressed)), "bytes")
