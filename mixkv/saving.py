@@ -18,6 +18,7 @@ from .ragged import RaggedStore
 
 FORMAT = 1
 _FIELDS = {"mixkv", "model", "dtype", "batch", "recording", "moved", "config", "layers"}
+_NUMBERS = {"heads", "key_size", "value_size", "seen", "tail", "bound", "scaling", "softcap"}
 _MOVED = "rope_deltas"
 # Values read of each parameter to tell a model's weights from another's.
 _SAMPLES = 64
@@ -230,6 +231,9 @@ def _expected(layer, module: nn.Module | None) -> dict[str, Any]:
 
 def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
     """A store reads memory by these numbers, so none is taken on trust."""
+    if not _NUMBERS <= numbers.keys():
+        missing = sorted(_NUMBERS - numbers.keys())
+        raise ValueError(f"{saved.path} is damaged (layer {index} lacks {missing}): save the cache again")
     batch, heads = saved.header["batch"], numbers["heads"]
     lengths = held.get("lengths")
     rows = int(lengths.sum()) if lengths is not None else -1
