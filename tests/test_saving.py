@@ -145,6 +145,7 @@ def test_a_cache_of_assisted_decoding(tmp_path):
     answer = model.generate(**prompts, max_new_tokens=6, past_key_values=cache, **options)[:, 48:]
     cache.save(tmp_path / "prompt")
     loaded = MixKVCache.load(tmp_path / "prompt", model)
+    assert equal_caches(cache, loaded)
     turn = second_turn(prompts, answer)
     tokens = [model.generate(**turn, max_new_tokens=12, past_key_values=part, **options) for part in (cache, loaded)]
     assert torch.equal(*tokens) and equal_caches(cache, loaded)
