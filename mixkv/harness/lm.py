@@ -1,0 +1,139 @@
+"""``mixkv`` for lm_eval: its model ``hf``, answering and scoring from a compressed cache.
+
+``python -m mixkv.harness`` is lm_eval's command line with this model in it; from Python, import this module before
+`lm_eval.simple_evaluate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections import defaultdict
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from ..binding import unwrap
+from ..cache import MixKVCache
+from . import options
+from .tally import Tally
+
+_LOG = logging.getLogger(__name__)
+
+
+@register_model("mixkv")
+class MixKVLM(HFLM):
+    """lm_eval's ``hf`` with a fresh `MixKVCache` for every context.
+
+    Generation is that of ``model.generate``. For a log-likelihood the context but its last token is read and compressed;
+    that token and the continuation follow on the compressed cache, so that every scored token is predicted from it.
+    Continuations of one context share its reading. Contexts are read one at a time; ``batch_size`` is for generation.
+
+    Args:
+        pretrained: as for ``hf``.
+        kwargs: fields of `MixKVConfig` (``kv_backend`` for its ``backend``), and what ``hf`` takes.
+
+    Raises:
+        ValueError: an option is not allowed, or the model cannot be compressed; the message says which or why.
+    """
+
+    def __init__(self, pretrained, **kwargs):
+        self.kv_config, others = options.split(kwargs)
+        super().__init__(pretrained, **others)
+        self.tally = Tally()
+        # A model that cannot be compressed is refused here, not at the first request.
+        self._new_cache()
+
+    def _new_cache(self) -> MixKVCache:
+        return MixKVCache(unwrap(self.model), self.kv_config)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs) -> torch.Tensor:
+        cache = self._new_cache()
+        tokens = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
+        mask = generation_kwargs.get("attention_mask")
+        self.tally.add(cache, 0.0 if mask is None else (mask == 0).sum(1).double().mean().item())
+        return tokens
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
+            by_context[self._fit(context, continuation)].append(index)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring from compressed caches") as bar:
+            # The longest first: if memory does not suffice, that shows at once.
+            for context in sorted(by_context, key=len, reverse=True):
+                cache = self._read(context[:-1])
+                indices = by_context[context]
+                for index in indices:
+                    own = cache if index == indices[-1] else copy.deepcopy(cache)
+                    text, _, continuation = requests[index]
+                    answers[index] = self._score(own, context[-1], continuation)
+                    if text is not None:
+                        self.cache_hook.add_partial("loglikelihood", text, answers[index])
+                    bar.update(1)
+        return answers
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
+        """As much of the context's end as the model has room for, at least one token."""
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens leaves no room for a context in max_length={self.max_length}: raise it "
+                f"if the model allows, or take a task with shorter continuations"
+            )
+        if len(context) > room:
+            _LOG.warning("a context of %d tokens is cut to its last %d, to fit the model", len(context), room)
+        return tuple(context[-room:])
+
+    def _read(self, context: tuple[int, ...]) -> MixKVCache:
+        cache = self._new_cache()
+        if context:
+            self._logits(cache, context, last_only=True)
+            self.tally.add(cache)
+        return cache
+
+    def _score(self, cache: MixKVCache, last: int, continuation: list[int]) -> tuple[float, bool]:
+        """Log-likelihood of ``continuation`` after ``last``, in nats, and whether greedy decoding would give it."""
+        logits = self._logits(cache, (last, *continuation[:-1]))
+        wanted = torch.tensor(continuation, device=logits.device)
+        logs = logits.log_softmax(-1, dtype=self.softmax_dtype)
+        return logs.gather(-1, wanted[:, None]).sum().item(), bool((logits.argmax(-1) == wanted).all())
+
+    @torch.no_grad()
+    def _logits(self, cache: MixKVCache, tokens: tuple[int, ...], last_only: bool = False) -> torch.Tensor:
+        """Logits [n, V] of ``tokens`` read into ``cache``; with ``last_only`` perhaps of the last alone."""
+        optional = {}
+        if last_only and "logits_to_keep" in inspect.signature(unwrap(self.model).forward).parameters:
+            optional["logits_to_keep"] = 1
+        ids = torch.tensor([tokens], device=self.device)
+        dtype = self.mixed_precision_dtype
+        with torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None):
+            return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **optional).logits[0]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Refused: the likelihood of a text without a prompt has nothing to compress.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        names = sorted({request.task_name for request in requests if request.task_name})
+        raise NotImplementedError(
+            f"{', '.join(names) or 'the task'} asks for the likelihood of whole texts: without a prompt there is nothing for mixkv to "
+            f"compress. Take --model hf for it, or a task that scores continuations or generates"
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What ``hf`` tells, and under ``mixkv`` the config and what the caches held."""
+        warning = self.tally.warning(self.kv_config.budget)
+        if warning is not None:
+            _LOG.warning(warning)
+        return {**super().get_model_info(), "mixkv": {**self.kv_config.to_dict(), "held": self.tally.report()}}

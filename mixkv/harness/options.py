@@ -1,0 +1,44 @@
+"""The harnesses' ``model_args`` into a `MixKVConfig` and what is left for the harness."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..config import BACKENDS, MixKVConfig
+
+# lm_eval has a ``backend`` of its own.
+RENAMED = {"kv_backend": "backend"}
+
+
+def split(given: dict[str, Any]) -> tuple[MixKVConfig, dict[str, Any]]:
+    """Takes the fields of `MixKVConfig` out of ``given``; its ``backend`` goes by the name ``kv_backend``.
+
+    Numbers and ``none`` may come as text: a number without a point is an int.
+
+    Returns: the config, and the other arguments untouched.
+
+    Raises:
+        ValueError: a field's value is not allowed; the message names it.
+    """
+    if given.get("backend") in BACKENDS:
+        raise ValueError(
+            f"backend={given['backend']!r} is the harness's own option here; what runs mixkv's storage is "
+            f"kv_backend={given['backend']}"
+        )
+    fields = {field.name: field.name for field in dataclasses.fields(MixKVConfig) if field.name != "backend"} | RENAMED
+    ours = {fields[name]: _typed(value) for name, value in given.items() if name in fields}
+    return MixKVConfig().replace(**ours), {name: value for name, value in given.items() if name not in fields}
+
+
+def _typed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
