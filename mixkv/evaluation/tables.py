@@ -39,8 +39,8 @@ def progress_bar() -> Iterator[Progress]:
 
 def comparison(console: Console, records: list[dict[str, Any]]) -> None:
     """Prints what `compare.run` returns: the numbers, then the answers."""
-    numbers = _table("cache", "rows", "MiB", "bytes", "prefill", "step", "same", "KL")
-    answers = _table("cache")
+    numbers = narrow_table("cache", "rows", "MiB", "bytes", "prefill", "step", "same", "KL")
+    answers = narrow_table("cache")
     answers.add_column("answer")
     for record in records:
         full = record["budget"] is None
@@ -70,8 +70,8 @@ def comparison(console: Console, records: list[dict[str, Any]]) -> None:
 
 def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
     """Prints what `bench.run` returns: what was measured, then the ratios."""
-    measured = _table("cache", "prompt", "rows", "MiB", "prefill", "first token", "step")
-    ratios = _table("cache", "prompt", "bytes", "prefill", "step", "step to floor", "to shortest")
+    measured = narrow_table("cache", "prompt", "rows", "MiB", "prefill", "first token", "step")
+    ratios = narrow_table("cache", "prompt", "bytes", "prefill", "step", "step to floor", "to shortest")
     length = None
     for record in records:
         if record["prompt_tokens"] != length:
@@ -100,7 +100,7 @@ def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
 
 def targets(console: Console, found: list[dict[str, Any]]) -> None:
     """Prints what `bench.targets` returns."""
-    table = _table("target", "prompt", "method", "measured", "at most", "")
+    table = narrow_table("target", "prompt", "method", "measured", "at most", "")
     for target in found:
         table.add_row(
             target["what"].replace("_", " "),
@@ -115,7 +115,7 @@ def targets(console: Console, found: list[dict[str, Any]]) -> None:
 
 def appends(console: Console, records: list[dict[str, Any]]) -> None:
     """Prints what `bench.append_times` returns."""
-    table = _table("rows held a head", "in place (median)", "with growth (mean)")
+    table = narrow_table("rows held a head", "in place (median)", "with growth (mean)")
     for record in records:
         seconds = (record["in_place_seconds"], record["growing_seconds"])
         table.add_row(f"{record['rows_per_head']:,}", *(f"{1e6 * value:.1f} us" for value in seconds))
@@ -139,7 +139,7 @@ def times(ratio: float | None, digits: int = 2) -> str:
     return "" if ratio is None else f"{ratio:.{digits}f}x"
 
 
-def _table(first: str, *others: str) -> Table:
+def narrow_table(first: str, *others: str) -> Table:
     """The first column to the left, the others to the right; narrow enough for a terminal of 80 columns."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, no_wrap=True)
