@@ -82,13 +82,15 @@ def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from .evaluation import bench, machine, models
+    from .evaluation import bench, charts, machine, models
 
     models.require("rich")
     from .evaluation import tables
 
     _set_threads(options)
     _check_writable(options.json)
+    if options.plot is not None:
+        charts.check(options.plot)
     with tables.progress_bar() as progress:
         loaded = models.load(options.model, dtype=options.dtype, device=options.device)
         others = machine.Others()
@@ -98,7 +100,7 @@ def _bench(options: argparse.Namespace) -> None:
             prompt_tokens=options.prompt_tokens,
             methods=options.methods,
             budget=options.budget,
-            batch=options.batch,
+            batches=options.batch,
             repeats=options.repeats,
             steps=options.steps,
             progress=progress,
@@ -113,6 +115,8 @@ def _bench(options: argparse.Namespace) -> None:
     tables.targets(console, found)
     tables.warning(console, machine.crowded(used_by_others))
     _write(options, loaded, used_by_others, {"runs": records, "append": appended, "targets": found})
+    if options.plot is not None:
+        charts.bench(records, options.plot, f"{loaded.name}, budget {options.budget}, {loaded.model.device}")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -200,8 +204,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME,NAME",
         help="default: all",
     )
-    bench.add_argument("--batch", type=_positive, default=1, metavar="N", help="rows in the batch (default 1)")
+    bench.add_argument("--batch", type=_list(_positive), default=[1], metavar="N,N", help="rows in a batch (default 1)")
     bench.add_argument("--repeats", type=_positive, default=3, metavar="N", help="how often each prompt is read (default 3)")
+    bench.add_argument("--plot", metavar="FILE", help="draw the results there, as .png, .svg, .pdf, ... (needs matplotlib)")
     bench.add_argument("--steps", type=_positive, default=48, metavar="N", help="decode steps of each cache (default 48)")
     _add_model(bench)
     _add_common(bench)

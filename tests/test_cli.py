@@ -89,6 +89,36 @@ def test_bench_prints_and_writes(folder, tmp_path, capsys):
     assert {entry["met"] for entry in report["targets"]} <= {True, False}
 
 
+def test_bench_draws(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs mixkv[plot]")
+    out = tmp_path / "out.png"
+    options = {"model": folder, "prompt-tokens": 100, "budget": 40, "repeats": 1, "steps": 2, "methods": "adakv", "plot": out}
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    assert cli.main(["bench", *arguments, "--batch", "1,2"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert "2 rows in a batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("out.abc", [".png", ".svg"]), ("no/such/folder/out.png", ["no/such/folder"]), ("out.png", ["mixkv[plot]"])],
+)
+def test_a_picture_that_cannot_be_drawn(folder, monkeypatch, capsys, path, words):
+    import importlib.util
+
+    if "mixkv[plot]" in words:
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest)
+        )
+    else:
+        pytest.importorskip("matplotlib", reason="needs mixkv[plot]")
+    assert cli.main(["bench", "--model", str(folder), "--plot", path]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"mixkv bench: error: --plot {path}") and "\n" not in error
+    assert all(word in error for word in words)
+
+
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mixkv import MixKVConfig
-from mixkv.evaluation import InputError, bench, compare, machine, measure, prompts
+from mixkv.evaluation import InputError, bench, charts, compare, machine, measure, memory, prompts
 from mixkv.evaluation import models as loading
 
 TEMPLATE = (
@@ -161,7 +162,7 @@ def test_compare_leaves_the_model_as_it_was(model, tokenizer, ids):
 
 def test_bench_records_and_targets(model, tokenizer):
     methods = ["snapkv", "pyramidkv", "adakv", "sparsemm"]
-    records = bench.run(model, tokenizer, prompt_tokens=[200, 100], methods=methods, budget=40, batch=2, repeats=2, steps=4)
+    records = bench.run(model, tokenizer, prompt_tokens=[200, 100], methods=methods, budget=40, batches=[2], repeats=2, steps=4)
     names = [(record["method"], record["prompt_tokens"]) for record in records]
     assert names == [("floor", 40)] + [(name, length) for length in (100, 200) for name in ["full", *methods]]
     by_name = dict(zip(names, records))
@@ -169,7 +170,7 @@ def test_bench_records_and_targets(model, tokenizer):
     assert by_name["full", 200]["bytes_to_full"] == by_name["floor", 40]["step_to_floor"] == 1
     assert by_name["adakv", 200]["bytes_to_full"] < 0.5
     assert by_name["adakv", 200]["rows_per_head"] == by_name["sparsemm", 200]["rows_per_head"] == 40
-    assert all(record["peak_bytes"] is None and record["first_token_seconds"] > record["prefill_seconds"] for record in records)
+    assert all(record["first_token_seconds"] > record["prefill_seconds"] for record in records)
 
     found = bench.targets(records, 40)
     assert len(found) == 4 * 2 * 2 + 2 + 4
@@ -177,6 +178,42 @@ def test_bench_records_and_targets(model, tokenizer):
     assert bytes_target["limit"] == 1.25 * 40 / 200
     assert all(one["met"] == (one["value"] <= one["limit"]) for one in found)
     json.dumps([records, found])
+
+
+def test_bench_at_several_batch_sizes(model, tokenizer):
+    options = dict(prompt_tokens=[100, 200], methods=["adakv"], budget=40, repeats=1, steps=2)
+    told = []
+    records = bench.run(model, tokenizer, batches=[3, 1], progress=lambda *call: told.append(call), **options)
+    assert [record["batch"] for record in records] == [1] * 5 + [3] * 5
+    for one, three in zip(records[:5], records[5:]):
+        assert (one["method"], one["prompt_tokens"]) == (three["method"], three["prompt_tokens"])
+        assert one["rows_per_head"] == three["rows_per_head"] and 2 < three["bytes"] / one["bytes"] <= 3
+    assert {total for _, total in told} == {len(told)}
+    assert [found["batch"] for found in bench.targets(records, 40)] == [1] * 7 + [3] * 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell a process's peak")
+def test_peak_memory_of_a_piece_of_work():
+    cpu, size, slack = torch.device("cpu"), 2**26, 2**24
+    for count in (0, size):
+        before = memory.start(cpu)
+        torch.ones(count, dtype=torch.uint8)
+        assert max(0, count - slack) <= memory.peak(cpu, before) < count + slack
+    assert memory.peak(cpu, None) is None
+
+
+@pytest.mark.parametrize("batches", [(1,), (1, 2)])
+def test_a_picture_of_a_benchmark(model, tokenizer, tmp_path, batches):
+    pytest.importorskip("matplotlib", reason="needs mixkv[plot]")
+    methods = ["snapkv", "adakv"]
+    records = bench.run(
+        model, tokenizer, prompt_tokens=[100, 200], methods=methods, budget=40, batches=batches, repeats=1, steps=2
+    )
+    charts.bench(records, str(tmp_path / "out.svg"), "a title")
+    drawn = (tmp_path / "out.svg").read_text()
+    # Texts of a picture in SVG are shapes, with the text itself in a comment before them.
+    assert all(f"<!-- {word} -->" in drawn for word in ("a title", "full", "snapkv", "adakv", "floor: 40 tokens"))
+    assert ("(batch 2)" in drawn) == (batches == (1, 2))
 
 
 def test_append_times(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
@@ -34,7 +35,7 @@ def run(
     prompt_tokens: list[int],
     methods: list[str],
     budget: int = 128,
-    batch: int = 1,
+    batches: tuple[int, ...] | list[int] = (1,),
     repeats: int = 3,
     steps: int = 48,
     progress: Progress = no_progress,
@@ -44,14 +45,17 @@ def run(
     The floor is the uncompressed model after a prompt of ``budget`` tokens: a decode step over so many rows without any
     compression. Prompts are read turn by turn, ``repeats`` times. Then all caches of all lengths, each holding its prompt,
     decode a token each, turn by turn, ``steps`` times. Seconds are medians; ratios of seconds are medians over the turns.
+    All that once for every batch size: ``batches`` copies of the prompt.
 
     ``sparsemm`` gets a made-up head profile: its time depends on how uneven the heads are, not on which they are.
 
-    Returns: a dict each, with
+    Returns: a dict each, batch size by batch size, with
         method, prompt_tokens, batch;
         prefill_seconds; first_token_seconds (the making of the cache and the reading of the token included); step_seconds;
-        bytes, rows_per_head: held right after the prompt; peak_bytes: on the GPU while reading it, None on the CPU;
-        bytes_to_full, prefill_to_full, step_to_full: ratios to the full cache of the same prompt, None for the floor;
+        bytes, rows_per_head: held right after the prompt; peak_bytes: most memory in use while it was read for the first
+        time, over what was in use before, None where the system does not tell;
+        bytes_to_full, peak_to_full, prefill_to_full, step_to_full: ratios to the full cache of the same prompt, None for the
+        floor and where not known;
         step_to_floor; step_to_shortest: to the same method after the shortest prompt.
 
     Raises:
@@ -65,26 +69,47 @@ def run(
     check_length(model, lengths[-1], steps)
     plan = _plan(model, lengths, methods, budget)
     measure.warm_up(model, [config for config in plan.values() if config is not None])
-    work = len(plan) * repeats + steps
+    sizes = sorted(set(batches))
+    work = len(sizes) * (len(plan) * repeats + steps)
+    return [
+        record
+        for batch in sizes
+        for record in _batch(model, tokenizer, plan, batch, repeats, steps, lambda what: progress(what, work))
+    ]
 
+
+def _batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: dict[Name, MixKVConfig | None],
+    batch: int,
+    repeats: int,
+    steps: int,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """What `run` measures, for one batch size."""
     caches, held, peaks = {}, {}, {}
     prefills: Turns = [{} for _ in range(repeats)]
     firsts: Turns = [{} for _ in range(repeats)]
     for turn in range(repeats):
         for name, config in plan.items():
-            progress(f"reading {name[1]} tokens: {name[0]}", work)
+            progress(f"reading {batch} x {name[1]} tokens: {name[0]}")
             caches.pop(name, None)
-            read = measure.read_prompt(model, filler(tokenizer, name[1], batch).to(model.device), config)
+            ids = filler(tokenizer, name[1], batch).to(model.device)
+            read = measure.read_prompt(model, ids, config, watch_memory=turn == 0)
             prefills[turn][name], firsts[turn][name] = read.seconds, read.first_token_seconds
-            caches[name], held[name], peaks[name] = read.cache, measure.held(read.cache), read.peak_bytes
+            caches[name], held[name] = read.cache, measure.held(read.cache)
+            if turn == 0:
+                peaks[name] = read.peak_bytes
     decodes: Turns = []
     for outcome in measure.rounds(model, caches, filler(tokenizer, steps, batch).T.to(model.device)):
-        progress("decoding, turn by turn", work)
+        progress("decoding, turn by turn")
         decodes.append({name: seconds for name, (_, seconds) in outcome.items()})
 
     records = []
+    floor, shortest_length = next(iter(plan)), min(length for method, length in plan if method != FLOOR)
     for name in plan:
-        full, shortest = (FULL, name[1]), (name[0], lengths[0])
+        full, shortest = (FULL, name[1]), (name[0], shortest_length)
         alone = name[0] == FLOOR
         records.append(
             {
@@ -98,9 +123,10 @@ def run(
                 "rows_per_head": held[name].rows_per_head,
                 "peak_bytes": peaks[name],
                 "bytes_to_full": None if alone else held[name].bytes / held[full].bytes,
+                "peak_to_full": None if alone or not peaks[full] else peaks[name] / peaks[full],
                 "prefill_to_full": None if alone else median_ratio(prefills, name, full),
                 "step_to_full": None if alone else median_ratio(decodes, name, full),
-                "step_to_floor": median_ratio(decodes, name, (FLOOR, budget)),
+                "step_to_floor": median_ratio(decodes, name, floor),
                 "step_to_shortest": None if alone else median_ratio(decodes, name, shortest),
             }
         )
@@ -110,7 +136,7 @@ def run(
 def targets(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
     """What `run` measured against what this library aims at: for every method, how much at the most.
 
-    Returns: a dict each with ``what``, method, prompt_tokens, value, limit, met.
+    Returns: a dict each with ``what``, method, prompt_tokens, batch, value, limit, met.
     """
     found = []
     shortest = min(record["prompt_tokens"] for record in records if record["method"] != FLOOR)
@@ -123,7 +149,7 @@ def targets(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
         if record["prompt_tokens"] != shortest:
             limits["step_to_shortest"] = LONGER
         for what, limit in limits.items():
-            place = {key: record[key] for key in ("method", "prompt_tokens")}
+            place = {key: record[key] for key in ("method", "prompt_tokens", "batch")}
             found.append({"what": what, **place, "value": record[what], "limit": limit, "met": record[what] <= limit})
     return found
 

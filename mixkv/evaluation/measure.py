@@ -18,7 +18,7 @@ from ..compat import is_full_attention
 from ..config import MixKVConfig
 from ..patch import unpatch
 from ..report import _held as layer_bytes
-from . import InputError
+from . import InputError, memory
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -39,7 +39,7 @@ class Read:
         logits: [B, V], of the first answer token.
         seconds: of the forward, compression included.
         first_token_seconds: from making the cache to knowing the first token.
-        peak_bytes: most memory in use on the GPU, over what was in use before; None on the CPU.
+        peak_bytes: most memory in use meanwhile, over what was in use before; None unless it was asked for and is known.
     """
 
     cache: Cache
@@ -59,15 +59,17 @@ class Held:
 
 
 @torch.no_grad()
-def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor, config: MixKVConfig | None) -> Read:
+def read_prompt(
+    model: PreTrainedModel, input_ids: torch.Tensor, config: MixKVConfig | None, *, watch_memory: bool = False
+) -> Read:
     """Reads a prompt [B, N] into a new cache: a full one, or a compressed one where there is a ``config``.
 
-    A model that `mixkv.patch` was called on is unpatched by this.
+    ``watch_memory`` measures the peak, see `memory`. A model that `mixkv.patch` was called on is unpatched by this.
     """
     device = input_ids.device
     unpatch(model)
     options = _last_logits_only(model)
-    before = _reset_peak(device)
+    before = memory.start(device) if watch_memory else None
     synchronize(device)
     start = perf_counter()
     cache = DynamicCache(config=model.config) if config is None else MixKVCache(model, config)
@@ -77,8 +79,7 @@ def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor, config: MixKVCo
     read = perf_counter()
     logits.argmax(-1).tolist()
     end = perf_counter()
-    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
-    return Read(cache, logits, read - made, end - start, peak)
+    return Read(cache, logits, read - made, end - start, memory.peak(device, before))
 
 
 @torch.no_grad()
@@ -168,14 +169,6 @@ def synchronize(device: torch.device) -> None:
     """Waits for the GPU; nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Starts the measurement of peak memory on a GPU: the bytes in use now."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
 
 
 def bind(model: PreTrainedModel, cache: Cache) -> None:

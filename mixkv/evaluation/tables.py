@@ -69,9 +69,16 @@ def comparison(console: Console, records: list[dict[str, Any]]) -> None:
 
 
 def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
-    """Prints what `bench.run` returns: what was measured, then the ratios."""
-    measured = narrow_table("cache", "prompt", "rows", "MiB", "prefill", "first token", "step")
-    ratios = narrow_table("cache", "prompt", "bytes", "prefill", "step", "step to floor", "to shortest")
+    """Prints what `bench.run` returns, batch size by batch size: what was measured, then the ratios."""
+    for batch in sorted({record["batch"] for record in records}):
+        if batch > 1:
+            console.print(f"\n{batch} rows in a batch", style="bold")
+        _batch(console, [record for record in records if record["batch"] == batch])
+
+
+def _batch(console: Console, records: list[dict[str, Any]]) -> None:
+    measured = narrow_table("cache", "prompt", "rows", "MiB", "peak", "prefill", "first token", "step")
+    ratios = narrow_table("cache", "prompt", "bytes", "peak", "prefill", "step", "to floor", "to shortest")
     length = None
     for record in records:
         if record["prompt_tokens"] != length:
@@ -83,27 +90,31 @@ def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
             f"{length:,}",
             f"{record['rows_per_head']:,.0f}",
             mebibytes(record["bytes"]),
+            "" if record["peak_bytes"] is None else mebibytes(record["peak_bytes"]),
             f"{record['prefill_seconds']:.3f} s",
             f"{record['first_token_seconds']:.3f} s",
             f"{1e3 * record['step_seconds']:.1f} ms",
         )
-        names = ("bytes_to_full", "prefill_to_full", "step_to_full", "step_to_floor", "step_to_shortest")
+        names = ("bytes_to_full", "peak_to_full", "prefill_to_full", "step_to_full", "step_to_floor", "step_to_shortest")
         ratios.add_row(record["method"], f"{length:,}", *(times(record[name], 3) for name in names))
-    console.print("\nMeasured right after the prompt, and over decode steps taken in turn (medians)")
+    console.print(
+        "\nMeasured right after the prompt, and over decode steps taken in turn (medians; peak: MiB while reading it)"
+    )
     console.print(measured)
-    peaks = [f"{one['method']} {one['prompt_tokens']}: {mebibytes(one['peak_bytes'])}" for one in records if one["peak_bytes"]]
-    if peaks:
-        console.print(f"Peak memory while reading, MiB: {', '.join(peaks)}\n")
-    console.print("Ratios to the full cache of the same prompt, and of steps (medians of the ratios within a turn)")
+    console.print(
+        "Ratios to the full cache of the same prompt, and of steps to the floor and to the shortest prompt (medians of the "
+        "ratios within a turn)"
+    )
     console.print(ratios)
 
 
 def targets(console: Console, found: list[dict[str, Any]]) -> None:
     """Prints what `bench.targets` returns."""
-    table = narrow_table("target", "prompt", "method", "measured", "at most", "")
+    table = narrow_table("target", "batch", "prompt", "method", "measured", "at most", "")
     for target in found:
         table.add_row(
             target["what"].replace("_", " "),
+            str(target["batch"]),
             f"{target['prompt_tokens']:,}",
             target["method"],
             f"{target['value']:.3f}",
