@@ -225,10 +225,11 @@ def test_bad_options_are_named(folder, arguments, words):
         MixKVLM.create_from_arg_string(f"pretrained={folder},{arguments}", {"device": "cpu"})
 
 
-@pytest.mark.parametrize("given", [{"budget": "0.25", "decode_budget": "none"}, {"budget": 0.25, "decode_budget": None}])
+@pytest.mark.parametrize("given", [("0.25", "8", "none"), (0.25, 8, None)])
 def test_options_come_typed_or_as_text(folder, given):
-    config = MixKVLM(str(folder), device="cpu", **given).kv_config
-    assert (config.budget, config.decode_budget) == (0.25, None)
+    names = ("budget", "window", "decode_budget")
+    config = MixKVLM(str(folder), device="cpu", **dict(zip(names, given))).kv_config
+    assert [getattr(config, name) for name in names] == [0.25, 8, None] and isinstance(config.window, int)
 
 
 def test_an_unknown_option_is_not_swallowed(folder):
