@@ -97,7 +97,7 @@ def test_gemma3_crops_of_a_wide_image():
 @pytest.mark.parametrize("name", QWEN)
 def test_video_frames(name):
     """A video and an image in one row, a longer video in the other, read by qwen_vl_utils."""
-    process_vision_info = vision_tools().process_vision_info
+    process_vision_info = zoo_processors.vision_tools().process_vision_info
     video_kind = transformers.Qwen3VLVideoProcessor if name == "qwen3_vl" else transformers.Qwen2VLVideoProcessor
     processor = zoo_processors.build(name, video_processor=video_kind(patch_size=4))
     # qwen2_5_vl of transformers 5.4 has no temporal positions for an image beside a video.
@@ -123,16 +123,6 @@ def video_turn(frames, seed, images):
     turn["content"].insert(1, dict(type="video", video=video, **sizes))
     turn["content"][2:-1] = [part | sizes for part in turn["content"][2:-1]]
     return [turn]
-
-
-def vision_tools():
-    """qwen_vl_utils; skips the test where it, or the torchvision it needs, cannot be had."""
-    try:
-        import torchvision  # noqa: F401
-
-        return pytest.importorskip("qwen_vl_utils")
-    except (ImportError, RuntimeError) as missing:
-        pytest.skip(f"videos need qwen-vl-utils and a torchvision built for this torch ({missing})")
 
 
 def check_oracle(model, prompts):

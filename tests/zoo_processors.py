@@ -206,3 +206,13 @@ def encode(processor, rows, seeds=None, lengths=None):
         for images, seed, length in zip(rows, seeds, lengths, strict=True)
     ]
     return dict(processor(text=text, images=rows, padding=True, return_tensors="pt"))
+
+
+def vision_tools():
+    """qwen_vl_utils; skips the test where it, or the torchvision it needs, cannot be had."""
+    try:
+        import torchvision  # noqa: F401
+
+        return pytest.importorskip("qwen_vl_utils")
+    except (ImportError, RuntimeError) as missing:
+        pytest.skip(f"videos need qwen-vl-utils and a torchvision built for this torch ({missing})")
