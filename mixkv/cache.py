@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from . import binding, compat, report, saving
 from .config import MixKVConfig
 from .layer import MixKVLayer, Shared
+from .modality import ImageColumns
 
 _NEVER_MET = (
     "the attention of {} never met its compressed cache, so nothing would be compressed. Either the model was unpatched while "
@@ -94,9 +95,13 @@ class MixKVCache(Cache):
                 f"cache.batch_select_indices / batch_repeat_interleave"
             )
         layer = self.layers[layer_idx]
-        if isinstance(layer, MixKVLayer) and layer.seen == 0 and layer.ordinal == 0:
-            self._shared.prompt_length, assisted = compat.prompt_plan()
-            self._shared.recording |= assisted
+        if isinstance(layer, MixKVLayer) and layer.ordinal == 0 and layer.dense is None:
+            columns = key_states.shape[2]
+            if layer.seen == 0:
+                self._shared.prompt_length, assisted = compat.prompt_plan()
+                self._shared.recording |= assisted
+                columns = self._shared.prompt_length or columns
+            self._shared.images.read(layer.seen, columns, key_states)
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._batch = batch
         if compat.holds_view(layer):
@@ -121,6 +126,7 @@ class MixKVCache(Cache):
         self._batch = None
         self._shared.prompt_length = self._shared.waiting = self._shared.contest = None
         self._shared.recording = False
+        self._shared.images = ImageColumns()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._take(beam_idx.tolist(), "reorder_cache", beam_idx)
@@ -140,8 +146,22 @@ class MixKVCache(Cache):
                 layer.take_rows(rows)
             else:
                 getattr(layer, stock_method)(argument)
+        self._shared.images.take_rows(rows)
         if self._batch is not None:
             self._batch = len(rows)
+
+    def set_image_mask(self, mask: torch.Tensor) -> None:
+        """Says which columns of the next prompt or turn are image tokens, where `stats` cannot tell from the token ids.
+
+        That is so with ``inputs_embeds``, and for models whose config names no image token.
+
+        Args:
+            mask: [B, N], nonzero for image tokens; N columns, padding included.
+
+        Raises:
+            ValueError: now if it is not two-dimensional, at the next forward if it does not fit what is read.
+        """
+        self._shared.images.give(mask)
 
     def kept(self, layer_idx: int) -> list[list[torch.Tensor]] | None:
         """Columns of the sequence as passed that layer ``layer_idx`` holds: [B][Hkv] ascending int32 tensors.

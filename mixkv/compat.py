@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers import cache_utils as transformers_cache
@@ -72,6 +73,26 @@ def calling_model() -> PreTrainedModel | None:
         if isinstance(caller, PreTrainedModel) and attention is not None:
             model = caller if any(module is attention for module in caller.modules()) else model
     return model
+
+
+def calling_ids(batch: int, columns: int) -> Iterator[tuple[torch.Tensor, object]]:
+    """Token ids [batch, columns] held by the models on the stack whose attention module is calling, with the model's config.
+
+    The innermost first: a model's forward, or further up `generate`, which has a prompt as a whole where forwards see chunks
+    or drafts along with it.
+    """
+    attention = None
+    for frame in _frames():
+        local = frame.f_locals
+        caller, ids = local.get("self"), local.get("input_ids")
+        if not isinstance(caller, nn.Module):
+            continue
+        if attention is None and hasattr(caller, "layer_idx"):
+            attention = caller
+        if not isinstance(caller, PreTrainedModel) or not torch.is_tensor(ids) or ids.shape != (batch, columns):
+            continue
+        if attention is not None and any(module is attention for module in caller.modules()):
+            yield ids, caller.config
 
 
 def _frames() -> Iterator[FrameType]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from . import modality
 from .attention import MARK, visible
 from .config import OUTPUT_SCORES, MixKVConfig
 from .contest import Contest
@@ -28,6 +29,7 @@ class Shared:
     ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
     ``contest``: the layers of a prompt under ``method="global"``, until its last layer has come.
     ``mask_memo``: (the last mask, columns, its valid columns): read once a forward, not once a layer.
+    ``images``: which columns are image tokens.
     """
 
     config: MixKVConfig
@@ -37,6 +39,7 @@ class Shared:
     waiting: MixKVLayer | None = None
     contest: Contest | None = None
     mask_memo: tuple = field(default=(None, None, None), repr=False)
+    images: modality.ImageColumns = field(default_factory=modality.ImageColumns, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "mask_memo": (None, None, None)}
@@ -65,6 +68,7 @@ class MixKVLayer(CacheLayerMixin):
         # Rows of this layer's budget to those of the average layer.
         self.share = 1.0
         self.weighs_output: bool | None = None
+        self.modal_redundancy: torch.Tensor | None = None  # [B, Hkv, 2]: image keys, text keys
         self.shape: tuple[int, ...] | None = None
         self.module: weakref.ref | None = None
         self.options: dict[str, Any] = {}
@@ -150,6 +154,8 @@ class MixKVLayer(CacheLayerMixin):
             self.query_tail = self.query_tail[rows]
         if self.redundancy is not None:
             self.redundancy = self.redundancy[rows]
+        if self.modal_redundancy is not None:
+            self.modal_redundancy = self.modal_redundancy[rows]
 
     def restore(
         self,
@@ -253,6 +259,9 @@ class MixKVLayer(CacheLayerMixin):
         if contest is not None:
             self._compete(contest, selection)
         self.redundancy = selection.redundancy
+        image = self.shared.images.of_prompt
+        if image is not None:
+            self.modal_redundancy = modality.redundancy(key.detach(), image.to(key.device), valid)
         self.dense = None
         self.options = {name: option for name, option in options.items() if name != "output_factor"}
         if self.shared.config.decode_budget is None:
@@ -363,7 +372,7 @@ class MixKVLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes held by this layer, spare capacity and bookkeeping included."""
-        held = [self.query_tail, self.redundancy, *(self.dense or ())]
+        held = [self.query_tail, self.redundancy, self.modal_redundancy, *(self.dense or ())]
         return (self.store.nbytes if self.store is not None else 0) + sum(
             t.untyped_storage().nbytes() for t in held if t is not None
         )

@@ -18,6 +18,10 @@ def stats(cache) -> dict[str, Any]:
         redundancy: per layer a float32 tensor [B, Hkv] as measured on the prompt, None likewise;
         output_norm: per layer what rows were weighed by for the ``output`` scores and ``method="global"``: ``projection`` (what
             they add through the output projection) or ``value`` (the value's norm: the projection could not be read); else None;
+        image_rows, text_rows: per layer int64 [B, Hkv], the rows held of image (and video) tokens and the others; None where no
+            image was read, or where it is not known which columns are images (see `MixKVCache.set_image_mask`);
+        redundancy_image, redundancy_text: per layer float32 [B, Hkv], the redundancy of the prompt's image keys and of its
+            text keys, each among themselves, nan for a row without them; None likewise;
         rows: rows held by all compressed layers; spare_rows: rows allocated on top of them;
         method, score, budget: from the config.
     """
@@ -26,15 +30,21 @@ def stats(cache) -> dict[str, Any]:
     full = sum(map(_full, layers))
     stores = [layer.store for layer in layers if _ours(layer) and layer.store is not None]
     rows = sum(store.total for store in stores)
+    lengths = [layer.lengths() if _ours(layer) else None for layer in layers]
+    image_rows = [layer.shared.images.count(layer.kept()) if _ours(layer) else None for layer in layers]
     return {
         "bytes": held,
         "bytes_resident": held,
         "bytes_full": full,
         "ratio": held / full if full else 1.0,
         "seen": max((layer.seen for layer in layers if _ours(layer)), default=0),
-        "lengths": [layer.lengths() if _ours(layer) else None for layer in layers],
+        "lengths": lengths,
         "redundancy": [layer.redundancy.cpu() if _ours(layer) and layer.redundancy is not None else None for layer in layers],
         "output_norm": [_OUTPUT_NORM[getattr(layer, "weighs_output", None)] for layer in layers],
+        "image_rows": image_rows,
+        "text_rows": [None if image is None else length - image for length, image in zip(lengths, image_rows)],
+        "redundancy_image": [_modal(layer, 0) for layer in layers],
+        "redundancy_text": [_modal(layer, 1) for layer in layers],
         "rows": rows,
         "spare_rows": sum(store.key.shape[0] for store in stores) - rows,
         "method": cache.config.method,
@@ -93,6 +103,11 @@ def _picture(layers: list, name: str, colour: str, format: str, most: float | No
 
 def _ours(layer) -> bool:
     return hasattr(layer, "nbytes_full")
+
+
+def _modal(layer, kind: int):
+    found = layer.modal_redundancy if _ours(layer) else None
+    return None if found is None else found[..., kind].cpu()
 
 
 def _held(layer) -> int:

@@ -1,0 +1,123 @@
+"""Modality: which columns of a sequence are image tokens, and how redundant the keys of images and of text are."""
+
+from __future__ import annotations
+
+import torch
+
+from . import compat, scores
+
+_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def image_token_ids(config) -> set[int]:
+    """The placeholder ids of images and videos in a model's ``config``; none where images enter by cross-attention."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "cross_attention_layers", None):
+        return set()
+    return {found for name in _NAMES if isinstance(found := getattr(config, name, None), int)}
+
+
+def redundancy(key: torch.Tensor, image: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """`scores.redundancy` of the image keys and of the text keys, each among themselves.
+
+    Args:
+        key: [B, Hkv, N, D].
+        image: bool [B, N].
+        valid: bool [B, N], False for padding; None: no padding.
+
+    Returns: float32 [B, Hkv, 2], images first; nan where a row has no key of a kind.
+    """
+    text = ~image if valid is None else valid & ~image
+    kinds = torch.stack([image, text], dim=1).unsqueeze(1)
+    inverse_norm = 1 / torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).clamp(min=1e-12)
+    count = kinds.sum(dim=-1).float()
+    total = (kinds * inverse_norm.unsqueeze(2)) @ key.float()
+    found = scores.Directions(inverse_norm, total / count.clamp(min=1).unsqueeze(-1), count)
+    return scores.redundancy(found).masked_fill(count == 0, torch.nan)
+
+
+class ImageColumns:
+    """Learns from the token ids, forward by forward, which columns of the sequence are image (or video) tokens.
+
+    ``mask``: bool [B, columns], columns beyond it are text; None: not known.
+    """
+
+    def __init__(self):
+        self.mask: torch.Tensor | None = None
+        self._given: torch.Tensor | None = None
+        self._prompt_has_images = False
+        self._unknown = False
+
+    def give(self, mask: torch.Tensor) -> None:
+        """Takes ``mask`` [B, columns of the next prompt or turn] in place of what the token ids say.
+
+        Raises:
+            ValueError: it has not two dimensions.
+        """
+        if mask.ndim != 2:
+            raise ValueError(f"the image mask has shape {list(mask.shape)}: it must be [B, N], nonzero for image tokens")
+        self._given = mask.bool()
+
+    def read(self, start: int, columns: int, like: torch.Tensor) -> None:
+        """Columns ``start`` to ``start + columns`` are about to be read; ``like`` [B, ...] is a tensor on their device.
+
+        A single column after the prompt is a generated token, which is text.
+
+        Raises:
+            ValueError: the mask that was given does not fit them.
+        """
+        if start == 0:
+            self.mask, self._unknown = None, False
+        elif self.mask is not None and self.mask.shape[1] > start:
+            self.mask = self.mask[:, :start]  # columns were taken back
+        if self._unknown or (columns == 1 and start > 0):
+            return
+        new = _from_ids(like.shape[0], columns) if self._given is None else self._fitting(like.shape[0], columns)
+        if new is None:
+            self.mask, self._unknown = None, True
+            return
+        new = new.to(like.device)
+        if start == 0:
+            self.mask, self._prompt_has_images = new, bool(new.any())
+        else:
+            past = torch.nn.functional.pad(self.mask, (0, start - self.mask.shape[1]))
+            self.mask = torch.cat([past, new], dim=1)
+
+    def _fitting(self, batch: int, columns: int) -> torch.Tensor:
+        given, self._given = self._given, None
+        if given.shape[1] != columns or batch % given.shape[0]:
+            raise ValueError(
+                f"the image mask has shape {list(given.shape)}, but a batch of {batch} with {columns} columns is read: give a mask "
+                f"[{batch}, {columns}] (one row for all beams of a prompt will do)"
+            )
+        return given.repeat_interleave(batch // given.shape[0], dim=0)
+
+    def take_rows(self, rows: list[int]) -> None:
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+
+    @property
+    def of_prompt(self) -> torch.Tensor | None:
+        """The mask [B, N] of the prompt that is being read, None if it has no image or that is not known."""
+        return self.mask if self._prompt_has_images and not self._unknown else None
+
+    def count(self, kept: list[list[torch.Tensor]]) -> torch.Tensor | None:
+        """Image columns among ``kept`` [B][Hkv]: int64 [B, Hkv] on the CPU; None if there is no image or that is not known."""
+        if self.mask is None or not kept or not self.mask.any():
+            return None
+        mask = self.mask.cpu()
+        return torch.tensor(
+            [
+                [int(row[columns[columns < mask.shape[1]].cpu().long()].sum()) for columns in heads]
+                for row, heads in zip(mask, kept, strict=True)
+            ]
+        )
+
+
+def _from_ids(batch: int, columns: int) -> torch.Tensor | None:
+    """The image columns of the token ids [B, columns] that the calling model was given, None if they cannot be found."""
+    for ids, config in compat.calling_ids(batch, columns):
+        placeholders = image_token_ids(config)
+        if placeholders:
+            return torch.isin(ids, torch.tensor(sorted(placeholders), device=ids.device))
+    return None
