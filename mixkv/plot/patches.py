@@ -1,0 +1,157 @@
+"""The patches of an image that a compressed cache still holds, drawn on the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..modality import image_token_ids
+from .grid import Patch, locate
+
+
+def kept_patches(
+    cache,
+    image,
+    inputs: Mapping,
+    config,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    row: int = 0,
+    index: int = 0,
+    part: str | None = None,
+    ax=None,
+):
+    """Draws ``image`` with its evicted patches darkened: the fewer heads hold a patch, the darker it is.
+
+    Example:
+        >>> model.generate(**inputs, past_key_values=cache)
+        >>> mixkv.plot.kept_patches(cache, image, inputs, model.config)
+
+    Args:
+        cache: the `MixKVCache` that has read the prompt.
+        image: the PIL image that went to the processor; a list of all of the prompt's images, in order, if there are several.
+        inputs: the processor's outputs: input_ids [B, N], and image_grid_thw [images, 3] of the qwen families.
+        config: the model's config. For llava the processor is taken to crop the middle of the image, as its checkpoints do.
+        layer, head: one layer, one KV head; None: summed over all.
+        row: batch row of the cache.
+        index: which of several images.
+        part: "tiles" for the tiles of an image, "whole" for the view of the whole image that comes with them; None: the tiles
+            where there are any.
+        ax: matplotlib axes to draw on; None: new ones.
+
+    Returns: the axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a model without image columns or without a known grid, or images, part, layer or head that do not fit.
+    """
+    try:
+        from matplotlib import pyplot
+        from matplotlib.collections import PatchCollection
+        from matplotlib.patches import Rectangle
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'mixkv[plot]'") from error
+
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not 0 <= index < len(images):
+        raise ValueError(f"index={index} is none of the {len(images)} images given")
+    found = held(cache, [(one.height, one.width) for one in images], inputs, config, layer=layer, head=head, row=row)[index]
+    parts = {patch.part for patch, _ in found}
+    part = part or ("tiles" if "tiles" in parts else "whole")
+    if part not in parts:
+        raise ValueError(f"part={part!r} is none of what this image has: {', '.join(sorted(parts))}")
+    found = [(patch, share) for patch, share in found if patch.part == part]
+
+    picture = images[index]
+    ax = pyplot.subplots()[1] if ax is None else ax
+    ax.imshow(picture, extent=(0, picture.width, picture.height, 0))
+    boxes = [
+        Rectangle(
+            (patch.left * picture.width, patch.top * picture.height),
+            (patch.right - patch.left) * picture.width,
+            (patch.bottom - patch.top) * picture.height,
+        )
+        for patch, _ in found
+    ]
+    ax.add_collection(PatchCollection(boxes, facecolor=[(0, 0, 0, 0.85 * (1 - share)) for _, share in found], linewidth=0))
+    ax.set_axis_off()
+    where = "all layers" if layer is None else f"layer {layer}"
+    where += "" if head is None else f", head {head}"
+    ax.set_title(f"{where}: {sum(share > 0 for _, share in found)} of {len(found)} patches held")
+    return ax
+
+
+def held(
+    cache,
+    sizes: Sequence[tuple[int, int]],
+    inputs: Mapping,
+    config,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    row: int = 0,
+) -> list[list[tuple[Patch, float]]]:
+    """What `kept_patches` draws: for each image its patches, and the share of heads that hold each, 0 to 1.
+
+    Args: as there, with ``sizes`` (height, width) of the prompt's images.
+    """
+    placeholders = image_token_ids(config) - {
+        getattr(config, "video_token_id", None),
+        getattr(config, "video_token_index", None),
+    }
+    if not placeholders:
+        raise ValueError(f"{config.model_type} has no image columns in its self-attention: there is nothing to draw")
+    ids = inputs["input_ids"]
+    heads, batch = _heads(cache, layer, head, row)
+    if batch % ids.shape[0]:
+        raise ValueError(f"the cache holds a batch of {batch}, and inputs are {ids.shape[0]} prompts: give those it has read")
+    prompt = row // (batch // ids.shape[0])  # beams and samples of a prompt lie next to each other
+    is_image = torch.isin(ids.cpu(), torch.tensor(sorted(placeholders)))
+    grids = _grids_of(inputs, config, is_image.sum(dim=1).tolist(), prompt)
+    columns = is_image[prompt].nonzero().flatten().tolist()
+    shares = iter(_share(heads, ids.shape[1])[columns].tolist())
+    return [
+        [(patch, value) for patch, value in zip(patches, shares) if patch is not None]
+        for patches in locate(config, sizes, len(columns), grids)
+    ]
+
+
+def _heads(cache, layer: int | None, head: int | None, row: int) -> tuple[list[torch.Tensor], int]:
+    """The columns that each of the chosen heads holds of a batch row, and the size of the batch."""
+    if layer is not None and not 0 <= layer < len(cache.layers):
+        raise ValueError(f"layer={layer}: this cache has {len(cache.layers)} layers")
+    layers = range(len(cache.layers)) if layer is None else [layer]
+    kept = [found for found in map(cache.kept, layers) if found is not None]
+    if not kept:
+        raise ValueError(f"layer={layer} is not compressed by mixkv: it holds no selection")
+    if not 0 <= row < len(kept[0]):
+        raise ValueError(f"row={row}: this cache holds a batch of {len(kept[0])}")
+    if head is not None and not 0 <= head < len(kept[0][row]):
+        raise ValueError(f"head={head}: this model has {len(kept[0][row])} KV heads")
+    heads = [positions for found in kept for positions in (found[row] if head is None else [found[row][head]])]
+    return heads, len(kept[0])
+
+
+def _share(heads: list[torch.Tensor], columns: int) -> torch.Tensor:
+    """For each of the first ``columns`` columns the share of ``heads`` that hold it: float [columns]."""
+    total = torch.zeros(columns)
+    for positions in heads:
+        total[positions[positions < columns].cpu().long()] += 1
+    return total / len(heads)
+
+
+def _grids_of(inputs: Mapping, config, columns: list[int], prompt: int) -> list[tuple[int, ...]] | None:
+    """The ``image_grid_thw`` of one prompt, out of those of a batch whose prompts have ``columns`` image columns each."""
+    grids = inputs.get("image_grid_thw")
+    if grids is None:
+        return None
+    merge = config.vision_config.spatial_merge_size
+    grids = [tuple(grid) for grid in grids.tolist()]
+    starts, filled = [], 0
+    for time, height, width in grids:
+        starts.append(filled)
+        filled += time * (height // merge) * (width // merge)
+    first = sum(columns[:prompt])
+    return [grid for grid, start in zip(grids, starts) if first <= start < first + columns[prompt]]
