@@ -46,7 +46,6 @@ class ImageColumns:
         self.mask: torch.Tensor | None = None
         self._given: torch.Tensor | None = None
         self._prompt_has_images = False
-        self._unknown = False
 
     def give(self, mask: torch.Tensor) -> None:
         """Takes ``mask`` [B, columns of the next prompt or turn] in place of what the token ids say.
@@ -66,31 +65,25 @@ class ImageColumns:
         Raises:
             ValueError: the mask that was given does not fit them.
         """
-        if start == 0:
-            self.mask, self._unknown = None, False
-        elif self.mask is not None and self.mask.shape[1] > start:
-            self.mask = self.mask[:, :start]  # columns were taken back
-        if self._unknown or (columns == 1 and start > 0):
+        batch = like.shape[0]
+        past = torch.zeros(batch, 0, dtype=torch.bool, device=like.device) if start == 0 else self.mask
+        if past is not None and past.shape[1] > start:
+            past = past[:, :start]  # columns were taken back
+        if columns == 1 and start > 0:
+            self.mask = past
             return
-        new = _from_ids(like.shape[0], columns) if self._given is None else self._fitting(like.shape[0], columns)
-        if new is None:
-            self.mask, self._unknown = None, True
-            return
-        new = new.to(like.device)
-        if start == 0:
-            self.mask, self._prompt_has_images = new, bool(new.any())
-        else:
-            past = torch.nn.functional.pad(self.mask, (0, start - self.mask.shape[1]))
-            self.mask = torch.cat([past, new], dim=1)
-
-    def _fitting(self, batch: int, columns: int) -> torch.Tensor:
         given, self._given = self._given, None
-        if given.shape[1] != columns or batch % given.shape[0]:
-            raise ValueError(
-                f"the image mask has shape {list(given.shape)}, but a batch of {batch} with {columns} columns is read: give a mask "
-                f"[{batch}, {columns}] (one row for all beams of a prompt will do)"
-            )
-        return given.repeat_interleave(batch // given.shape[0], dim=0)
+        if given is not None:
+            new = _fitting(given, batch, columns)
+        else:
+            new = None if past is None else _from_ids(batch, columns)
+        if past is None or new is None:
+            self.mask = None
+        else:
+            past = torch.nn.functional.pad(past, (0, start - past.shape[1]))
+            self.mask = torch.cat([past, new.to(like.device)], dim=1)
+        if start == 0:
+            self._prompt_has_images = self.mask is not None and bool(self.mask.any())
 
     def take_rows(self, rows: list[int]) -> None:
         if self.mask is not None:
@@ -99,7 +92,7 @@ class ImageColumns:
     @property
     def of_prompt(self) -> torch.Tensor | None:
         """The mask [B, N] of the prompt that is being read, None if it has no image or that is not known."""
-        return self.mask if self._prompt_has_images and not self._unknown else None
+        return self.mask if self._prompt_has_images else None
 
     def count(self, kept: list[list[torch.Tensor]]) -> torch.Tensor | None:
         """Image columns among ``kept`` [B][Hkv]: int64 [B, Hkv] on the CPU; None if there is no image or that is not known."""
@@ -112,6 +105,16 @@ class ImageColumns:
                 for row, heads in zip(mask, kept, strict=True)
             ]
         )
+
+
+def _fitting(given: torch.Tensor, batch: int, columns: int) -> torch.Tensor:
+    """``given`` as a mask [batch, columns]: a row for each prompt serves all of its beams or samples."""
+    if given.shape[1] != columns or batch % given.shape[0]:
+        raise ValueError(
+            f"the image mask has shape {list(given.shape)}, but a batch of {batch} with {columns} columns is read: give a mask "
+            f"[{batch}, {columns}] (one row for all beams of a prompt will do)"
+        )
+    return given.repeat_interleave(batch // given.shape[0], dim=0)
 
 
 def _from_ids(batch: int, columns: int) -> torch.Tensor | None:

@@ -160,6 +160,21 @@ def test_a_second_turn_with_an_image():
     assert cache.stats()["image_rows"][0].min() >= 9, "a later turn is kept whole"
 
 
+def test_a_turn_after_columns_nobody_knows():
+    """A given mask goes with the turn it is given for, even where it cannot make up for the columns before."""
+    model, first, second = zoo.build("llava"), zoo.inputs("llava", 40), zoo.inputs("llava", 30, seed=5)
+    cache = mixkv.MixKVCache(model, **SMALL)
+    embeds = model.get_input_embeddings()(zoo.inputs("llava", 40, images=False)["input_ids"])
+    with torch.no_grad():
+        model(inputs_embeds=embeds, past_key_values=cache)
+        cache.set_image_mask(torch.ones(1, 30))
+        model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=cache)
+        check_unknown(cache)
+        cache.reset()
+        model(**first, past_key_values=cache)
+    check_rows(cache, first["input_ids"] == zoo.IMAGE)
+
+
 def test_columns_taken_back_are_forgotten():
     model, prompts = zoo.build("llava"), zoo.inputs("llava", 40)
     more = zoo.inputs("llava", 30, seed=5)
