@@ -278,8 +278,10 @@ def test_drawing():
     assert axes.get_title() == "layer 1: 2 of 9 patches held"
     (drawn,) = axes.collections
     alpha = drawn.get_facecolor()[:, 3]
-    assert alpha == pytest.approx([0.425] + 3 * [0.85] + [0] + 4 * [0.85])
+    assert alpha == pytest.approx([0.425] + 3 * [0.85] + [0] + 4 * [0.85] + 2 * [0.85])
+    assert drawn.get_facecolor()[:, 0].tolist() == 9 * [0] + 2 * [1], "the cut off sides are pale"
     corners = [path.vertices[:4].tolist() for path in drawn.get_paths()]
+    assert corners[9][2] == pytest.approx([15, 30]) and corners[10][0] == pytest.approx([45, 0])
     assert corners[0][0] == pytest.approx([15, 0]) and corners[4][2] == pytest.approx([35, 20])
     assert axes.images[0].get_extent() == [0, 60, 30, 0]
     axes.figure.canvas.draw()

@@ -25,6 +25,8 @@ def kept_patches(
 ):
     """Draws ``image`` with its evicted patches darkened: the fewer heads hold a patch, the darker it is.
 
+    What the processor cut off, the model has never seen: it is drawn pale.
+
     Example:
         >>> model.generate(**inputs, past_key_values=cache)
         >>> mixkv.plot.kept_patches(cache, image, inputs, model.config)
@@ -67,15 +69,15 @@ def kept_patches(
     picture = images[index]
     ax = pyplot.subplots()[1] if ax is None else ax
     ax.imshow(picture, extent=(0, picture.width, picture.height, 0))
-    boxes = [
-        Rectangle(
-            (patch.left * picture.width, patch.top * picture.height),
-            (patch.right - patch.left) * picture.width,
-            (patch.bottom - patch.top) * picture.height,
-        )
-        for patch, _ in found
-    ]
-    ax.add_collection(PatchCollection(boxes, facecolor=[(0, 0, 0, 0.85 * (1 - share)) for _, share in found], linewidth=0))
+
+    def rectangle(top: float, left: float, bottom: float, right: float) -> Rectangle:
+        height, width = (bottom - top) * picture.height, (right - left) * picture.width
+        return Rectangle((left * picture.width, top * picture.height), width, height)
+
+    shades = [(0, 0, 0, 0.85 * (1 - share)) for _, share in found]
+    margins = _margins([patch for patch, _ in found])
+    boxes = [rectangle(*patch[1:]) for patch, _ in found] + [rectangle(*margin) for margin in margins]
+    ax.add_collection(PatchCollection(boxes, facecolor=shades + [(1, 1, 1, 0.85)] * len(margins), linewidth=0))
     ax.set_axis_off()
     where = "all layers" if layer is None else f"layer {layer}"
     where += "" if head is None else f", head {head}"
@@ -116,6 +118,14 @@ def held(
         [(patch, value) for patch, value in zip(patches, shares) if patch is not None]
         for patches in locate(config, sizes, len(columns), grids)
     ]
+
+
+def _margins(patches: Sequence[Patch]) -> list[tuple[float, float, float, float]]:
+    """Top, left, bottom, right of the strips of an image that no patch covers."""
+    low, high = (min(patch.top for patch in patches), max(patch.bottom for patch in patches))
+    left, right = (min(patch.left for patch in patches), max(patch.right for patch in patches))
+    strips = [(0, 0, low, 1), (high, 0, 1, 1), (low, 0, high, left), (low, right, high, 1)]
+    return [strip for strip in strips if strip[2] - strip[0] > 1e-9 and strip[3] - strip[1] > 1e-9]
 
 
 def _heads(cache, layer: int | None, head: int | None, row: int) -> tuple[list[torch.Tensor], int]:
