@@ -106,6 +106,17 @@ def test_stats_hold_the_redundancy_of_the_whole_prompt():
         torch.testing.assert_close(stats["redundancy_text"][index], expected[..., 1])
 
 
+def test_padding_is_no_text():
+    model = zoo.build("llava_next")
+    batch, rows = zoo.ragged("llava_next", [60, 45])
+    together, alone = mixkv.MixKVCache(model, **SMALL), mixkv.MixKVCache(model, **SMALL)
+    generate(model, batch, together)
+    generate(model, rows[1], alone)
+    for name in MODAL:
+        for ours, own in zip(together.stats()[name], alone.stats()[name], strict=True):
+            torch.testing.assert_close(ours[1], own[0])
+
+
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(do_sample=True, num_return_sequences=2)])
 def test_rows_follow_beams_and_samples(options):
     model = zoo.build("qwen2_vl")
