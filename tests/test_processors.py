@@ -56,6 +56,19 @@ def test_the_processor_tiles_as_in_earnest(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_the_chat_template_in_one_step(name):
+    """apply_chat_template reads the images out of the conversation itself: the same tensors."""
+    processor, (wide, square) = zoo_processors.build(name), pictures()
+    messages = zoo_processors.conversation([wide, square], seed=0, length=16)
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    at_once = processor.apply_chat_template(messages, **options)
+    in_steps = zoo_processors.encode(processor, [[wide, square]])
+    assert set(at_once) == set(in_steps)
+    for key, value in in_steps.items():
+        assert torch.equal(torch.as_tensor(at_once[key]), torch.as_tensor(value)), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_decode_equals_masked_full_cache(name):
     model, processor = zoo.build(name), zoo_processors.build(name)
     check_oracle(model, zoo_processors.encode(processor, rows(), lengths=[24, 24]))
