@@ -219,6 +219,16 @@ def test_embeddings_alone_tell_nothing_but_a_given_mask_does():
     assert told.stats()["redundancy_image"][0] is not None, "measured on the prompt"
 
 
+def test_a_given_mask_is_that_of_all_chunks():
+    model, prompts = zoo.build("llama"), zoo.inputs("llama", 40)
+    image = torch.zeros(1, 40, dtype=torch.bool)
+    image[0, 8:30] = True
+    cache = mixkv.MixKVCache(model, **SMALL)
+    cache.set_image_mask(image)
+    generate(model, prompts, cache, prefill_chunk_size=16)
+    check_rows(cache, image)
+
+
 def test_a_given_mask_goes_before_the_token_ids():
     model, prompts = zoo.build("llava"), zoo.inputs("llava", 40)
     cache = mixkv.MixKVCache(model, **SMALL)

@@ -99,6 +99,10 @@ def test_several_images_of_llava_onevision_are_padded_to_squares():
     after = image_embeddings(model, zoo_processors.encode(processor, [[tall, Image.fromarray(pixels)]]))
     assert (after - before).norm(dim=-1).argmax() == 5 + 3
     assert second[3][1:] == pytest.approx((0.5, 0.5, 1, 1))
+    finer = SimpleNamespace(model_type="llava_onevision", vision_config=vision(16, 4, "siglip_vision_model"))
+    patches = locate(finer, [(10, 20), (20, 20)], 2 * 17)[0]
+    rows = [(patch.top, patch.bottom) for patch in patches[:16:4]]
+    assert rows == [(0, 0), (0, 0.5), (0.5, 1), (1, 1)], "above and below is padding"
 
 
 def vision(image_size, patch_size, kind):
