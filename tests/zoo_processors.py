@@ -4,8 +4,8 @@
     prompts = zoo_processors.encode(processor, [[wide, square], [square]])     # one prompt a row, left padded
     zoo.build("llava_next").generate(**prompts)
 
-The image processors are the PIL ones: the others need torchvision, and PyPI's goes with a CUDA build of torch only. Older
-transformers ask for torchvision all the same for some families, which are skipped there.
+The image processors are the PIL ones: the others need torchvision, whose usual wheels go with a CUDA build of torch only.
+Older transformers ask for torchvision all the same for some families, which are skipped there.
 """
 
 import inspect
