@@ -2,6 +2,8 @@
 
 pip install 'mixkv[vision]'
 python examples/qwen2_vl.py IMAGE [QUESTION] [--model Qwen/Qwen2-VL-7B-Instruct] [--budget 128]
+
+torchvision, which qwen_vl_utils imports, must be of the same build as torch: both for CUDA or both for the CPU.
 """
 
 import argparse
