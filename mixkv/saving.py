@@ -18,7 +18,7 @@ from .ragged import RaggedStore
 
 FORMAT = 1
 _FIELDS = {"mixkv", "model", "dtype", "batch", "recording", "moved", "config", "layers"}
-_NUMBERS = {"heads", "key_size", "value_size", "seen", "tail", "bound", "scaling", "softcap"}
+_NUMBERS = {"heads", "key_size", "value_size", "seen", "tail", "bound", "scaling", "softcap", "share"}
 _MOVED = "rope_deltas"
 # Values read of each parameter to tell a model's weights from another's.
 _SAMPLES = 64
@@ -164,6 +164,8 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "bound": None if store.even else store.max_length,
         "scaling": layer.options["scaling"],
         "softcap": layer.options["softcap"],
+        "share": layer.share,
+        "weighs_output": layer.weighs_output,
         "weights": None if module is None else _fingerprint(module),
     }
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}, numbers
@@ -182,6 +184,7 @@ def _fill(
     store = RaggedStore.from_rows(rows, copies["lengths"], backend, tail=numbers["tail"], bound=numbers["bound"])
     options = {"scaling": numbers["scaling"], "softcap": numbers["softcap"], "sinks": copies.get("sinks")}
     layer.restore(store, numbers["seen"], copies["redundancy"], copies.get("query_tail"), options, module)
+    layer.share, layer.weighs_output = numbers["share"], numbers.get("weighs_output")
 
 
 def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:

@@ -201,3 +201,18 @@ def test_decode_budget_keeps_the_layers_shares(name="llama"):
     assert abs(sum(shares) / len(shares) - 1) < 1e-6
     for layer, share, rows in zip(cache.layers, shares, rows_per_layer(cache)):
         assert rows <= (max(round(20 * share), 7) + 4 + 1) * layer.store.heads
+
+
+def test_a_saved_cache_keeps_its_shares(tmp_path, name="llama"):
+    model = zoo.build(name, "sdpa")
+    prompts = zoo.inputs(name, 60)
+    cache = mixkv.MixKVCache(model, **OPTIONS, decode_budget=20, decode_slack=4)
+    tokens, _ = oracle.generate(model, prompts, 1, past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    loaded = mixkv.MixKVCache.load(tmp_path / "cache", model)
+    assert loaded.stats()["output_norm"] == cache.stats()["output_norm"]
+    turn = {"input_ids": torch.cat([prompts["input_ids"], tokens], dim=1)}
+    turn["attention_mask"] = torch.ones_like(turn["input_ids"])
+    answers = [oracle.generate(model, turn, 40, past_key_values=held)[1] for held in (cache, loaded)]
+    assert torch.equal(*answers)
+    assert rows_per_layer(cache) == rows_per_layer(loaded)
