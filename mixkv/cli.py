@@ -119,6 +119,69 @@ def _bench(options: argparse.Namespace) -> None:
         charts.bench(records, options.plot, f"{loaded.name}, budget {options.budget}, {loaded.model.device}")
 
 
+def _eval(options: argparse.Namespace) -> None:
+    from .evaluation import InputError, compare, evaluate, journal, machine, models, paired, tasks
+
+    models.require("rich")
+    from .evaluation import tables
+
+    _set_threads(options)
+    unknown = [name for name in options.task if name not in tasks.TASKS]
+    if unknown and not options.data:
+        raise InputError(f"unknown --task {unknown[0]!r}; choose from {', '.join(tasks.TASKS)}")
+    profile = {"profile": options.profile} if options.profile else {}
+    configs = compare.grid(options.method, options.score, options.budget, **profile)
+    reference = tuple(options.reference.split("+"))
+    with tables.progress_bar() as progress:
+        loaded = models.load(options.model, dtype=options.dtype, device=options.device)
+        samples = _samples(options, loaded.tokenizer)
+        header = {
+            "model": loaded.name,
+            "dtype": str(loaded.model.dtype),
+            "answer_tokens": options.answer_tokens,
+            "data": options.data,
+            "configs": [config.to_dict() for config in configs],
+            "machine": machine.describe(loaded.model.device),
+            "versions": machine.versions(),
+        }
+        book = journal.Journal(options.out, header, resume=options.resume) if options.out else None
+        records = list(book.records) if book else []
+        done = {(record["task"], record["tokens"], record["seed"]) for record in records}
+        left = [(name, make) for name, make in samples if name not in done]
+        found = evaluate.run(
+            loaded.model, loaded.tokenizer, left, configs, answer_tokens=options.answer_tokens, progress=progress
+        )
+        for record in found:
+            records.append(record)
+            if book:
+                book.add(record)
+    names = {name for name, _ in samples}
+    records = [record for record in journal.merge(records) if (record["task"], record["tokens"], record["seed"]) in names]
+    rows = paired.summary(records, header["configs"], reference)
+    console = tables.Console()
+    console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
+    tables.evaluation(console, rows, reference)
+    _write(options, loaded, None, {"summary": rows, "records": records, "configs": header["configs"]})
+
+
+def _samples(options: argparse.Namespace, tokenizer) -> list[tuple]:
+    """Names of samples, and how each is made."""
+    from functools import partial
+
+    from .evaluation import tasks
+
+    if options.data:
+        found = tasks.from_file(tokenizer, options.data)
+        return [(("file", len(sample.context), number), partial(lambda s: s, sample)) for number, sample in enumerate(found)]
+    seeds = range(options.first_seed, options.first_seed + options.seed_step * options.samples, options.seed_step)
+    return [
+        ((task, tokens, seed), partial(tasks.TASKS[task], tokenizer, tokens, seed))
+        for seed in seeds
+        for tokens in options.tokens
+        for task in options.task
+    ]
+
+
 def _info(options: argparse.Namespace) -> None:
     from . import kernels
     from .evaluation import machine, models
@@ -175,18 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="the same for your own model and text")
     compare.add_argument("--prompt-file", required=True, metavar="FILE", help="UTF-8 text")
     compare.add_argument("--question", metavar="TEXT", help="asked after the text")
-    compare.add_argument(
-        "--budget",
-        type=_list(_number),
-        default=[64, 128],
-        metavar="N,N",
-        help="rows a KV head, or shares in (0, 1] (default 64,128)",
-    )
-    compare.add_argument(
-        "--method", type=_list(str), default=["snapkv", "adakv"], metavar="NAME,NAME", help="default snapkv,adakv"
-    )
-    compare.add_argument("--score", type=_list(str), default=["attn", "mix"], metavar="NAME,NAME", help="default attn,mix")
-    compare.add_argument("--profile", metavar="FILE", help="head profile for sparsemm (JSON)")
+    _add_grid(compare, ["snapkv", "adakv"], ["attn", "mix"])
     compare.add_argument("--max-new-tokens", type=_positive, default=48, metavar="N", help="longest answer (default 48)")
     compare.add_argument("--no-chat", action="store_true", help="give the text as it is, without the chat template")
     compare.add_argument("--repeats", type=_positive, default=2, metavar="N", help="how often the prompt is read (default 2)")
@@ -212,9 +264,51 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(bench)
     bench.set_defaults(run=_bench)
 
+    evaluation = commands.add_parser("eval", help="quality: every method against the full cache on many samples")
+    evaluation.add_argument(
+        "--task",
+        type=_list(str),
+        default=["needle", "codes", "lookup", "prose", "several"],
+        metavar="NAME,NAME",
+        help="default: all",
+    )
+    evaluation.add_argument("--data", metavar="FILE", help="JSON lines with context, question, answer, in place of --task")
+    evaluation.add_argument("--tokens", type=_list(_positive), default=[1024], metavar="N,N", help="lengths (default 1024)")
+    evaluation.add_argument("--samples", type=_positive, default=20, metavar="N", help="of each task and length (default 20)")
+    evaluation.add_argument("--first-seed", type=_natural, default=0, metavar="N", help="of the first sample (default 0)")
+    evaluation.add_argument(
+        "--seed-step", type=_positive, default=1, metavar="N", help="2: one half of the texts only (default 1)"
+    )
+    evaluation.add_argument("--answer-tokens", type=_positive, default=16, metavar="N", help="longest answer (default 16)")
+    evaluation.add_argument(
+        "--reference", default="snapkv+mix", metavar="METHOD+SCORE", help="compared with (default snapkv+mix)"
+    )
+    evaluation.add_argument("--out", metavar="FILE", help="samples are written there as they are finished (JSON lines)")
+    evaluation.add_argument("--resume", action="store_true", help="go on with the samples that --out lacks")
+    _add_grid(evaluation, ["snapkv", "adakv", "global"], ["attn", "mix", "mix-output"])
+    _add_model(evaluation)
+    _add_common(evaluation)
+    evaluation.set_defaults(run=_eval)
+
     info = commands.add_parser("info", help="versions, machine, and what would be used")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[str]) -> None:
+    """Every method with every score and budget."""
+    parser.add_argument(
+        "--budget",
+        type=_list(_number),
+        default=[64, 128],
+        metavar="N,N",
+        help="rows a KV head, or shares in (0, 1] (default 64,128)",
+    )
+    for name, default in (("method", methods), ("score", scores)):
+        parser.add_argument(
+            f"--{name}", type=_list(str), default=default, metavar="NAME,NAME", help=f"default {','.join(default)}"
+        )
+    parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm (JSON)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -239,6 +333,12 @@ def _list(item: Callable[[str], Any]) -> Callable[[str], list]:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 
 

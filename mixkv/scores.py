@@ -89,7 +89,7 @@ def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tenso
 
 
 # Neighbours that share the importance of a peak in `output_importance`.
-_OUTPUT_KERNEL = 7
+_OUTPUT_KERNEL = 9
 
 
 def output_importance(weights: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def test_output_importance_one_row_at_a_time(with_factor):
                 raw[head, column] += (total / window) ** 0.5 * float(norm) / groups
     for head in range(heads):
         for column in range(candidates):
-            expected = raw[head, max(0, column - 3) : column + 4].max()
+            expected = raw[head, max(0, column - 4) : column + 5].max()
             assert abs(float(got[0, head, column]) - float(expected)) < 1e-5
 
 

@@ -68,7 +68,7 @@ def read_prompt(
     """
     device = input_ids.device
     unpatch(model)
-    options = _last_logits_only(model)
+    options = last_logits_only(model)
     before = memory.start(device) if watch_memory else None
     synchronize(device)
     start = perf_counter()
@@ -179,5 +179,5 @@ def bind(model: PreTrainedModel, cache: Cache) -> None:
         unpatch(model)
 
 
-def _last_logits_only(model: PreTrainedModel) -> dict[str, int]:
+def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

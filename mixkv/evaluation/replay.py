@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..cache import MixKVCache
 from ..config import MixKVConfig
 from ..layer import MixKVLayer
-from .measure import bind
+from .measure import bind, last_logits_only
 
 
 class Recording:
@@ -26,7 +26,8 @@ class Recording:
     def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, *, window: int = 128):
         self.model, self.length = model, input_ids.shape[1]
         self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
-        self.logits = model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        options = last_logits_only(model)
+        self.logits = model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **options).logits[:, -1]
         self._inputs = [
             layer.recorded if isinstance(layer, MixKVLayer) else copy.deepcopy(layer) for layer in self.cache.layers
         ]

@@ -68,6 +68,32 @@ def comparison(console: Console, records: list[dict[str, Any]]) -> None:
     console.print(answers)
 
 
+def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[str, str]) -> None:
+    """Prints what `paired.summary` returns, a table a task, length and budget."""
+    for task, tokens, budget in dict.fromkeys((row["task"], row["tokens"], row["budget"]) for row in rows):
+        mine = [row for row in rows if (row["task"], row["tokens"], row["budget"]) == (task, tokens, budget)]
+        console.print(f"\n{task}, {tokens:,} tokens, budget {budget}, {mine[0]['samples']} samples", style="bold")
+        table = narrow_table("cache", "KL", "change", "interval", "top-1", "kept")
+        for row in mine:
+            change = row["kl_change"]
+            table.add_row(
+                f"{row['method']} {row['score']}",
+                f"{row['kl']:.3f}",
+                "" if change is None else f"{change:+.0%}",
+                "" if change is None else f"{row['kl_low']:+.0%} .. {row['kl_high']:+.0%}",
+                f"{row['top1']:.0%}",
+                "" if row["kept"] is None else f"{row['kept']}/{row['answered']}",
+                style="bold" if (row["method"], row["score"]) == reference else None,
+            )
+        console.print(table)
+    console.print(
+        f"KL: nats a token from the full cache's distributions. change: of its mean against {' '.join(reference)}, and the 95 % interval "
+        f"(paired bootstrap over samples). top-1: tokens whose likeliest is the full cache's. kept: right answers of the full cache "
+        f"that stay right.",
+        style="dim",
+    )
+
+
 def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
     """Prints what `bench.run` returns, batch size by batch size: what was measured, then the ratios."""
     for batch in sorted({record["batch"] for record in records}):

@@ -7,12 +7,16 @@ odd ones.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+
+from . import InputError
 
 _THINGS = (
     "vault locker server elevator printer archive garage terminal cabinet gate engine bunker safe hangar studio kiosk".split()
@@ -32,12 +36,14 @@ class Sample:
         follow: token ids fed after it, one list a question; the first token that is predicted follows each.
         answer: the true continuation of each, as token ids; None: the full cache's own greedy answer is the reference.
         expected: the words a right answer holds, one a question; None where there is no right answer.
+        depth: where in the context the answer is, from 0 to 1, where the task varies it.
     """
 
     context: list[int]
     follow: list[list[int]]
     answer: list[list[int]] | None = None
     expected: list[str] | None = None
+    depth: float | None = None
 
 
 def codes(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
@@ -49,6 +55,18 @@ def codes(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
     question = f"What is the code of the {names[asked]}? The code of the {names[asked]} is"
     ids = _ids(tokenizer, f"{_hide(tokenizer, tokens, chance, seed, facts, question)}\n\n{question}")
     return Sample(ids[:-1], [ids[-1:]], None, [numbers[asked]])
+
+
+def needle(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
+    """One code hidden in prose, at a depth of 0, 1/4, ... 1 from one seed of its half to the next."""
+    chance = random.Random(f"needle {seed}")
+    name, number = chance.choice(_THINGS), str(chance.randint(10000, 99999))
+    depth = seed // 2 % 5 / 4
+    fact, question = f"The code of the {name} is {number}.", f"What is the code of the {name}? The code of the {name} is"
+    sentences = "".join(_around(tokenizer, tokens, chance, seed, f"{fact} {question}")).split(". ")
+    sentences.insert(round(depth * len(sentences)), fact.rstrip("."))
+    ids = _ids(tokenizer, ". ".join(sentences).strip() + f".\n\n{question}")
+    return Sample(ids[:-1], [ids[-1:]], None, [number], depth)
 
 
 def lookup(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
@@ -80,14 +98,68 @@ def several(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sampl
         facts.append(f"The {kind} of {name} is {answers[-1]}.")
         questions.append(f"What is the {kind} of {name}? The {kind} of {name} is")
     text = _hide(tokenizer, tokens, chance, seed, facts, max(questions, key=len))
-    whole = [_ids(tokenizer, f"{text}\n\n{question}") for question in questions]
-    # The last token of the text may have merged with what follows, and all questions begin alike.
-    known = [ids for ids in zip(_ids(tokenizer, text), *whole)]
+    return _asked(tokenizer, text, [f"\n\n{question}" for question in questions], answers)
+
+
+TASKS: dict[str, Callable[..., Sample]] = {
+    "needle": needle,
+    "codes": codes,
+    "lookup": lookup,
+    "prose": prose,
+    "several": several,
+}
+
+
+def from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> list[Sample]:
+    """Samples from a file of JSON lines: ``{"context": ..., "question": ..., "answer": ...}``.
+
+    ``question`` may be a list of questions, ``answer`` then one of answers; without a question the answer continues the
+    context. The context is read before the question is known.
+
+    Raises:
+        InputError: the file cannot be read, or a line is broken; the message names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"--data {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--data {path} is not UTF-8 text (byte {error.start})") from error
+    samples = [
+        _from_line(tokenizer, f"--data {path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not samples:
+        raise InputError(f"--data {path} holds no samples: give JSON lines with context, question and answer")
+    return samples
+
+
+def _from_line(tokenizer: PreTrainedTokenizerBase, where: str, line: str) -> Sample:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON: {error.msg}") from error
+    if not isinstance(item, dict):
+        raise InputError(f"{where} is not a JSON object with context, question and answer")
+    for name in ("context", "answer"):
+        if name not in item:
+            raise InputError(f"{where} has no {name!r}")
+    questions, answers = item.get("question", ""), item["answer"]
+    if isinstance(questions, str) and isinstance(answers, str):
+        questions, answers = [questions], [answers]
+    texts = [item["context"], *questions, *answers] if isinstance(questions, list) and isinstance(answers, list) else [None]
+    if not all(isinstance(text, str) for text in texts) or len(questions) != len(answers) or not item["context"].strip():
+        raise InputError(f"{where} must hold a context (text), and a question and an answer (text, or lists of equal length)")
+    return _asked(tokenizer, item["context"], [f"\n\n{text}" if text else "" for text in questions], answers)
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, text: str, follow: list[str], expected: list[str]) -> Sample:
+    """``text`` is read before any of ``follow`` is known."""
+    whole = [_ids(tokenizer, text + part) for part in follow]
+    # The last token of the text may merge with what follows; something must follow.
+    known = list(zip(_ids(tokenizer, text), *whole))
     shared = next((i for i, ids in enumerate(known) if len(set(ids)) > 1), len(known))
-    return Sample(whole[0][:shared], [ids[shared:] for ids in whole], None, answers)
-
-
-TASKS: dict[str, Callable[..., Sample]] = {"codes": codes, "lookup": lookup, "prose": prose, "several": several}
+    shared = min(shared, min(map(len, whole)) - 1)
+    return Sample(whole[0][:shared], [ids[shared:] for ids in whole], None, expected)
 
 
 def _hide(

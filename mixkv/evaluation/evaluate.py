@@ -1,0 +1,103 @@
+"""Quality: every configuration against the full cache, sample by sample, on tasks from `tasks` or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import MixKVConfig
+from . import InputError
+from .measure import held, kl_divergence, no_progress
+from .prompts import check_length
+from .replay import Recording
+from .tasks import Sample
+
+# Names a sample: task, tokens, seed.
+Name = tuple[str, int, int]
+
+
+def run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Iterable[tuple[Name, Callable[[], Sample]]],
+    configs: list[MixKVConfig],
+    *,
+    answer_tokens: int = 16,
+    progress=no_progress,
+) -> Iterator[dict[str, Any]]:
+    """Evaluates sample by sample: the context is read once and compressed by every configuration.
+
+    All caches are fed the same tokens, the question and then the reference: the true continuation where the task has one,
+    else the full cache's own greedy answer of at most ``answer_tokens``. So every figure is paired, and the first token of an
+    answer comes from the compressed cache too.
+
+    Yields: a dict each sample, with task, tokens, seed, depth (or None); context_tokens; answered: questions that the full
+        cache answers right (None: nothing to be right about); and under ``results`` one dict a configuration, in order: kl
+        (mean over tokens and questions, in nats, from the full cache's distributions), top1 (share of tokens for which the
+        likeliest is the full cache's), kept (of those answered right, how many stay so), rows_per_head.
+
+    Raises:
+        InputError: a context that a budget does not compress, or that does not fit the model.
+    """
+    samples = list(samples)
+    for (task, tokens, seed), make in samples:
+        progress(f"{task}, {tokens} tokens, sample {seed}", len(samples))
+        sample = make()
+        check_length(model, len(sample.context), max(map(len, sample.follow)) + answer_tokens)
+        _check_budgets(configs, len(sample.context), task)
+        window = max(config.window for config in configs)
+        recording = Recording(model, torch.tensor([sample.context], device=model.device), window=window)
+        questions = [_question(recording, tokenizer, sample, index, answer_tokens) for index in range(len(sample.follow))]
+        caches = [_result(recording, config, questions) for config in configs]
+        answered = None if sample.expected is None else sum(right is not None for _, _, right in questions)
+        yield {
+            "task": task,
+            "tokens": tokens,
+            "seed": seed,
+            "depth": sample.depth,
+            "context_tokens": len(sample.context),
+            "answered": answered,
+            "results": caches,
+        }
+
+
+def _question(recording: Recording, tokenizer, sample: Sample, index: int, answer_tokens: int):
+    """What is fed [1, n], the full cache's logits for each token of the answer, and how many tokens a right answer takes."""
+    follow = torch.tensor([sample.follow[index]], device=recording.logits.device)
+    if sample.answer is None:
+        answer = recording.answer(follow, answer_tokens)
+    else:
+        answer = torch.tensor([sample.answer[index]], device=follow.device)
+    fed = torch.cat([follow, answer[:, :-1]], dim=1)
+    logits = recording.follow(recording.compressed(None), fed)[0, follow.shape[1] - 1 :]
+    right = None
+    if sample.expected is not None:
+        texts = (tokenizer.decode(answer[0, : count + 1]) for count in range(answer.shape[1]))
+        right = next((count + 1 for count, text in enumerate(texts) if sample.expected[index] in text), None)
+    return fed, logits, right
+
+
+def _result(recording: Recording, config: MixKVConfig, questions: list) -> dict[str, Any]:
+    divergences, agreements, kept, rows = [], [], 0, 0.0
+    for fed, reference, right in questions:
+        cache = recording.compressed(config)
+        rows = held(cache).rows_per_head
+        logits = recording.follow(cache, fed)[0, -reference.shape[0] :]
+        same = logits.argmax(-1) == reference.argmax(-1)
+        divergences.append(float(kl_divergence(reference, logits).mean()))
+        agreements.append(float(same.float().mean()))
+        kept += right is not None and bool(same[:right].all())
+    count = len(questions)
+    return {"kl": sum(divergences) / count, "top1": sum(agreements) / count, "kept": kept, "rows_per_head": rows}
+
+
+def _check_budgets(configs: list[MixKVConfig], length: int, task: str) -> None:
+    for config in configs:
+        if isinstance(config.budget, int) and config.budget >= length:
+            raise InputError(
+                f"--budget {config.budget} holds the whole context of task {task} ({length} tokens), so nothing would be "
+                f"compressed: give a smaller budget or longer contexts (--tokens)"
+            )

