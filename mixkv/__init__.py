@@ -4,7 +4,8 @@ from . import plot
 from .cache import MixKVCache
 from .config import MixKVConfig
 from .patch import patch, patched, unpatch
+from .scores import register as register_score
 from .selection import Selection, select
 
 __version__ = "0.1.0"
-__all__ = ["MixKVCache", "MixKVConfig", "Selection", "patch", "patched", "plot", "select", "unpatch"]
+__all__ = ["MixKVCache", "MixKVConfig", "Selection", "patch", "patched", "plot", "register_score", "select", "unpatch"]

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import scores
 from .headprofile import Table, as_table
 from .headprofile import load as load_profile
 
 METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global")
 BACKENDS = ("auto", "native", "varlen", "flash", "torch")
-SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff", "output", "mix-output")
+SCORES = scores.BUILT_IN
 # Those that weigh attention by what a row adds to the residual stream.
 OUTPUT_SCORES = ("output", "mix-output")
 
@@ -30,7 +31,8 @@ class MixKVConfig:
         score: which rows a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
             (MixKV, 2510.20707), ``mix-fixed`` their plain mean, ``attn`` window attention (SnapKV), ``vnorm`` attention
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
-            attention times what the row adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``.
+            attention times what the row adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``; or
+            one of your own: `mixkv.register_score`.
         budget: rows kept per KV head and layer, on average, window included (int), or a share of the prompt
             (float in (0, 1]). A prompt no longer than its budget is kept whole.
         window: the last prompt tokens, whose queries score the others; always kept.
@@ -74,7 +76,7 @@ class MixKVConfig:
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
-        _one_of("score", self.score, SCORES)
+        _one_of("score", self.score, scores.names())
         _one_of("backend", self.backend, BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))

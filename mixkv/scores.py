@@ -7,6 +7,7 @@ valid (padding) is never counted and scores -inf.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,8 @@ def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tenso
     return operation(attention, kernel_size, stride=1, padding=kernel_size // 2)
 
 
+BUILT_IN = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff", "output", "mix-output")
+
 # Neighbours that share the importance of a peak in `output_importance`.
 _OUTPUT_KERNEL = 9
 
@@ -166,6 +169,33 @@ def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor) -> to
     return scaled * torch.where(mean > 0, target / mean, 0.0)
 
 
+# A score of the user's: attention, key, value, redundancy in, one number per candidate out; see `register`.
+Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+_registered: dict[str, Score] = {}
+
+
+def register(name: str, function: Score) -> None:
+    """Makes ``MixKVConfig(score=name)`` keep the rows for which ``function`` is highest.
+
+    Args:
+        name: of the score; registering it again replaces it.
+        function: ``function(attention, key, value, redundancy) -> score``, with attention [B, Hkv, M] (pooled window attention,
+            float32), key [B, Hkv, N, D] (float32), value [B, Hkv, N, Dv], redundancy [B, Hkv] and score [B, Hkv, M]; the
+            candidates are the first M columns, the window the rest. Padding is taken care of.
+
+    Raises:
+        ValueError: the name is one of the library's own.
+    """
+    if name in BUILT_IN:
+        raise ValueError(f"score {name!r} is built in: take another name")
+    _registered[name] = function
+
+
+def names() -> tuple[str, ...]:
+    """The scores there are: the library's own and those registered."""
+    return *BUILT_IN, *_registered
+
+
 def combine(
     score: str,
     importance: torch.Tensor,
@@ -178,7 +208,7 @@ def combine(
     """The named score of every candidate.
 
     Args:
-        score: a name from `config.SCORES`.
+        score: one of `names`.
         importance: [B, Hkv, M], pooled window attention, or for `config.OUTPUT_SCORES` the `output_importance`.
         key, value: [B, Hkv, N, D].
         valid: bool, broadcasts to [B, Hkv, N].
@@ -199,7 +229,14 @@ def combine(
     def key_norm() -> torch.Tensor:
         return match(-key[:, :, :candidates].float().norm(dim=-1), importance, real)
 
-    if score in ("attn", "output"):
+    if score in _registered:
+        total = _registered[score](importance, key, value, redundancy)
+        if total.shape != importance.shape:
+            raise ValueError(f"score {score!r} gave {list(total.shape)} numbers for {list(importance.shape)} candidates")
+        total = total.float()
+        if total.masked_fill(~real, 0.0).isnan().any():
+            raise ValueError(f"score {score!r} gave nan: divide by something that cannot be zero")
+    elif score in ("attn", "output"):
         total = importance
     elif score == "vnorm":
         total = importance + value_norm()

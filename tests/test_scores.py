@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mixkv
 from mixkv import scores
 
 shapes = st.tuples(
@@ -152,3 +153,30 @@ def test_constant_inputs_give_finite_scores(score, constant):
     redundancy = scores.redundancy(found)
     assert torch.isfinite(redundancy).all()
     assert torch.isfinite(scores.combine(score, attention, key, value, valid, found, redundancy)).all()
+
+
+def test_a_registered_score_ranks_by_its_numbers():
+    def recent(attention, key, value, redundancy):
+        assert key.dtype == attention.dtype == torch.float32 and redundancy.shape == attention.shape[:2]
+        return torch.arange(attention.shape[-1]).expand_as(attention)
+
+    query, key, value = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    with pytest.raises(ValueError, match="unknown score 'test-recent'"):
+        mixkv.MixKVConfig(score="test-recent")
+    mixkv.register_score("test-recent", recent)
+    try:
+        config = mixkv.MixKVConfig(method="snapkv", score="test-recent", budget=16, window=6)
+        assert mixkv.select(query, key, value, config).positions[0][1].tolist() == list(range(24, 40))
+        assert mixkv.MixKVConfig.from_json(config.to_json()) == config
+        for method in ("adakv", "global"):
+            assert mixkv.select(query, key, value, config.replace(method=method)).lengths.sum() == 32
+        mixkv.register_score("test-recent", lambda attention, *rest: attention[..., 1:])
+        with pytest.raises(ValueError, match=r"gave \[1, 2, 33\] numbers for \[1, 2, 34\]"):
+            mixkv.select(query, key, value, config)
+        mixkv.register_score("test-recent", lambda attention, *rest: attention / 0 * 0)
+        with pytest.raises(ValueError, match="gave nan"):
+            mixkv.select(query, key, value, config)
+    finally:
+        del scores._registered["test-recent"]
+    with pytest.raises(ValueError, match="built in"):
+        mixkv.register_score("mix", recent)

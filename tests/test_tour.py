@@ -58,6 +58,7 @@ def test_it_runs(tour, tmp_path, monkeypatch, with_smollm2):
     for name in ("heat-maps", "kept", "kept-one", "compare"):
         assert shown(cells[name], "image/png"), name
     assert "the same answer: True" in printed(cells["refused"]) and "refused: " in printed(cells["refused"])
+    assert all(name in printed(cells["register"]) for name in ("without-large-keys: KL", "mix-output: KL"))
     assert not list(tmp_path.iterdir()), "it leaves no files where it runs"
     if with_smollm2:
         assert "honey" in printed(cells["patch"])
