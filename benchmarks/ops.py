@@ -1,6 +1,6 @@
 """Times the compiled operations on the CPU beside the ways to do the same in plain torch.
 
-    python benchmarks/ops.py [--threads 1 2] [--repeats 60] [--only attend append window]
+    python benchmarks/ops.py [--threads 1 2] [--repeats 60] [--only attend append window select]
 
 Repeats of all candidates are interleaved, so that a busy machine slows each alike; a figure is the median in microseconds.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mixkv import native, plain, scores
+from mixkv import MixKVConfig, native, plain, projection, scores, select
 
 SHAPES = [(9, 3, 64), (32, 8, 128)]
 
@@ -224,19 +224,46 @@ def bench_window(threads: list[int], repeats: int) -> None:
         print(f"| {str(dtype)[6:]} | {count} | " + " | ".join(cells) + " |", flush=True)
 
 
+def bench_select(threads: list[int], repeats: int) -> None:
+    print("\nselect, 32/8/128, N 8192, budget 128 (ms)\n")
+    names = ["adakv mix", "adakv mix-output", "global mix-output"]
+    print("| dtype | threads | " + " | ".join(names) + " | mix-output / mix |\n" + "|---" * (len(names) + 3) + "|")
+    for dtype, count in ((dtype, count) for dtype in (torch.float32, torch.bfloat16) for count in threads):
+        torch.manual_seed(0)
+        torch.set_num_threads(count)
+        query = torch.randn(1, 32, 32, 128).to(dtype)
+        key, value = (torch.randn(1, 8, 8192, 128).to(dtype) for _ in range(2))
+        factor = projection.factor(torch.randn(4096, 32 * 128), 8, 128)
+
+        def run(name: str):
+            method, score = name.split()
+            config = MixKVConfig(method=method, score=score)
+            options = {"output_factor": factor} if "output" in score else {}
+            return lambda: select(query, key, value, config, **options)
+
+        times = interleaved({name: run(name) for name in names}, max(5, repeats // 4))
+        cells = [f"{times[name] / 1e3:.1f}" for name in names] + [f"{times[names[1]] / times[names[0]]:.2f}"]
+        print(f"| {str(dtype)[6:]} | {count} | " + " | ".join(cells) + " |", flush=True)
+
+
+BENCHES = {
+    "attend": bench_attend,
+    "append": bench_append,
+    "extend": bench_extend,
+    "window": bench_window,
+    "select": bench_select,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument(
-        "--only", nargs="+", choices=["attend", "append", "extend", "window"], default=["attend", "append", "extend", "window"]
-    )
+    parser.add_argument("--only", nargs="+", choices=list(BENCHES), default=list(BENCHES))
     given = parser.parse_args()
     print(f"torch {torch.__version__}, compiled operations: {native.status()}\n")
     for name in given.only:
-        {"attend": bench_attend, "append": bench_append, "extend": bench_extend, "window": bench_window}[name](
-            given.threads, given.repeats
-        )
+        BENCHES[name](given.threads, given.repeats)
 
 
 if __name__ == "__main__":

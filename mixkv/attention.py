@@ -58,7 +58,7 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
     prompt_mask = mask if total == prompt else _slice_mask(mask, slice(head), slice(prompt))
     output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
     options = _options(query, kwargs)
-    valid = layer.valid_columns(prompt_mask, prompt)
+    valid = layer.shared.valid_columns(prompt_mask, prompt)
     layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], valid, options)
     if total == prompt:
         return output, weights
@@ -71,7 +71,7 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
 def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
     new = query.shape[2]
-    valid = layer.valid_columns(mask, new)
+    valid = layer.shared.valid_columns(mask, new)
     if new == 1 and valid is None:
         output = layer.decode(query, key, value, options)
     else:
@@ -89,6 +89,27 @@ def _options(query: torch.Tensor, kwargs: dict) -> dict:
         "softcap": kwargs.get("softcap"),
         "sinks": None if sinks is None else sinks.detach(),
     }
+
+
+def check_caller(known: torch.nn.Module | None, module: torch.nn.Module, seen: int, kwargs: dict) -> None:
+    """Checks that a cache layer that has seen so many tokens, those of the attention module ``known``, may serve ``module``.
+
+    Raises:
+        ValueError: it was filled by another module.
+        RuntimeError: the module attends in a way that a compressed cache cannot follow; the message has the remedy.
+    """
+    if module.training and torch.is_grad_enabled():
+        raise RuntimeError("the model is in training mode with gradients on: call model.eval(), or use torch.no_grad()")
+    if known not in (None, module):
+        raise ValueError(f"this cache was filled by another {type(known).__name__}: make a new MixKVCache for this model")
+    sliding = kwargs.get("sliding_window")
+    if sliding is not None and sliding < seen:
+        raise RuntimeError(
+            f"layer {getattr(module, 'layer_idx', '?')} attends within sliding_window={sliding}, but its config calls it a full "
+            f"attention layer, which is what mixkv compresses: correct config.layer_types"
+        )
+    if kwargs.get("position_bias") is not None:
+        raise RuntimeError("attention with a position bias is not supported: unpatch this model")
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache
 
 from . import binding, compat, report, saving
 from .config import MixKVConfig
-from .layer import MixKVLayer, Shared
+from .layer import MixKVLayer
 from .modality import ImageColumns
+from .shared import Shared
 
 _NEVER_MET = (
     "the attention of {} never met its compressed cache, so nothing would be compressed. Either the model was unpatched while "

@@ -252,9 +252,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--methods",
         type=_list(str),
-        default=["snapkv", "pyramidkv", "adakv", "sparsemm"],
+        default=["snapkv", "pyramidkv", "adakv", "sparsemm", "global+mix-output"],
         metavar="NAME,NAME",
-        help="default: all",
+        help="methods, with score mix, or METHOD+SCORE (default: all)",
     )
     bench.add_argument("--batch", type=_list(_positive), default=[1], metavar="N,N", help="rows in a batch (default 1)")
     bench.add_argument("--repeats", type=_positive, default=3, metavar="N", help="how often each prompt is read (default 3)")

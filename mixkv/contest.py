@@ -35,7 +35,10 @@ class Contest:
         return ranking.take(self.votes.quota()[:, -1])
 
     def settle(self, layer, selection: Selection) -> None:
-        """``layer`` has stored its ``selection`` (in ``layer.store``); trims what is held."""
+        """``layer`` has stored its ``selection`` (in ``layer.store``); trims what is held.
+
+        With the last layer, every layer is told its ``share``: its rows to those of the average layer.
+        """
         self.held.append((layer, selection.flat_ranks))
         rows = sum(layer.store.total for layer, _ in self.held)
         if rows <= self.total and not self.over:
@@ -50,3 +53,6 @@ class Contest:
             before = layer.store.total
             self.held[index] = (layer, layer.store.trim(ranks, quota[:, index].flatten()))
             rows += layer.store.total - before
+        if self.over:
+            for layer, _ in self.held:
+                layer.share = layer.store.total * self.num_layers / rows

@@ -5,44 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from . import modality
-from .attention import MARK, visible
-from .config import OUTPUT_SCORES, MixKVConfig
+from .attention import MARK, check_caller
+from .config import OUTPUT_SCORES
 from .contest import Contest
 from .projection import output_factor
 from .ragged import RaggedStore
-from .selection import Selection, rank, select
-
-
-@dataclass
-class Shared:
-    """What the layers of one cache share.
-
-    ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
-    ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
-    ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
-    ``contest``: the layers of a prompt under ``method="global"``, until its last layer has come.
-    ``mask_memo``: (the last mask, columns, its valid columns): read once a forward, not once a layer.
-    ``images``: which columns are image tokens.
-    """
-
-    config: MixKVConfig
-    num_layers: int = 0
-    prompt_length: int | None = None
-    recording: bool = False
-    waiting: MixKVLayer | None = None
-    contest: Contest | None = None
-    mask_memo: tuple = field(default=(None, None, None), repr=False)
-    images: modality.ImageColumns = field(default_factory=modality.ImageColumns, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mask_memo": (None, None, None)}
+from .selection import rank, select
+from .shared import Shared
 
 
 class MixKVLayer(CacheLayerMixin):
@@ -193,49 +168,12 @@ class MixKVLayer(CacheLayerMixin):
         """The handed-out keys have come to the attention function of ``module``; on an error the layer is as before."""
         self.shared.waiting = None
         try:
-            self._check_caller(module, kwargs)
+            check_caller(self.module and self.module(), module, self.seen, kwargs)
+            self.module = weakref.ref(module)
             yield
         except BaseException:
             self.seen -= self.arrived
             raise
-
-    def _check_caller(self, module: torch.nn.Module, kwargs: dict) -> None:
-        if module.training and torch.is_grad_enabled():
-            raise RuntimeError("the model is in training mode with gradients on: call model.eval(), or use torch.no_grad()")
-        known = self.module and self.module()
-        if known is None:
-            self.module = weakref.ref(module)
-        elif known is not module:
-            raise ValueError(f"this cache was filled by another {type(known).__name__}: make a new MixKVCache for this model")
-        sliding = kwargs.get("sliding_window")
-        if sliding is not None and sliding < self.seen:
-            raise RuntimeError(
-                f"layer {getattr(module, 'layer_idx', '?')} attends within sliding_window={sliding}, but its config calls it a full "
-                f"attention layer, which is what mixkv compresses: correct config.layer_types"
-            )
-        if kwargs.get("position_bias") is not None:
-            raise RuntimeError("attention with a position bias is not supported: unpatch this model")
-
-    def valid_columns(self, mask: torch.Tensor | None, columns: int) -> torch.Tensor | None:
-        """Which of the last ``columns`` columns are real tokens: bool [B, columns], or None if all are.
-
-        Raises:
-            ValueError: the last one is not (padding on the right).
-        """
-        if mask is None:
-            return None
-        memo, memo_columns, valid = self.shared.mask_memo
-        if memo is not None and memo() is mask and memo_columns == columns:
-            return valid
-        valid = mask if mask.ndim == 2 else mask[:, 0, -1]
-        valid = visible(valid) if mask.ndim == 4 else valid.bool()
-        valid = valid[:, -columns:]
-        if not valid[:, -1].all():
-            rows = (~valid[:, -1]).nonzero().flatten().tolist()
-            raise ValueError(f"batch rows {rows} are padded on the right: set tokenizer.padding_side = 'left'")
-        valid = None if valid.all() else valid
-        self.shared.mask_memo = (weakref.ref(mask), columns, valid)
-        return valid
 
     def collect(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Holds the columns of a prompt whose end is still to come: key, value [B, Hkv, columns so far, D]."""
@@ -257,7 +195,9 @@ class MixKVLayer(CacheLayerMixin):
             selection = contest.enter(rank(*arguments, attention_mask=valid, **self._place, **options))
         self.store = RaggedStore.from_selection(key, value, selection, self.shared.config.backend)
         if contest is not None:
-            self._compete(contest, selection)
+            contest.settle(self, selection)
+            if contest.over:
+                self.shared.contest = None
         self.redundancy = selection.redundancy
         image = self.shared.images.of_prompt
         if image is not None:
@@ -275,14 +215,6 @@ class MixKVLayer(CacheLayerMixin):
         if self.ordinal == 0:
             self.shared.contest = Contest(self.shared.num_layers, config.global_floor)
         return self.shared.contest
-
-    def _compete(self, contest: Contest, selection: Selection) -> None:
-        contest.settle(self, selection)
-        if contest.over:
-            average = sum(layer.store.total for layer, _ in contest.held) / len(contest.held)
-            for layer, _ in contest.held:
-                layer.share = layer.store.total / average
-            self.shared.contest = None
 
     def _output_factor(self, value: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """The option of `rank` by that name, where it is used."""

@@ -84,7 +84,8 @@ def test_bench_prints_and_writes(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("floor", "sparsemm", "target", "Appending"))
     report = json.loads(out.read_text())
-    assert {run["method"] for run in report["runs"]} == {"floor", "full", "snapkv", "pyramidkv", "adakv", "sparsemm"}
+    methods = {"snapkv", "pyramidkv", "adakv", "sparsemm", "global+mix-output"}
+    assert {run["method"] for run in report["runs"]} == {"floor", "full", *methods}
     assert [entry["rows_per_head"] for entry in report["append"]] == [128, 4096]
     assert {entry["met"] for entry in report["targets"]} <= {True, False}
 

@@ -40,7 +40,9 @@ def run(
     steps: int = 48,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Measures the full cache and every method (score ``mix``) on prompts of each length, and the floor.
+    """Measures the full cache and every method on prompts of each length, and the floor.
+
+    A method is a name, with score ``mix``, or a name and a score: ``global+mix-output``.
 
     The floor is the uncompressed model after a prompt of ``budget`` tokens: a decode step over so many rows without any
     compression. Prompts are read turn by turn, ``repeats`` times. Then all caches of all lengths, each holding its prompt,
@@ -180,15 +182,17 @@ def append_times(model: PreTrainedModel, stored: tuple[int, ...] = (128, 4096), 
 def _plan(model: PreTrainedModel, lengths: list[int], methods: list[str], budget: int) -> dict[Name, MixKVConfig | None]:
     plan: dict[Name, MixKVConfig | None] = {(FLOOR, budget): None}
     profile = None
-    if "sparsemm" in methods:
+    if any(name.partition("+")[0] == "sparsemm" for name in methods):
         heads, _ = _shape(model)
         layers = sum(hasattr(layer, "shared") for layer in MixKVCache(model).layers)
         profile = torch.rand(layers, heads, generator=torch.Generator().manual_seed(0)).pow(2).tolist()
     try:
-        configs = {
-            method: MixKVConfig(method=method, score="mix", budget=budget, profile=profile if method == "sparsemm" else None)
-            for method in methods
-        }
+        configs = {}
+        for name in methods:
+            method, _, score = name.partition("+")
+            configs[name] = MixKVConfig(
+                method=method, score=score or "mix", budget=budget, profile=profile if method == "sparsemm" else None
+            )
     except ValueError as error:
         raise InputError(str(error)) from error
     for length in lengths:
