@@ -120,7 +120,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from .evaluation import InputError, compare, evaluate, journal, machine, models, paired, tasks
+    from .evaluation import InputError, compare, evaluate, journal, machine, models, paired, spread, tasks
 
     models.require("rich")
     from .evaluation import tables
@@ -144,17 +144,20 @@ def _eval(options: argparse.Namespace) -> None:
             "machine": machine.describe(loaded.model.device),
             "versions": machine.versions(),
         }
-        book = journal.Journal(options.out, header, resume=options.resume) if options.out else None
-        records = list(book.records) if book else []
+        book = spread.Book(options.out, header, resume=options.resume)
+        records = list(book.records)
         done = {(record["task"], record["tokens"], record["seed"]) for record in records}
-        left = [(name, make) for name, make in samples if name not in done]
+        mine = [(name, make) for name, make in samples[spread.rank() :: spread.processes()] if name not in done]
         found = evaluate.run(
-            loaded.model, loaded.tokenizer, left, configs, answer_tokens=options.answer_tokens, progress=progress
+            loaded.model, loaded.tokenizer, mine, configs, answer_tokens=options.answer_tokens, progress=progress
         )
         for record in found:
             records.append(record)
-            if book:
-                book.add(record)
+            book.add(record)
+        if not book.close():
+            return
+    if spread.processes() > 1:
+        records = book.records
     names = {name for name, _ in samples}
     records = [record for record in journal.merge(records) if (record["task"], record["tokens"], record["seed"]) in names]
     rows = paired.summary(records, header["configs"], reference)

@@ -1,7 +1,11 @@
 """mixkv eval: replayed readings, tasks, the results file, paired statistics, the command."""
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import oracle
 import pytest
@@ -11,7 +15,7 @@ from test_evaluation import make_model, make_text, make_tokenizer
 
 import mixkv
 from mixkv import MixKVConfig, cli
-from mixkv.evaluation import InputError, evaluate, journal, measure, models, paired, tasks
+from mixkv.evaluation import InputError, evaluate, journal, measure, models, paired, spread, tasks
 from mixkv.evaluation.replay import Recording
 
 CONFIGS = [
@@ -208,6 +212,43 @@ def test_the_command_and_resuming_it(folder, capsys):
     assert first["summary"] == second["summary"] and len(first["records"]) == 4
     assert cli.main(arguments(folder, "--out", str(out), "--resume", "--answer-tokens", "3")) == 2
     assert "answer_tokens=16" in capsys.readouterr().err
+
+
+def test_two_processes_give_what_one_gives(folder):
+    pytest.importorskip("accelerate")
+    one, two = folder / "one.json", folder / "two.json"
+    assert cli.main(arguments(folder, "--json", str(one))) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "mixkv"]
+    more = ["--json", str(two), "--out", str(folder / "out.jsonl"), "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(mixkv.__file__).parents[1]), *sys.path])}
+    done = subprocess.run([*launch, *arguments(folder, *more)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("global mix-output") == 4
+    first, second = (json.loads(path.read_text()) for path in (one, two))
+    for a, b in zip(first["records"], second["records"], strict=True):
+        assert (a["seed"], a["answered"]) == (b["seed"], b["answered"])
+        for x, y in zip(a["results"], b["results"], strict=True):
+            assert x["kl"] == pytest.approx(y["kl"], abs=1e-5) and x["kept"] == y["kept"]
+    assert not list(folder.glob("out.jsonl.*"))
+    assert len((folder / "out.jsonl").read_text().splitlines()) == 5
+
+
+def test_what_processes_left_is_taken_up(tmp_path, monkeypatch):
+    header = {"model": "m"}
+    parts = [[0, 2], [1]]
+    for number, seeds in enumerate(parts):
+        book = journal.Journal(str(tmp_path / f"out.jsonl.{number}"), header, resume=False)
+        for seed in seeds:
+            book.add({"task": "t", "tokens": 5, "seed": seed})
+    with pytest.raises(InputError, match="--resume"):
+        spread.Book(str(tmp_path / "out.jsonl"), header, resume=False)
+    found = spread.Book(str(tmp_path / "out.jsonl"), header, resume=True)
+    assert sorted(record["seed"] for record in found.records) == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--out"):
+        spread.Book(None, header, resume=False)
 
 
 def test_bad_commands(folder, capsys):
