@@ -265,6 +265,7 @@ class Checks:
                 valid[:, :, : random.choice((0, 5, columns - 3))] = False
             options = {
                 "scaling": size**-0.5,
+                "statistic": random.choice(("mean", "rms")),
                 "group_reduce": random.choice(("mean", "max")),
                 "softcap": random.choice((None, 5.0)),
                 "sinks": torch.randn(heads * groups, device="cuda") if random.random() < 0.4 else None,

@@ -1,0 +1,91 @@
+"""Tables and the figure of docs/results.md, from the samples that `mixkv eval --out` wrote.
+
+python benchmarks/quality.py benchmarks/results/eval_smollm2.jsonl [more.jsonl] [--figure docs/figures/quality.svg]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from mixkv.evaluation import journal, paired
+
+REFERENCE = ("snapkv", "mix")
+
+
+def whole_rounds(records: list[dict]) -> list[dict]:
+    """The seeds for which every task is there, so that all tasks have the same number of samples."""
+    tasks = {record["task"] for record in records}
+    seeds = Counter(record["seed"] for record in records)
+    return [record for record in records if seeds[record["seed"]] == len(tasks)]
+
+
+def cell(row: dict) -> str:
+    """Change of KL with its interval; bold where the interval lies on one side of 0."""
+    text = f"{row['kl_change']:+.0%} [{row['kl_low']:+.0%}, {row['kl_high']:+.0%}]"
+    return f"**{text}**" if row["kl_low"] > 0 or row["kl_high"] < 0 else text
+
+
+def print_tables(name: str, rows: list[dict]) -> None:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        by = {(row["method"], row["score"], row["task"]): row for row in rows if row["budget"] == budget}
+        print(f"\n{name}, budget {budget}, {next(iter(by.values()))['samples']} samples a task\n")
+        print("| cache | " + " | ".join(tasks) + " |\n" + "|---" * (len(tasks) + 1) + "|")
+        reference = [by[*REFERENCE, task] for task in tasks]
+        print(f"| {' '.join(REFERENCE)}: KL | " + " | ".join(f"{row['kl']:.3f}" for row in reference) + " |")
+        for cache in caches:
+            if cache != REFERENCE:
+                print(f"| {' '.join(cache)} | " + " | ".join(cell(by[*cache, task]) for task in tasks) + " |")
+    asked = [task for task in tasks if any(row["task"] == task and row["kept"] is not None for row in rows)]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    by = {(row["method"], row["score"], row["task"], row["budget"]): row for row in rows}
+    print(f"\n{name}: right answers of the full cache that stay right, at budgets {' / '.join(map(str, budgets))}\n")
+    totals = [f"{task} (of {by[*caches[0], task, budgets[0]]['answered']})" for task in asked]
+    print("| cache | " + " | ".join(totals) + " |\n" + "|---" * (len(asked) + 1) + "|")
+    for cache in caches:
+        kept = [" / ".join(str(by[*cache, task, budget]["kept"]) for budget in budgets) for task in asked]
+        print(f"| {' '.join(cache)} | " + " | ".join(kept) + " |")
+
+
+def draw(models: dict[str, list[dict]], path: str) -> None:
+    """Mean KL over the tasks against the budget, a line a cache, a panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.6), squeeze=False, layout="constrained")
+    for ax, (name, rows) in zip(axes[0], models.items()):
+        for cache in dict.fromkeys((row["method"], row["score"]) for row in rows):
+            mine = [row for row in rows if (row["method"], row["score"]) == cache]
+            budgets = sorted({row["budget"] for row in mine})
+            means = [[row["kl"] for row in mine if row["budget"] == budget] for budget in budgets]
+            style = {"snapkv": ":", "adakv": "--", "global": "-"}.get(cache[0], "-.")
+            ax.plot(budgets, [sum(part) / len(part) for part in means], style, marker="o", markersize=3, label=" ".join(cache))
+        ax.set(title=name, xlabel="budget (rows per KV head)", ylabel="KL to the full cache, mean over tasks", xscale="log")
+        ax.set_xticks(budgets, map(str, budgets))
+        ax.minorticks_off()
+    axes[0][-1].legend(fontsize=7)
+    plt.rcParams["svg.hashsalt"] = "mixkv"
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--figure", metavar="FILE")
+    given = parser.parse_args()
+    models = {}
+    for path in given.files:
+        header, records = journal.read(path)
+        name = header["model"].rstrip("/").split("/")[-1]
+        models[name] = paired.summary(whole_rounds(records), header["configs"], REFERENCE)
+        print_tables(name, models[name])
+    if given.figure:
+        draw(models, given.figure)
+
+
+if __name__ == "__main__":
+    main()
