@@ -33,19 +33,19 @@ def print_tables(name: str, rows: list[dict]) -> None:
         by = {(row["method"], row["score"], row["task"]): row for row in rows if row["budget"] == budget}
         print(f"\n{name}, budget {budget}, {next(iter(by.values()))['samples']} samples a task\n")
         print("| cache | " + " | ".join(tasks) + " |\n" + "|---" * (len(tasks) + 1) + "|")
-        reference = [by[*REFERENCE, task] for task in tasks]
+        reference = [by[(*REFERENCE, task)] for task in tasks]
         print(f"| {' '.join(REFERENCE)}: KL | " + " | ".join(f"{row['kl']:.3f}" for row in reference) + " |")
         for cache in caches:
             if cache != REFERENCE:
-                print(f"| {' '.join(cache)} | " + " | ".join(cell(by[*cache, task]) for task in tasks) + " |")
+                print(f"| {' '.join(cache)} | " + " | ".join(cell(by[(*cache, task)]) for task in tasks) + " |")
     asked = [task for task in tasks if any(row["task"] == task and row["kept"] is not None for row in rows)]
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     by = {(row["method"], row["score"], row["task"], row["budget"]): row for row in rows}
     print(f"\n{name}: right answers of the full cache that stay right, at budgets {' / '.join(map(str, budgets))}\n")
-    totals = [f"{task} (of {by[*caches[0], task, budgets[0]]['answered']})" for task in asked]
+    totals = [f"{task} (of {by[(*caches[0], task, budgets[0])]['answered']})" for task in asked]
     print("| cache | " + " | ".join(totals) + " |\n" + "|---" * (len(asked) + 1) + "|")
     for cache in caches:
-        kept = [" / ".join(str(by[*cache, task, budget]["kept"]) for budget in budgets) for task in asked]
+        kept = [" / ".join(str(by[(*cache, task, budget)]["kept"]) for budget in budgets) for task in asked]
         print(f"| {' '.join(cache)} | " + " | ".join(kept) + " |")
 
 

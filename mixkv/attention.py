@@ -59,7 +59,7 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
     output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
     options = _options(query, kwargs)
     valid = layer.shared.valid_columns(prompt_mask, prompt)
-    layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], valid, options)
+    layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, options)
     if total == prompt:
         return output, weights
     # Draft tokens came along with the prompt: they see the compressed cache, as they would in a forward of their own.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .budgets import Votes
 from .selection import Ranking, Selection
 
@@ -27,9 +29,13 @@ class Contest:
     def over(self) -> bool:
         return len(self.held) == self.num_layers
 
-    def enter(self, ranking: Ranking) -> Selection:
-        """The next layer's candidates; returns the rows it may need."""
-        self.votes.add(ranking.base, ranking.choosable, ranking.importance, num_layers=self.num_layers)
+    def enter(self, ranking: Ranking, scale: torch.Tensor | None = None) -> Selection:
+        """The next layer's candidates; returns the rows it may need.
+
+        ``scale`` [B]: what importance is multiplied by to be comparable with other layers'.
+        """
+        importance = ranking.importance if scale is None else ranking.importance * scale.view(-1, 1, 1)
+        self.votes.add(ranking.base, ranking.choosable, importance, num_layers=self.num_layers)
         if self.votes.layers == 1:
             self.total = int(self.votes.total.sum()) + self.num_layers * int((ranking.real - ranking.choosable).sum())
         return ranking.take(self.votes.quota()[:, -1])

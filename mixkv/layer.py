@@ -14,7 +14,7 @@ from . import modality
 from .attention import MARK, check_caller
 from .config import OUTPUT_SCORES
 from .contest import Contest
-from .projection import output_factor
+from .projection import output_factor, output_scale
 from .ragged import RaggedStore
 from .selection import rank, select
 from .shared import Shared
@@ -181,9 +181,18 @@ class MixKVLayer(CacheLayerMixin):
         self._remember(query)
 
     def compress(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, options: dict
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        valid: torch.Tensor | None,
+        options: dict,
     ) -> None:
-        """Keeps the selected rows of a whole prompt: key, value [B, Hkv, N, D]; query holds at least its last columns."""
+        """Keeps the selected rows of a whole prompt.
+
+        key, value [B, Hkv, N, D]; query [B, Hq, n, D] and attention's output [B, n, Hq, Dv] hold at least the last columns.
+        """
         self._remember(query)
         key, value = key.detach(), value.detach()
         contest = self._contest()
@@ -192,7 +201,9 @@ class MixKVLayer(CacheLayerMixin):
         if contest is None:
             selection = select(*arguments, attention_mask=valid, **self._place, **options)
         else:
-            selection = contest.enter(rank(*arguments, attention_mask=valid, **self._place, **options))
+            module, last = self.module and self.module(), output[:, -self.shared.config.window :].detach()
+            scale = None if module is None else output_scale(module, last)
+            selection = contest.enter(rank(*arguments, attention_mask=valid, **self._place, **options), scale)
         self.store = RaggedStore.from_selection(key, value, selection, self.shared.config.backend)
         if contest is not None:
             contest.settle(self, selection)
@@ -232,6 +243,7 @@ class MixKVLayer(CacheLayerMixin):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        output: torch.Tensor,
         valid: torch.Tensor | None,
         options: dict,
     ) -> None:
@@ -239,7 +251,7 @@ class MixKVLayer(CacheLayerMixin):
         self.module = weakref.ref(module)
         self.lazy_initialization(key, value)
         self.seen = self.arrived = key.shape[2]
-        self.compress(query, key, value, valid, options)
+        self.compress(query, key, value, output, valid, options)
 
     def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict) -> torch.Tensor:
         """Stores the row of the token seen last, key, value [B, Hkv, 1, D], and attends: query [B, Hq, 1, D] to [B, 1, Hq, Dv]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -12,6 +13,25 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Attention module -> (what the factor was made of, the factor). Goes with the module.
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor]] = weakref.WeakKeyDictionary()
+# Attention module -> the norm that its output goes through before it is added to the residual stream.
+_norms: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+
+
+def learn_norms(decoder: nn.Module, attention: Iterable[nn.Module]) -> None:
+    """Finds the norms between attention and residual stream (gemma2, gemma3, olmo2, glm4, ...).
+
+    Args:
+        decoder: holds the layers.
+        attention: its attention modules.
+    """
+    wanted = set(attention)
+    for layer in decoder.modules():
+        norm = getattr(layer, "post_self_attn_layernorm", None)
+        if norm is None and hasattr(layer, "post_feedforward_layernorm"):
+            norm = getattr(layer, "post_attention_layernorm", None)
+        if norm is not None and not isinstance(norm, nn.LayerNorm):
+            for child in wanted.intersection(layer.children()):
+                _norms[child] = norm
 
 
 def output_factor(module: nn.Module, key_value_heads: int, size: int) -> torch.Tensor | None:
@@ -19,7 +39,8 @@ def output_factor(module: nn.Module, key_value_heads: int, size: int) -> torch.T
 
     With W_g the D columns of the output projection that belong to query head g, a row v of a KV head adds W_g v for each of
     its G query heads. The factor R is triangular with ``R^T R = mean_g W_g^T W_g``, so |R v| is the root mean square over g of
-    |W_g v|, through D x D numbers in place of hidden x G D.
+    |W_g v|, through D x D numbers in place of hidden x G D. The weight of a norm behind the projection is part of W; what the
+    norm divides by is `output_scale`.
 
     Args:
         module: an attention module.
@@ -32,11 +53,42 @@ def output_factor(module: nn.Module, key_value_heads: int, size: int) -> torch.T
     weight = _projection(module, key_value_heads * size)
     if weight is None:
         return None
-    made_of = (weight.data_ptr(), weight._version, weight.device, weight.dtype, key_value_heads)
+    parts = [weight, *(_norms[module].parameters() if module in _norms else ())]
+    made_of = (key_value_heads, *((part.data_ptr(), part._version, part.device, part.dtype) for part in parts))
     known = _known.get(module)
     if known is None or known[0] != made_of:
-        known = _known[module] = (made_of, factor(weight.detach(), key_value_heads, size))
+        weight = weight.detach()
+        gain = _gain(module, weight)
+        weight = weight if gain is None else weight * gain.unsqueeze(-1)
+        known = _known[module] = (made_of, factor(weight, key_value_heads, size))
     return known[1]
+
+
+def output_scale(module: nn.Module, output: torch.Tensor) -> torch.Tensor | None:
+    """What a norm behind the output projection multiplies a layer's output by, so that layers can be compared.
+
+    Args:
+        module: an attention module.
+        output: [B, n, Hq, Dv], attention's output for the last queries, before the projection.
+
+    Returns: float32 [B], the mean over the queries of one by the root mean square of what the norm is given; None where
+        there is no such norm, or the projection cannot be read.
+    """
+    columns = output.shape[2] * output.shape[3]
+    weight = _projection(module, columns)
+    if module not in _norms or weight is None:
+        return None
+    added = output.flatten(2).float() @ weight.detach().float().T
+    return added.square().mean(dim=-1).sqrt().clamp(min=1e-12).reciprocal().mean(dim=-1)
+
+
+def _gain(module: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
+    """The factors [hidden] that the norm behind a projection gives each channel: of ones it returns nothing else."""
+    norm = _norms.get(module)
+    if norm is None:
+        return None
+    with torch.no_grad():
+        return norm(torch.ones(1, weight.shape[0], dtype=weight.dtype, device=weight.device))[0].to(weight.dtype)
 
 
 def factor(weight: torch.Tensor, key_value_heads: int, size: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 
 import mixkv
 from mixkv import MixKVConfig, select
-from mixkv.projection import factor, output_factor
+from mixkv.projection import factor, output_factor, output_scale
 from mixkv.selection import rank
 
 
@@ -42,6 +42,44 @@ def test_factor_is_made_once_and_again_when_the_weight_changes():
     with torch.no_grad():
         module.o_proj.weight.mul_(2)
     torch.testing.assert_close(output_factor(module, 2, 16), 2 * first)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_norms_behind_the_projection(name):
+    """What a row adds, through the model's own norm, against factor times scale."""
+    model = zoo.build(name, "eager")
+    mixkv.MixKVCache(model)
+    layer = model.get_decoder().layers[0]
+    attention, norm = layer.self_attn, layer.post_attention_layernorm
+    torch.nn.init.normal_(norm.weight, std=0.5)
+    size = attention.head_dim
+    heads = attention.k_proj.out_features // size
+    groups = attention.num_key_value_groups
+    found = output_factor(attention, heads, size)
+    torch.manual_seed(4)
+    output = torch.randn(2, 5, heads * groups, size)
+    with torch.no_grad():
+        added = attention.o_proj(output.flatten(2))
+        scale = output_scale(attention, output)
+        torch.testing.assert_close(scale, (1 / added.square().mean(-1).sqrt()).mean(-1))
+        for head in range(heads):
+            row = torch.randn(size)
+            squares = 0.0
+            for group in range(groups):
+                alone = torch.zeros(heads * groups, size)
+                alone[head * groups + group] = row
+                projected = attention.o_proj(alone.flatten())
+                # The norm's gain, with its division by the root mean square taken back.
+                squares += (norm(projected) * projected.square().mean().sqrt()).norm() ** 2 / groups
+            torch.testing.assert_close((found[head] @ row).norm() ** 2, squares, rtol=1e-3, atol=1e-6)
+
+
+def test_models_without_such_norms_have_no_scale():
+    model = zoo.build("llama", "sdpa")
+    mixkv.MixKVCache(model)
+    attention = model.get_decoder().layers[0].self_attn
+    size = attention.head_dim
+    assert output_scale(attention, torch.randn(1, 3, attention.q_proj.out_features // size, size)) is None
 
 
 def test_projections_that_cannot_be_read():

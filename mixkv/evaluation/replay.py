@@ -67,9 +67,10 @@ class Recording:
 class _RecordingLayer(MixKVLayer):
     """Keeps what `compress` is given."""
 
-    def compress(self, query, key, value, valid, options):
-        self.recorded = (self.module(), query[:, :, -self.shared.config.window :].clone(), key, value, valid, options)
-        super().compress(query, key, value, valid, options)
+    def compress(self, query, key, value, output, valid, options):
+        last = slice(-self.shared.config.window, None)
+        self.recorded = (self.module(), query[:, :, last].clone(), key, value, output[:, last].clone(), valid, options)
+        super().compress(query, key, value, output, valid, options)
 
 
 class _RecordingCache(MixKVCache):
