@@ -36,7 +36,7 @@ def main(model, processor, image, question, budget):
     print(f"prompt:     {inputs['input_ids'].shape[1]} tokens")
     print("full cache:", answer(model, processor, inputs))
 
-    cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=budget)
+    cache = mixkv.MixKVCache(model, budget=budget)
     print("compressed:", answer(model, processor, inputs, cache))
     held = cache.stats()
     print(f"held {held['bytes'] / 2**20:.1f} MiB instead of {held['bytes_full'] / 2**20:.1f} MiB ({held['ratio']:.1%})")

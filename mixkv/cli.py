@@ -38,7 +38,8 @@ def _demo(options: argparse.Namespace) -> None:
         )
         configs = compare.grid([method for method in METHODS if method != "sparsemm"], list(SCORES), [64, 128, 256])
     else:
-        configs = compare.grid(["snapkv", "adakv"], ["attn", "mix"], [64, 128])
+        kinds = [("snapkv", "attn"), ("adakv", "mix"), ("adakv", "mix-output"), ("global", "mix-output")]
+        configs = [config for method, score in kinds for config in compare.grid([method], [score], [64, 128])]
     _comparison(options, prompts.demo(), configs)
 
 
@@ -241,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="the same for your own model and text")
     compare.add_argument("--prompt-file", required=True, metavar="FILE", help="UTF-8 text")
     compare.add_argument("--question", metavar="TEXT", help="asked after the text")
-    _add_grid(compare, ["snapkv", "adakv"], ["attn", "mix"])
+    _add_grid(compare, ["snapkv", "adakv", "global"], ["attn", "mix-output"])
     compare.add_argument("--max-new-tokens", type=_positive, default=48, metavar="N", help="longest answer (default 48)")
     compare.add_argument("--no-chat", action="store_true", help="give the text as it is, without the chat template")
     compare.add_argument("--repeats", type=_positive, default=2, metavar="N", help="how often the prompt is read (default 2)")

@@ -59,7 +59,7 @@ class MixKVConfig:
     """
 
     method: str = "adakv"
-    score: str = "mix"
+    score: str = "mix-output"
     budget: int | float = 128
     window: int = 32
     kernel_size: int = 5
