@@ -108,6 +108,8 @@ class MixKVLayer(CacheLayerMixin):
 
     def crop(self, count: int) -> None:
         """Takes back the last ``-count`` tokens; a positive ``count`` is the length to crop to, as before transformers 5.15."""
+        # transformers before 5.23 gives a tensor.
+        count = int(count)
         count = max(self.seen - count, 0) if count > 0 else -count
         if count == 0:
             return self._bound()

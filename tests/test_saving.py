@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import transformers
 import zoo
+from packaging import version
 from transformers import cache_utils
 
 import mixkv
@@ -147,6 +148,9 @@ def test_a_cache_of_assisted_decoding(tmp_path):
     loaded = MixKVCache.load(tmp_path / "prompt", model)
     assert equal_caches(cache, loaded)
     turn = second_turn(prompts, answer)
+    if version.parse(transformers.__version__) < version.parse("5.23"):
+        # Older versions read a filled cache's tokens again when they begin with drafts.
+        del options["prompt_lookup_num_tokens"]
     tokens = [model.generate(**turn, max_new_tokens=12, past_key_values=part, **options) for part in (cache, loaded)]
     assert torch.equal(*tokens) and equal_caches(cache, loaded)
     with torch.no_grad():
