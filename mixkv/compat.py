@@ -61,6 +61,19 @@ def prompt_plan() -> tuple[int | None, bool]:
     return None, False
 
 
+def decline_drafts() -> None:
+    """Makes the calling `generate` take none of the drafts that came along with a prompt.
+
+    After the forward it compares them with its own choices: as ids of no token they differ from all. Only where it samples
+    from an assistant model's drafts they are weighed instead, and stay.
+    """
+    for frame in _frames():
+        if frame.f_code.co_name == "_assisted_decoding":
+            local = frame.f_locals
+            if not local["do_sample"] or local["candidate_logits"] is None:
+                local["candidate_input_ids"][:, local["input_ids"].shape[1] :] = -1
+
+
 def calling_model() -> PreTrainedModel | None:
     """The outermost transformers model whose attention module is calling, found on the stack; None if there is none."""
     attention, model = None, None

@@ -58,7 +58,7 @@ class MixKVConfig:
         ValueError: a value is out of range; the message names it and what is allowed.
     """
 
-    method: str = "adakv"
+    method: str = "global"
     score: str = "mix-output"
     budget: int | float = 128
     window: int = 32

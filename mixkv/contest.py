@@ -43,7 +43,7 @@ class Contest:
     def settle(self, layer, selection: Selection) -> None:
         """``layer`` has stored its ``selection`` (in ``layer.store``); trims what is held.
 
-        With the last layer, every layer is told its ``share``: its rows to those of the average layer.
+        With the last layer, every layer is told its ``share``: for every batch row, its rows to those of the average layer.
         """
         self.held.append((layer, selection.flat_ranks))
         rows = sum(layer.store.total for layer, _ in self.held)
@@ -60,5 +60,6 @@ class Contest:
             self.held[index] = (layer, layer.store.trim(ranks, quota[:, index].flatten()))
             rows += layer.store.total - before
         if self.over:
+            totals = [sum(layer.store.row_totals[row] for layer, _ in self.held) for row in range(layer.store.batch)]
             for layer, _ in self.held:
-                layer.share = layer.store.total * self.num_layers / rows
+                layer.share = [mine * self.num_layers / total for mine, total in zip(layer.store.row_totals, totals)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from .config import OUTPUT_SCORES
 from .contest import Contest
 from .projection import output_factor, output_scale
 from .ragged import RaggedStore
-from .selection import rank, select
+from .selection import quota, rank, select
 from .shared import Shared
 
 
@@ -40,8 +41,8 @@ class MixKVLayer(CacheLayerMixin):
         self.dense: tuple[torch.Tensor, torch.Tensor] | None = None
         self.query_tail: torch.Tensor | None = None
         self.redundancy: torch.Tensor | None = None
-        # Rows of this layer's budget to those of the average layer.
-        self.share = 1.0
+        # For every batch row, this layer's rows to those of the average layer; None: all layers alike.
+        self.share: list[float] | None = None
         self.weighs_output: bool | None = None
         self.modal_redundancy: torch.Tensor | None = None  # [B, Hkv, 2]: image keys, text keys
         self.shape: tuple[int, ...] | None = None
@@ -131,6 +132,8 @@ class MixKVLayer(CacheLayerMixin):
             self.query_tail = self.query_tail[rows]
         if self.redundancy is not None:
             self.redundancy = self.redundancy[rows]
+        if self.share is not None:
+            self.share = [self.share[row] for row in rows]
         if self.modal_redundancy is not None:
             self.modal_redundancy = self.modal_redundancy[rows]
 
@@ -287,21 +290,19 @@ class MixKVLayer(CacheLayerMixin):
         config = self.shared.config
         if config.decode_budget is None or self.store is None:
             return
-        budget = max(round(config.decode_budget * self.share), config.window + 1)
-        if max(self.store.row_totals) <= (budget + config.decode_slack) * self.store.heads:
+        shares = self.share or [1.0] * self.store.batch
+        rows = [max(round(config.decode_budget * share), config.window + 1) for share in shares]
+        over = [total > (row + config.decode_slack) * self.store.heads for total, row in zip(self.store.row_totals, rows)]
+        if not any(over):
             return
         key, value, valid = self.store.padded()
-        selection = select(
-            self.query_tail,
-            key,
-            value,
-            config.replace(budget=budget),
-            attention_mask=valid,
-            **self._place,
-            **self.options,
-            **self._output_factor(value),
-        )
-        self.store.keep(selection, key.shape[2])
+        arguments = (self.query_tail, key, value, config)
+        options = {**self.options, **self._output_factor(value)}
+        ranking = rank(*arguments, attention_mask=valid, **self._place, **options)
+        # A batch row that is within its bound stays as it is, as it would alone.
+        base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, over)]
+        ranking = dataclasses.replace(ranking, base=torch.tensor(base, device=key.device))
+        self.store.keep(ranking.take(quota(config, ranking, **self._place)), key.shape[2])
 
     @property
     def _place(self) -> dict[str, int]:

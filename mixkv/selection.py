@@ -59,12 +59,12 @@ class Ranking:
     redundancy: torch.Tensor
     scores: torch.Tensor
 
-    def take(self, quota: torch.Tensor) -> Selection:
-        """Keeps the window and the ``quota`` [B, Hkv] best candidates of each head."""
+    def take(self, rows: torch.Tensor) -> Selection:
+        """Keeps the window and the ``rows`` [B, Hkv] best candidates of each head."""
         batch, heads, _ = self.ranks.shape
         fixed = self.window.expand(batch, heads, -1)
         ranks = torch.cat([self.ranks, torch.full_like(fixed, -1, dtype=torch.int32)], dim=-1)
-        keep = torch.cat([self.ranks < quota.unsqueeze(-1), fixed], dim=-1)
+        keep = torch.cat([self.ranks < rows.unsqueeze(-1), fixed], dim=-1)
         return Selection(keep.nonzero()[:, 2].to(torch.int32), ranks[keep], keep.sum(dim=-1), self.redundancy, self.scores)
 
 
@@ -90,8 +90,8 @@ def select(
     Args:
         query: [B, Hq, >= min(window, N), D], the last queries of the prompt, rotated as the model uses them.
         key, value: [B, Hkv, N, D], the prompt's keys and values; Hq a multiple of Hkv.
-        config: method, score, budget and the rest. ``global`` shares rows out among the heads of this layer alone; over
-            layers: `mixkv.contest`.
+        config: method, score, budget and the rest. ``global`` shares rows out among the heads of this layer alone,
+            like ``adakv``; over layers: `mixkv.contest`.
         layer_idx, num_layers: which of the compressed layers this is (pyramidkv, sparsemm).
         lengths: [B, Hkv] int, forces the columns kept per head, window included.
         options: see `rank`.
@@ -103,7 +103,7 @@ def select(
     """
     ranking = rank(query, key, value, config, layer_idx=layer_idx, num_layers=num_layers, **options)
     if lengths is None:
-        return ranking.take(_quota(config, ranking, layer_idx, num_layers))
+        return ranking.take(quota(config, ranking, layer_idx, num_layers))
     return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.window.shape[-1]))
 
 
@@ -186,19 +186,16 @@ def value_norm(value: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
 
 
-def _quota(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: int) -> torch.Tensor:
-    """Candidate rows [B, Hkv] each head keeps, by the configured method."""
+def quota(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: int) -> torch.Tensor:
+    """Candidate rows [B, Hkv] that each head of a layer keeps, by the configured method; see `select`."""
     base, choosable = ranking.base, ranking.choosable
     if config.method == "snapkv":
         return budgets.uniform(base, choosable)
-    if config.method == "adakv":
-        return budgets.ada(base, choosable, ranking.importance, floor=config.ada_floor)
+    if config.method in ("adakv", "global"):
+        floor = config.ada_floor if config.method == "adakv" else config.global_floor
+        return budgets.ada(base, choosable, ranking.importance, floor=floor)
     if config.method == "pyramidkv":
         return budgets.pyramid(base, choosable, layer_idx=layer_idx, num_layers=num_layers, beta=config.pyramid_beta)
-    if config.method == "global":
-        votes = budgets.Votes(floor=config.global_floor)
-        votes.add(base, choosable, ranking.importance, num_layers=1)
-        return votes.quota()[:, 0]
     return budgets.from_profile(base, choosable, config.profile, layer_idx=layer_idx, num_layers=num_layers)
 
 

@@ -253,26 +253,30 @@ def test_without_decode_budget_nothing_generated_is_dropped():
             assert positions[-60:].tolist() == list(range(47, 107))
 
 
-def test_decode_recompression_keeps_what_select_says():
-    """The re-compressed rows are those `select` picks from the held rows with the last window of queries."""
+def test_decode_recompression_ranks_by_the_last_queries():
+    """The held rows are ranked again with the last window of queries, and bounded."""
     model, prompts = zoo.build("llama"), prompts_for("llama")
     options = dict(method="adakv", decode_budget=20, decode_slack=8, **SMALL)
     cache = mixkv.MixKVCache(model, **options)
-    calls = []
-    real = mixkv.layer.select
+    prompt_calls, later = [], []
+    select, rank = mixkv.layer.select, mixkv.layer.rank
 
-    def record(query, key, value, config, **rest):
-        calls.append((query.clone(), config.budget))
-        return real(query, key, value, config, **rest)
+    def first(query, key, value, config, **rest):
+        prompt_calls.append(config.budget)
+        return select(query, key, value, config, **rest)
 
-    mixkv.layer.select = record
+    def again(query, key, value, config, **rest):
+        later.append(query.shape[2])
+        return rank(query, key, value, config, **rest)
+
+    mixkv.layer.select, mixkv.layer.rank = first, again
     try:
         oracle.generate(model, prompts, 30, past_key_values=cache)
     finally:
-        mixkv.layer.select = real
-    assert [budget for _, budget in calls].count(14) == 3
-    later = [query for query, budget in calls if budget == 20]
-    assert later and all(query.shape[2] == 6 for query in later)
+        mixkv.layer.select, mixkv.layer.rank = select, rank
+    assert prompt_calls == [14] * 3
+    assert later and set(later) == {6}
+    assert all(total <= (20 + 8 + 1) * layer.store.heads for layer in cache.layers for total in layer.store.row_totals)
 
 
 def test_decode_budget_with_padding_in_the_second_turn():

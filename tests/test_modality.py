@@ -276,6 +276,6 @@ def test_video_columns_count_as_images():
         video_grid_thw=prompts["image_grid_thw"],
         mm_token_type_ids=2 * prompts["mm_token_type_ids"],
     )
-    cache = mixkv.MixKVCache(model, **SMALL)
+    cache = mixkv.MixKVCache(model, method="adakv", **SMALL)
     generate(model, video, cache)
     check_rows(cache, ids == zoo.VIDEO)

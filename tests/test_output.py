@@ -142,6 +142,6 @@ def test_stats_tell_what_rows_were_weighed_by():
     model.generate(**prompts, past_key_values=cache, max_new_tokens=2)
     told = cache.stats()["output_norm"]
     assert told[:2] == ["projection", "value"]
-    cache = mixkv.MixKVCache(model, score="mix", budget=14, window=6)
+    cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=14, window=6)
     model.generate(**prompts, past_key_values=cache, max_new_tokens=2)
     assert set(cache.stats()["output_norm"]) == {None}

@@ -109,7 +109,7 @@ def test_loaded_twice_is_two_caches(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_decode_budget_crop_and_rows_go_on(tmp_path, name):
     model, prompts = zoo.build(name, "eager"), zoo.ragged(name, [48, 41, 44])[0]
-    cache, _ = filled(model, prompts, decode_budget=16, decode_slack=1)
+    cache, _ = filled(model, prompts, method="adakv", decode_budget=16, decode_slack=1)
     cache.save(tmp_path / "prompt")
     loaded = MixKVCache.load(tmp_path / "prompt", model)
     step = torch.tensor([[5], [6], [7]])
