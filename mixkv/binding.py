@@ -36,7 +36,7 @@ def bind(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
         raise ValueError(
             f"{_name(model)} has no attention module with key/value heads for layers {missing}: it is not supported"
         )
-    projection.learn_norms(model, modules.values())
+    projection.learn_norms(model.get_decoder() or model, modules.values())
     with _LOCK:
         for config in _configs(modules):
             base = config._attn_implementation or "eager"

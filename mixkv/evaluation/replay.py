@@ -24,7 +24,7 @@ class Recording:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, *, window: int = 128):
-        self.model, self.length = model, input_ids.shape[1]
+        self.model = model
         self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
         options = last_logits_only(model)
         self.logits = model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **options).logits[:, -1]
