@@ -43,12 +43,17 @@ def _demo(options: argparse.Namespace) -> None:
     _comparison(options, prompts.demo(), configs)
 
 
-def _compare(options: argparse.Namespace) -> None:
-    from .evaluation import compare, prompts
+def _grid(options: argparse.Namespace) -> list:
+    from .evaluation import compare
 
     profile = {"profile": options.profile} if options.profile else {}
-    configs = compare.grid(options.method, options.score, options.budget, **profile)
-    _comparison(options, prompts.read(options.prompt_file, options.question), configs)
+    return compare.grid(options.method, options.score, options.budget, **profile)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from .evaluation import prompts
+
+    _comparison(options, prompts.read(options.prompt_file, options.question), _grid(options))
 
 
 def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
@@ -121,7 +126,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from .evaluation import InputError, compare, evaluate, journal, machine, models, paired, spread, tasks
+    from .evaluation import InputError, evaluate, journal, machine, models, paired, spread, tasks
 
     models.require("rich")
     from .evaluation import tables
@@ -130,8 +135,7 @@ def _eval(options: argparse.Namespace) -> None:
     unknown = [name for name in options.task if name not in tasks.TASKS]
     if unknown and not options.data:
         raise InputError(f"unknown --task {unknown[0]!r}; choose from {', '.join(tasks.TASKS)}")
-    profile = {"profile": options.profile} if options.profile else {}
-    configs = compare.grid(options.method, options.score, options.budget, **profile)
+    configs = _grid(options)
     reference = tuple(options.reference.split("+"))
     with tables.progress_bar() as progress:
         loaded = models.load(options.model, dtype=options.dtype, device=options.device)
@@ -147,7 +151,7 @@ def _eval(options: argparse.Namespace) -> None:
         }
         book = spread.Book(options.out, header, resume=options.resume)
         records = list(book.records)
-        done = {(record["task"], record["tokens"], record["seed"]) for record in records}
+        done = set(map(journal.name, records))
         mine = [(name, make) for name, make in samples[spread.rank() :: spread.processes()] if name not in done]
         found = evaluate.run(
             loaded.model, loaded.tokenizer, mine, configs, answer_tokens=options.answer_tokens, progress=progress
@@ -160,7 +164,7 @@ def _eval(options: argparse.Namespace) -> None:
     if spread.processes() > 1:
         records = book.records
     names = {name for name, _ in samples}
-    records = [record for record in journal.merge(records) if (record["task"], record["tokens"], record["seed"]) in names]
+    records = [record for record in journal.merge(records) if journal.name(record) in names]
     rows = paired.summary(records, header["configs"], reference)
     console = tables.Console()
     console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")

@@ -202,13 +202,13 @@ class MixKVLayer(CacheLayerMixin):
         key, value = key.detach(), value.detach()
         contest = self._contest()
         arguments = (self.query_tail, key, value, self.shared.config)
-        options = {**options, **self._output_factor(value)}
+        rest = {"attention_mask": valid, **self._place, **options, **self._output_factor(value)}
         if contest is None:
-            selection = select(*arguments, attention_mask=valid, **self._place, **options)
+            selection = select(*arguments, **rest)
         else:
             module, last = self.module and self.module(), output[:, -self.shared.config.window :].detach()
             scale = None if module is None else output_scale(module, last)
-            selection = contest.enter(rank(*arguments, attention_mask=valid, **self._place, **options), scale)
+            selection = contest.enter(rank(*arguments, **rest), scale)
         self.store = RaggedStore.from_selection(key, value, selection, self.shared.config.backend)
         if contest is not None:
             contest.settle(self, selection)
@@ -217,9 +217,9 @@ class MixKVLayer(CacheLayerMixin):
         self.redundancy = selection.redundancy
         image = self.shared.images.of_prompt
         if image is not None:
-            self.modal_redundancy = modality.redundancy(key.detach(), image.to(key.device), valid)
+            self.modal_redundancy = modality.redundancy(key, image.to(key.device), valid)
         self.dense = None
-        self.options = {name: option for name, option in options.items() if name != "output_factor"}
+        self.options = options
         if self.shared.config.decode_budget is None:
             self.query_tail = None
 

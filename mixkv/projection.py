@@ -26,11 +26,11 @@ def learn_norms(decoder: nn.Module, attention: Iterable[nn.Module]) -> None:
     """
     wanted = set(attention)
     for layer in decoder.modules():
-        norm = getattr(layer, "post_self_attn_layernorm", None)
-        if norm is None and hasattr(layer, "post_feedforward_layernorm"):
-            norm = getattr(layer, "post_attention_layernorm", None)
-        if norm is not None and not isinstance(norm, nn.LayerNorm):
-            for child in wanted.intersection(layer.children()):
+        for child in wanted.intersection(layer.children()):
+            norm = getattr(layer, "post_self_attn_layernorm", None)
+            if norm is None and hasattr(layer, "post_feedforward_layernorm"):
+                norm = getattr(layer, "post_attention_layernorm", None)
+            if norm is not None and not isinstance(norm, nn.LayerNorm):
                 _norms[child] = norm
 
 

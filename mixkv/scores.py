@@ -63,6 +63,11 @@ def window_attention(
     return mass if valid is None else mass.nan_to_num(0.0)
 
 
+def norm(rows: torch.Tensor) -> torch.Tensor:
+    """Norms [...] of rows [..., D], float32."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+
+
 def projected_norm(value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Norm of each value after a linear map of its head's.
 
@@ -72,7 +77,7 @@ def projected_norm(value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
     Returns: [B, Hkv, N] float32.
     """
-    return torch.linalg.vector_norm(value.float() @ factor.transpose(-1, -2), dim=-1)
+    return norm(value.float() @ factor.transpose(-1, -2))
 
 
 def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
@@ -122,7 +127,7 @@ class Directions(NamedTuple):
 def directions(key: torch.Tensor, valid: torch.Tensor) -> Directions:
     """Reads ``key`` [B, Hkv, N, D] once for `redundancy` and `similarity`; keys that are not valid do not count."""
     real = valid.expand(key.shape[:3])
-    inverse_norm = 1 / torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).clamp(min=1e-12)
+    inverse_norm = 1 / norm(key).clamp(min=1e-12)
     count = real.sum(dim=-1).float()
     total = ((inverse_norm * real).unsqueeze(2) @ key.float()).squeeze(2)
     return Directions(inverse_norm, total / count.clamp(min=1).unsqueeze(-1), count)
@@ -225,10 +230,10 @@ def combine(
         return match(-similarity(key, found)[..., :candidates], importance, real)
 
     def value_norm() -> torch.Tensor:
-        return match(value[:, :, :candidates].float().norm(dim=-1), importance, real)
+        return match(norm(value[:, :, :candidates]), importance, real)
 
     def key_norm() -> torch.Tensor:
-        return match(-key[:, :, :candidates].float().norm(dim=-1), importance, real)
+        return match(-norm(key[:, :, :candidates]), importance, real)
 
     if score in _registered:
         total = _registered[score](importance, key, value, redundancy)

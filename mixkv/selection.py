@@ -157,7 +157,10 @@ def rank(
         )
 
     if config.score in OUTPUT_SCORES or config.method == "global":
-        norm = kernels.projected_norm(config.backend, value, output_factor) if output_factor is not None else value_norm(value)
+        if output_factor is None:
+            norm = scores.norm(value)
+        else:
+            norm = kernels.projected_norm(config.backend, value, output_factor)
         output = scores.output_importance(attention("rms"), norm).masked_fill(padding, 0.0)
     if config.score in OUTPUT_SCORES:
         importance = output
@@ -179,11 +182,6 @@ def rank(
         redundancy=redundancy,
         scores=score,
     )
-
-
-def value_norm(value: torch.Tensor) -> torch.Tensor:
-    """Norms [B, Hkv, N] of values [B, Hkv, N, D], float32."""
-    return torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
 
 
 def quota(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: int) -> torch.Tensor:

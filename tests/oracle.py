@@ -80,6 +80,15 @@ def naive_attention(query, key, value, mask, past, kwargs):
     return output
 
 
+def assert_keeps_as_alone(cache, row, alone, pad):
+    """Batch row `row`, padded by `pad` columns, holds in every layer and head what the prompt's own cache holds."""
+    for layer in range(len(cache.layers)):
+        if cache.kept(layer) is None:
+            continue
+        for kept, kept_alone in zip(cache.kept(layer)[row], alone.kept(layer)[0], strict=True):
+            assert torch.equal(kept, kept_alone + pad)
+
+
 def generate(model, prompts, steps, **options):
     """Greedy tokens [B, steps] and their logits [B, steps, V]."""
     out = model.generate(

@@ -136,10 +136,7 @@ def test_padded_batch_equals_its_rows_alone(name):
         single = mixkv.MixKVCache(model, **OPTIONS)
         assert torch.equal(tokens[index], oracle.generate(model, alone, 4, past_key_values=single)[0][0])
         pad = batch["input_ids"].shape[1] - alone["input_ids"].shape[1]
-        for layer in range(len(cache.layers)):
-            if cache.kept(layer) is not None:
-                for kept, kept_alone in zip(cache.kept(layer)[index], single.kept(layer)[0], strict=True):
-                    assert torch.equal(kept, kept_alone + pad)
+        oracle.assert_keeps_as_alone(cache, index, single, pad)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

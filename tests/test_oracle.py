@@ -60,11 +60,7 @@ def test_padded_batch_equals_its_rows_alone(name, attn):
         assert torch.equal(tokens[index], row_tokens[0])
         assert (logits[index] - row_logits[0]).abs().max() <= 1e-4
         pad = batch["input_ids"].shape[1] - prompt["input_ids"].shape[1]
-        for layer in range(len(cache.layers)):
-            if cache.kept(layer) is None:
-                continue
-            for kept, kept_alone in zip(cache.kept(layer)[index], alone.kept(layer)[0], strict=True):
-                assert torch.equal(kept, kept_alone + pad)
+        oracle.assert_keeps_as_alone(cache, index, alone, pad)
 
 
 @pytest.mark.parametrize("name, attn", zoo.cases())

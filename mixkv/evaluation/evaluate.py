@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -81,11 +82,11 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
 
 
 def _result(recording: Recording, config: MixKVConfig, questions: list) -> dict[str, Any]:
-    divergences, agreements, kept, rows = [], [], 0, 0.0
+    compressed = recording.compressed(config)
+    rows = held(compressed).rows_per_head
+    divergences, agreements, kept = [], [], 0
     for fed, reference, right in questions:
-        cache = recording.compressed(config)
-        rows = held(cache).rows_per_head
-        logits = recording.follow(cache, fed)[0, -reference.shape[0] :]
+        logits = recording.follow(copy.deepcopy(compressed), fed)[0, -reference.shape[0] :]
         same = logits.argmax(-1) == reference.argmax(-1)
         divergences.append(float(kl_divergence(reference, logits).mean()))
         agreements.append(float(same.float().mean()))

@@ -53,11 +53,11 @@ class Journal:
         lines = [_parse(self.path, number, line) for number, line in enumerate(whole.splitlines(), 1)]
         if not lines:
             raise InputError(f"--out {self.path} holds no header: delete it and run without --resume")
-        for name in sorted(self.header.keys() | lines[0].keys()):
-            before, now = lines[0].get(name), self.header.get(name)
-            if name not in ("machine", "versions") and before != now:
+        for field in sorted(self.header.keys() | lines[0].keys()):
+            before, now = lines[0].get(field), self.header.get(field)
+            if field not in ("machine", "versions") and before != now:
                 raise InputError(
-                    f"--out {self.path} was begun with {name}={before!r} and is now to go on with {now!r}: run with the same "
+                    f"--out {self.path} was begun with {field}={before!r} and is now to go on with {now!r}: run with the same "
                     f"options, or name another file"
                 )
         self.records = lines[1:]
@@ -83,10 +83,15 @@ def read(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return parsed[0], parsed[1:]
 
 
+def name(record: dict[str, Any]) -> tuple[str, int, int]:
+    """Which sample a record is of: task, tokens, seed."""
+    return record["task"], record["tokens"], record["seed"]
+
+
 def merge(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records in the order of their samples, each sample once."""
-    found = {(record["task"], record["tokens"], record["seed"]): record for record in records}
-    return [found[name] for name in sorted(found)]
+    found = {name(record): record for record in records}
+    return [found[each] for each in sorted(found)]
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .. import binding
 from ..cache import MixKVCache
 from ..compat import is_full_attention
 from ..config import MixKVConfig
@@ -96,13 +97,18 @@ def step(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor) -> tuple[to
 
 def greedy(model: PreTrainedModel, read: Read, count: int) -> list[int]:
     """The likeliest answer to a prompt of batch size 1: at most ``count`` tokens, the end-of-text token included."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    ends = end_tokens(model)
     tokens = [int(read.logits[0].argmax())]
     while len(tokens) < count and tokens[-1] not in ends:
         logits, _ = step(model, read.cache, torch.tensor(tokens[-1:], device=read.logits.device))
         tokens.append(int(logits[0].argmax()))
     return tokens
+
+
+def end_tokens(model: PreTrainedModel) -> list[int | None]:
+    """The ids that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
 def rounds(
@@ -174,7 +180,7 @@ def synchronize(device: torch.device) -> None:
 def bind(model: PreTrainedModel, cache: Cache) -> None:
     """Every cache meets the attention that it is used with: the full one must not pay for a look at ours."""
     if isinstance(cache, MixKVCache):
-        MixKVCache(model)
+        binding.bind(model)
     else:
         unpatch(model)
 

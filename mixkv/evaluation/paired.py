@@ -16,22 +16,14 @@ def relative_change(values: list[float], reference: list[float], seed: int = 0) 
     Samples are drawn with replacement, both numbers of a sample together.
     """
     pair = torch.tensor([values, reference], dtype=torch.float64)
-    count = pair.shape[1]
-    draws = torch.randint(count, (_DRAWS, count), generator=torch.Generator().manual_seed(seed))
-    means = pair[:, draws].mean(dim=-1)
-    changes = means[0] / means[1] - 1
-    edge = (1 - _LEVEL) / 2
-    low, high = torch.quantile(changes, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
-    return float(pair[0].mean() / pair[1].mean() - 1), low, high
+    means = pair[:, _draws(len(values), seed)].mean(dim=-1)
+    return float(pair[0].mean() / pair[1].mean() - 1), *_interval(means[0] / means[1] - 1)
 
 
 def difference(values: list[float], reference: list[float], seed: int = 0) -> tuple[float, float, float]:
     """Mean difference of paired numbers and its 95 % interval (bootstrap over samples)."""
     change = torch.tensor(values, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
-    draws = torch.randint(len(change), (_DRAWS, len(change)), generator=torch.Generator().manual_seed(seed))
-    edge = (1 - _LEVEL) / 2
-    low, high = torch.quantile(change[draws].mean(dim=-1), torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
-    return float(change.mean()), low, high
+    return float(change.mean()), *_interval(change[_draws(len(change), seed)].mean(dim=-1))
 
 
 def summary(records: list[dict[str, Any]], configs: list[dict[str, Any]], reference: tuple[str, str]) -> list[dict[str, Any]]:
@@ -81,6 +73,17 @@ def summary(records: list[dict[str, Any]], configs: list[dict[str, Any]], refere
             row |= dict(zip(("kept_change", "kept_low", "kept_high"), change))
             out.append(row)
     return out
+
+
+def _draws(count: int, seed: int) -> torch.Tensor:
+    """Samples drawn with replacement: indices [draws, count]."""
+    return torch.randint(count, (_DRAWS, count), generator=torch.Generator().manual_seed(seed))
+
+
+def _interval(drawn: torch.Tensor) -> list[float]:
+    """The middle 95 % of ``drawn``."""
+    edge = (1 - _LEVEL) / 2
+    return torch.quantile(drawn, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
 
 
 def _mean(results: list[dict[str, Any]], name: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 from ..cache import MixKVCache
 from ..config import MixKVConfig
 from ..layer import MixKVLayer
-from .measure import bind, last_logits_only
+from .measure import bind, end_tokens, last_logits_only
 
 
 class Recording:
@@ -55,8 +54,7 @@ class Recording:
     @torch.no_grad()
     def answer(self, first: torch.Tensor, count: int) -> torch.Tensor:
         """Greedy tokens [1, n <= count] of the full cache after tokens ``first`` [1, f], end-of-text token included."""
-        ends: Any = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        ends = end_tokens(self.model)
         cache, fed, tokens = self.compressed(None), first, []
         while len(tokens) < count and (not tokens or tokens[-1] not in ends):
             fed = self.follow(cache, fed)[:, -1:].argmax(-1)

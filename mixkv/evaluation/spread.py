@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import InputError
-from .journal import Journal, merge
+from .journal import Journal, merge, name
 
 
 def rank() -> int:
@@ -69,22 +69,18 @@ class Book:
 
     def _take_parts(self) -> None:
         """Moves what other processes finished into this one's journal."""
-        known = {_name(record) for record in self.records}
+        known = {name(record) for record in self.records}
         for part in self._parts():
             for record in merge(Journal(str(part), self.header, resume=True).records):
-                if _name(record) not in known:
+                if name(record) not in known:
                     self._journal.add(record)
                     self.records.append(record)
-                    known.add(_name(record))
+                    known.add(name(record))
             part.unlink()
 
     def _parts(self) -> Iterator[Path]:
         path = Path(self.path)
         return iter(sorted(part for part in path.parent.glob(f"{path.name}.*") if part.suffix[1:].isdecimal()))
-
-
-def _name(record: dict[str, Any]) -> tuple:
-    return record["task"], record["tokens"], record["seed"]
 
 
 def _wait() -> None:

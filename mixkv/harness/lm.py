@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections import defaultdict
 from typing import Any
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from ..binding import unwrap
 from ..cache import MixKVCache
+from ..evaluation.measure import last_logits_only
 from . import options
 from .tally import Tally
 
@@ -54,8 +54,7 @@ class MixKVLM(HFLM):
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs) -> torch.Tensor:
         cache = self._new_cache()
         tokens = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
-        mask = generation_kwargs.get("attention_mask")
-        self.tally.add(cache, 0.0 if mask is None else (mask == 0).sum(1).double().mean().item())
+        self.tally.add(cache, generation_kwargs.get("attention_mask"))
         return tokens
 
     def _loglikelihood_tokens(
@@ -111,9 +110,7 @@ class MixKVLM(HFLM):
     @torch.no_grad()
     def _logits(self, cache: MixKVCache, tokens: tuple[int, ...], last_only: bool = False) -> torch.Tensor:
         """Logits [n, V] of ``tokens`` read into ``cache``; with ``last_only`` perhaps of the last alone."""
-        optional = {}
-        if last_only and "logits_to_keep" in inspect.signature(unwrap(self.model).forward).parameters:
-            optional["logits_to_keep"] = 1
+        optional = last_logits_only(unwrap(self.model)) if last_only else {}
         ids = torch.tensor([tokens], device=self.device)
         dtype = self.mixed_precision_dtype
         with torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None):

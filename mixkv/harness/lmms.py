@@ -73,8 +73,7 @@ class _Compressed:
                     raise ValueError("use_cache=False leaves mixkv nothing to compress: leave it out of --model_args")
                 cache = MixKVCache(model, self.kv_config)
                 tokens = plain(*args, past_key_values=cache, **inputs)
-                mask = inputs.get("attention_mask")
-                self.tally.add(cache, 0.0 if mask is None else (mask == 0).sum(1).double().mean().item())
+                self.tally.add(cache, inputs.get("attention_mask"))
                 return tokens
             except Exception as error:
                 self._failures.append(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+import torch
+
 from ..cache import MixKVCache
 
 
@@ -17,8 +19,9 @@ class Tally:
         self._bytes: list[int] = []
         self._bytes_full: list[int] = []
 
-    def add(self, cache: MixKVCache, padding: float = 0.0) -> None:
-        """Counts what ``cache`` holds now; ``padding`` columns of a batch row, on average, are no tokens."""
+    def add(self, cache: MixKVCache, attention_mask: torch.Tensor | None = None) -> None:
+        """Counts what ``cache`` holds now; the columns that ``attention_mask`` [B, N] leaves out are no tokens."""
+        padding = 0.0 if attention_mask is None else (attention_mask == 0).sum(1).double().mean().item()
         numbers = cache.stats()
         lengths = [layer.double().mean().item() for layer in numbers["lengths"] if layer is not None]
         self._tokens.append(numbers["seen"] - padding)

@@ -8,6 +8,7 @@ import torch
 
 from ..modality import image_token_ids
 from .grid import Patch, locate
+from .share import share
 
 
 def kept_patches(
@@ -64,7 +65,7 @@ def kept_patches(
     part = part or ("tiles" if "tiles" in parts else "whole")
     if part not in parts:
         raise ValueError(f"part={part!r} is none of what this image has: {', '.join(sorted(parts))}")
-    found = [(patch, share) for patch, share in found if patch.part == part]
+    found = [(patch, held_by) for patch, held_by in found if patch.part == part]
 
     picture = images[index]
     ax = pyplot.subplots()[1] if ax is None else ax
@@ -74,14 +75,14 @@ def kept_patches(
         height, width = (bottom - top) * picture.height, (right - left) * picture.width
         return Rectangle((left * picture.width, top * picture.height), width, height)
 
-    shades = [(0, 0, 0, 0.85 * (1 - share)) for _, share in found]
+    shades = [(0, 0, 0, 0.85 * (1 - held_by)) for _, held_by in found]
     margins = _margins([patch for patch, _ in found])
     boxes = [rectangle(*patch[1:]) for patch, _ in found] + [rectangle(*margin) for margin in margins]
     ax.add_collection(PatchCollection(boxes, facecolor=shades + [(1, 1, 1, 0.85)] * len(margins), linewidth=0))
     ax.set_axis_off()
     where = "all layers" if layer is None else f"layer {layer}"
     where += "" if head is None else f", head {head}"
-    ax.set_title(f"{where}: {sum(share > 0 for _, share in found)} of {len(found)} patches held")
+    ax.set_title(f"{where}: {sum(held_by > 0 for _, held_by in found)} of {len(found)} patches held")
     return ax
 
 
@@ -113,7 +114,7 @@ def held(
     is_image = torch.isin(ids.cpu(), torch.tensor(sorted(placeholders)))
     grids = _grids_of(inputs, config, is_image.sum(dim=1).tolist(), prompt)
     columns = is_image[prompt].nonzero().flatten().tolist()
-    shares = iter(_share(heads, ids.shape[1])[columns].tolist())
+    shares = iter(share(heads, ids.shape[1])[columns].tolist())
     return [
         [(patch, value) for patch, value in zip(patches, shares) if patch is not None]
         for patches in locate(config, sizes, len(columns), grids)
@@ -142,14 +143,6 @@ def _heads(cache, layer: int | None, head: int | None, row: int) -> tuple[list[t
         raise ValueError(f"head={head}: this model has {len(kept[0][row])} KV heads")
     heads = [positions for found in kept for positions in (found[row] if head is None else [found[row][head]])]
     return heads, len(kept[0])
-
-
-def _share(heads: list[torch.Tensor], columns: int) -> torch.Tensor:
-    """For each of the first ``columns`` columns the share of ``heads`` that hold it: float [columns]."""
-    total = torch.zeros(columns)
-    for positions in heads:
-        total[positions[positions < columns].cpu().long()] += 1
-    return total / len(heads)
 
 
 def _grids_of(inputs: Mapping, config, columns: list[int], prompt: int) -> list[tuple[int, ...]] | None:

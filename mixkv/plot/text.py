@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .canvas import axes
+from .share import share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,14 +58,14 @@ def kept(
         ImportError: matplotlib is not installed.
     """
     ids = input_ids if input_ids.ndim == 1 else input_ids[row]
-    share = shares(cache, len(ids), layer=layer, head=head, row=row)
-    padding = int(((ids.cpu() != tokenizer.pad_token_id) | (share > 0)).long().argmax())
+    found = shares(cache, len(ids), layer=layer, head=head, row=row)
+    padding = int(((ids.cpu() != tokenizer.pad_token_id) | (found > 0)).long().argmax())
     texts = [tokenizer.decode([token]) for token in ids[padding:].tolist()]
     page = lay_out(texts, width)
     lines = page[-1].line + 1 if page else 1
     size = 8.0
     ax = axes(ax, width * size * _CHARACTER / _POINTS / 0.72, 0.4 + lines * size * _LINE / _POINTS / 0.77)
-    return _draw(ax, page, share[padding:].tolist(), width, lines)
+    return _draw(ax, page, found[padding:].tolist(), width, lines)
 
 
 def shares(cache, columns: int, *, layer: int | None = None, head: int | None = None, row: int = 0) -> torch.Tensor:
@@ -89,10 +90,7 @@ def shares(cache, columns: int, *, layer: int | None = None, head: int | None = 
         raise ValueError(f"head={head} must be from 0 to {most - 1}: there are {most} KV heads")
     rows = [held[index][row] for index in ours if layer in (None, index)]
     chosen = [part for heads in rows for part in (heads if head is None else heads[head : head + 1])]
-    count = torch.zeros(columns)
-    for positions in chosen:
-        count[positions[positions < columns].long().cpu()] += 1
-    return count / len(chosen)
+    return share(chosen, columns)
 
 
 def lay_out(texts: list[str], width: int) -> list[Piece]:
@@ -111,7 +109,7 @@ def lay_out(texts: list[str], width: int) -> list[Piece]:
     return page
 
 
-def _draw(ax: Axes, page: list[Piece], share: list[float], width: int, lines: int) -> Axes:
+def _draw(ax: Axes, page: list[Piece], held_by: list[float], width: int, lines: int) -> Axes:
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -122,7 +120,7 @@ def _draw(ax: Axes, page: list[Piece], share: list[float], width: int, lines: in
     ax.set(xlim=(0, width), ylim=(lines, 0))
     ax.set_axis_off()
     boxes = [Rectangle((piece.start, piece.line), len(piece.text), 1) for piece in page]
-    colours = shades.to_rgba([share[piece.column] for piece in page])
+    colours = shades.to_rgba([held_by[piece.column] for piece in page])
     ax.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors="none", antialiased=False))
     size = ax.get_position().width * ax.figure.get_figwidth() * _POINTS / width / _CHARACTER
     for piece in page:
