@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def _demo(options: argparse.Namespace) -> None:
     from .evaluation import compare, models, prompts
 
     models.require(*models.PACKAGES, "rich")
+    if options.vision:
+        _vision_demo(options)
+        return
     if options.all:
         print(
             "sparsemm is left out: it needs a head profile of the model; with one: mixkv compare --method sparsemm --profile FILE"
@@ -40,7 +44,20 @@ def _demo(options: argparse.Namespace) -> None:
     else:
         kinds = [("snapkv", "attn"), ("adakv", "mix"), ("adakv", "mix-output"), ("global", "mix-output")]
         configs = [config for method, score in kinds for config in compare.grid([method], [score], [64, 128])]
-    _comparison(options, prompts.demo(), configs)
+    _comparison(options, partial(_text, options, prompts.demo()), configs)
+
+
+def _vision_demo(options: argparse.Namespace) -> None:
+    from .evaluation import charts, compare, models, pages
+
+    models.require("PIL", "matplotlib", remedy="pip install 'mixkv[demo,plot]'")
+    charts.check(options.picture, "--picture")
+    kinds = [("snapkv", "attn"), ("snapkv", "mix"), ("global", "mix-output")]
+    configs = [config for method, score in kinds for config in compare.grid([method], [score], [48, 96])]
+    shown = [config for config in configs if config.budget == 48]
+    loaded, reading = _comparison(options, pages.demo, configs, vision=True)
+    charts.patches(loaded.model, reading, shown, options.picture)
+    print(f"What each cache still holds of the page, the darker the fewer heads: {options.picture}")
 
 
 def _grid(options: argparse.Namespace) -> list:
@@ -53,11 +70,18 @@ def _grid(options: argparse.Namespace) -> list:
 def _compare(options: argparse.Namespace) -> None:
     from .evaluation import prompts
 
-    _comparison(options, prompts.read(options.prompt_file, options.question), _grid(options))
+    _comparison(options, partial(_text, options, prompts.read(options.prompt_file, options.question)), _grid(options))
 
 
-def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
-    from .evaluation import compare, machine, models, prompts
+def _text(options: argparse.Namespace, prompt, loaded):
+    from .evaluation import prompts
+
+    return prompts.Reading(prompts.encode(loaded.tokenizer, prompt, chat=not options.no_chat), prompt.question)
+
+
+def _comparison(options: argparse.Namespace, make: Callable, configs: list, *, vision: bool = False) -> tuple:
+    """Prints and writes the comparison on what ``make(loaded)`` gives to read; returns the loaded model and the reading."""
+    from .evaluation import compare, machine, models
 
     models.require("rich")
     from .evaluation import tables
@@ -65,14 +89,15 @@ def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
     _set_threads(options)
     _check_writable(options.json)
     with tables.progress_bar() as progress:
-        loaded = models.load(options.model, dtype=options.dtype, device=options.device)
-        input_ids = prompts.encode(loaded.tokenizer, prompt, chat=not options.no_chat)
+        loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=vision)
+        reading = make(loaded)
         others = machine.Others()
         records = compare.run(
             loaded.model,
             loaded.tokenizer,
-            input_ids,
+            reading.input_ids,
             configs,
+            inputs=reading.inputs,
             max_new_tokens=options.max_new_tokens,
             repeats=options.repeats,
             progress=progress,
@@ -80,11 +105,12 @@ def _comparison(options: argparse.Namespace, prompt, configs: list) -> None:
         used_by_others = others.cores()
     console = tables.Console()
     console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
-    if prompt.question:
-        console.print(f"Question: {prompt.question}")
+    if reading.question:
+        console.print(f"Question: {reading.question}")
     tables.comparison(console, records)
     tables.warning(console, machine.crowded(used_by_others))
     _write(options, loaded, used_by_others, {"runs": records, "configs": [config.to_dict() for config in configs]})
+    return loaded, reading
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -126,25 +152,32 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from .evaluation import InputError, evaluate, journal, machine, models, paired, spread, tasks
+    from .evaluation import InputError, evaluate, journal, machine, models, pages, paired, spread, tasks
 
     models.require("rich")
     from .evaluation import tables
 
     _set_threads(options)
-    unknown = [name for name in options.task if name not in tasks.TASKS]
+    known = {**tasks.TASKS, **pages.TASKS}
+    unknown = [name for name in options.task if name not in known]
     if unknown and not options.data:
-        raise InputError(f"unknown --task {unknown[0]!r}; choose from {', '.join(tasks.TASKS)}")
+        raise InputError(f"unknown --task {unknown[0]!r}; choose from {', '.join(known)}")
+    vision = not options.data and any(name in pages.TASKS for name in options.task)
+    if options.variant not in pages.VARIANTS:
+        raise InputError(f"unknown --variant {options.variant!r}; choose from {', '.join(pages.VARIANTS)}")
+    if vision:
+        models.require("PIL", "matplotlib", remedy="pip install 'mixkv[demo,plot]'")
     configs = _grid(options)
     reference = tuple(options.reference.split("+"))
     with tables.progress_bar() as progress:
-        loaded = models.load(options.model, dtype=options.dtype, device=options.device)
-        samples = _samples(options, loaded.tokenizer)
+        loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=vision)
+        samples = _samples(options, loaded)
         header = {
             "model": loaded.name,
             "dtype": str(loaded.model.dtype),
             "answer_tokens": options.answer_tokens,
             "data": options.data,
+            "variant": options.variant,
             "configs": [config.to_dict() for config in configs],
             "machine": machine.describe(loaded.model.device),
             "versions": machine.versions(),
@@ -172,21 +205,27 @@ def _eval(options: argparse.Namespace) -> None:
     _write(options, loaded, None, {"summary": rows, "records": records, "configs": header["configs"]})
 
 
-def _samples(options: argparse.Namespace, tokenizer) -> list[tuple]:
+def _samples(options: argparse.Namespace, loaded) -> list[tuple]:
     """Names of samples, and how each is made."""
-    from functools import partial
-
-    from .evaluation import tasks
+    from .evaluation import pages, tasks
 
     if options.data:
-        found = tasks.from_file(tokenizer, options.data)
+        found = tasks.from_file(loaded.tokenizer, options.data)
         return [(("file", len(sample.context), number), partial(lambda s: s, sample)) for number, sample in enumerate(found)]
     seeds = range(options.first_seed, options.first_seed + options.seed_step * options.samples, options.seed_step)
-    return [
-        ((task, tokens, seed), partial(tasks.TASKS[task], tokenizer, tokens, seed))
+    texts = [
+        ((task, tokens, seed), partial(tasks.TASKS[task], loaded.tokenizer, tokens, seed))
         for seed in seeds
         for tokens in options.tokens
         for task in options.task
+        if task in tasks.TASKS
+    ]
+    # A page's length is its own: no --tokens.
+    return texts + [
+        ((task, 0, seed), partial(pages.TASKS[task], loaded, seed, variant=options.variant))
+        for seed in seeds
+        for task in options.task
+        if task in pages.TASKS
     ]
 
 
@@ -241,6 +280,13 @@ def _parser() -> argparse.ArgumentParser:
         "--all", action="store_true", help="every method and score, budgets 64, 128 and 256 (takes a quarter of an hour)"
     )
     _add_common(demo)
+    demo.add_argument("--vision", action="store_true", help="a page and a question about it, on the small document model")
+    demo.add_argument(
+        "--picture",
+        default="mixkv-demo.png",
+        metavar="FILE",
+        help="of --vision: the page with what is kept (default mixkv-demo.png)",
+    )
     demo.set_defaults(run=_demo, model=None, dtype="auto", device=None, no_chat=False, repeats=2, max_new_tokens=48)
 
     compare = commands.add_parser("compare", help="the same for your own model and text")
@@ -279,6 +325,12 @@ def _parser() -> argparse.ArgumentParser:
         default=["needle", "codes", "lookup", "prose", "several"],
         metavar="NAME,NAME",
         help="default: all",
+    )
+    evaluation.add_argument(
+        "--variant",
+        default="fresh",
+        metavar="NAME",
+        help="of pages: fresh, or what the document model was never trained with: words, phrasing, layout, font (default fresh)",
     )
     evaluation.add_argument("--data", metavar="FILE", help="JSON lines with context, question, answer, in place of --task")
     evaluation.add_argument("--tokens", type=_list(_positive), default=[1024], metavar="N,N", help="lengths (default 1024)")

@@ -26,7 +26,7 @@ def write(path: str | os.PathLike, header: dict[str, Any], tensors: dict[str, to
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} of {path} does not exist: create it first")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"header": header, "sha256": _checksum(header, tensors)})
+    text = json.dumps({"header": header, "sha256": checksum(header, tensors)})
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         partial = Path(folder) / path.name
         save_file(tensors, partial, metadata={_ENTRY: text})
@@ -49,7 +49,7 @@ def read(path: str | os.PathLike, formats: range) -> tuple[dict[str, Any], dict[
             metadata = file.metadata() or {}
             if _ENTRY not in metadata:
                 raise ValueError(f"{path} is a safetensors file, but no cache that MixKVCache.save wrote: give the path of one")
-            header, checksum = _parse(path, metadata[_ENTRY])
+            header, expected = _parse(path, metadata[_ENTRY])
             if header.get("format") not in formats:
                 raise ValueError(
                     f"{path} has format {header.get('format')!r} (saved by mixkv {header.get('mixkv', '?')}), and this mixkv reads "
@@ -60,7 +60,7 @@ def read(path: str | os.PathLike, formats: range) -> tuple[dict[str, Any], dict[
         raise ValueError(
             f"{path} is damaged, or no cache that MixKVCache.save wrote ({error}): save the cache again"
         ) from error
-    if _checksum(header, tensors) != checksum:
+    if checksum(header, tensors) != expected:
         raise ValueError(f"{path} is damaged (its checksum does not fit its contents): save the cache again")
     return header, tensors
 
@@ -76,7 +76,8 @@ def _parse(path: str | os.PathLike, text: str) -> tuple[dict[str, Any], str]:
     return entry["header"], entry.get("sha256")
 
 
-def _checksum(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+def checksum(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over a header and the tensors' names, types, shapes and bytes."""
     digest = hashlib.sha256(json.dumps(header).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

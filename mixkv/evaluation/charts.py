@@ -18,22 +18,22 @@ _PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
 )
 
 
-def check(path: str) -> None:
+def check(path: str, option: str = "--plot") -> None:
     """Checks, before minutes of work, that a picture can be drawn and written to ``path``.
 
     Raises:
         InputError: matplotlib is not installed, or does not write such files, or there is no such folder.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(f"--plot {path} needs matplotlib: pip install 'mixkv[plot]'")
+        raise InputError(f"{option} {path} needs matplotlib: pip install 'mixkv[plot]'")
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
     if Path(path).suffix.lstrip(".").lower() not in known:
-        raise InputError(f"--plot {path} must end in one of {', '.join('.' + name for name in sorted(known))}")
+        raise InputError(f"{option} {path} must end in one of {', '.join('.' + name for name in sorted(known))}")
     folder = Path(path).resolve().parent
     if not folder.is_dir():
-        raise InputError(f"--plot {path} cannot be written: there is no folder {folder}")
+        raise InputError(f"{option} {path} cannot be written: there is no folder {folder}")
 
 
 def bench(records: list[dict[str, Any]], path: str, title: str) -> None:
@@ -75,3 +75,22 @@ def _panel(axes, records: list[dict[str, Any]], number: Callable, lengths: list[
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("prompt, tokens")
+
+
+def patches(model, reading, configs: list, path: str) -> None:
+    """Draws the first image of a `prompts.Reading` with what is left of it under each configuration, side by side."""
+    from matplotlib.figure import Figure
+
+    from ..plot import kept_patches
+    from .compare import label
+    from .measure import read_prompt
+
+    figure = Figure(figsize=(5 * len(configs), 5.4), layout="constrained")
+    for axes, config in zip(figure.subplots(1, len(configs), squeeze=False)[0], configs):
+        cache = read_prompt(model, reading.input_ids, config, inputs=reading.inputs).cache
+        kept_patches(cache, reading.images, {"input_ids": reading.input_ids, **reading.inputs}, model.config, ax=axes)
+        axes.set_title(f"{label(config)}\n{axes.get_title()}", fontsize=10)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise InputError(f"--picture {path} cannot be written: {error.strerror}") from error

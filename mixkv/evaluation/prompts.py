@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,23 @@ class Prompt:
 
     text: str
     question: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model reads.
+
+    Attributes:
+        input_ids: [1, N].
+        question: what is asked, for people; None: nothing.
+        inputs: what is read with the tokens: pixel_values and the like.
+        images: PIL images of the prompt, in order.
+    """
+
+    input_ids: torch.Tensor
+    question: str | None = None
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    images: list = field(default_factory=list)
 
 
 def demo() -> Prompt:

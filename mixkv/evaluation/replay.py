@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
@@ -22,10 +24,18 @@ class Recording:
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, *, window: int = 128):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        *,
+        window: int = 128,
+        inputs: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ):
+        """``inputs``: what the model reads with the prompt: pixel_values and the like."""
         self.model = model
         self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
-        options = last_logits_only(model)
+        options = {**inputs, **last_logits_only(model)}
         self.logits = model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **options).logits[:, -1]
         self._inputs = [
             layer.recorded if isinstance(layer, MixKVLayer) else copy.deepcopy(layer) for layer in self.cache.layers

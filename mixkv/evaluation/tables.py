@@ -72,7 +72,9 @@ def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[st
     """Prints what `paired.summary` returns, a table a task, length and budget."""
     for task, tokens, budget in dict.fromkeys((row["task"], row["tokens"], row["budget"]) for row in rows):
         mine = [row for row in rows if (row["task"], row["tokens"], row["budget"]) == (task, tokens, budget)]
-        console.print(f"\n{task}, {tokens:,} tokens, budget {budget}, {mine[0]['samples']} samples", style="bold")
+        console.print(
+            f"\n{task}{f', {tokens:,} tokens' if tokens else ''}, budget {budget}, {mine[0]['samples']} samples", style="bold"
+        )
         table = narrow_table("cache", "KL", "change", "interval", "top-1", "kept")
         for row in mine:
             change = row["kl_change"]
@@ -89,7 +91,7 @@ def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[st
     console.print(
         f"KL: nats a token from the full cache's distributions. change: of its mean against {' '.join(reference)}, and the 95 % interval "
         f"(paired bootstrap over samples). top-1: tokens whose likeliest is the full cache's. kept: right answers of the full cache "
-        f"that stay right.",
+        f"that stay right; of the document model, its own that are exactly right, of as many with the full cache.",
         style="dim",
     )
 

@@ -11,9 +11,10 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import InputError
@@ -37,6 +38,7 @@ class Sample:
         answer: the true continuation of each, as token ids; None: the full cache's own greedy answer is the reference.
         expected: the words a right answer holds, one a question; None where there is no right answer.
         depth: where in the context the answer is, from 0 to 1, where the task varies it.
+        inputs: what else the model reads with the context: pixel_values and the like.
     """
 
     context: list[int]
@@ -44,6 +46,7 @@ class Sample:
     answer: list[list[int]] | None = None
     expected: list[str] | None = None
     depth: float | None = None
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def codes(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:

@@ -1,0 +1,233 @@
+"""Trains the document model: a reader of cells, and a LoRA that teaches SmolLM2 to look things up on pages.
+
+    pip install -c constraints.txt -e '.[demo,plot]' peft
+    python examples/document_vlm/train.py --out mixkv/document/weights
+
+The reader learns to turn a cell of 36 x 36 pixels into the language model's own embedding of what stands there; at the same
+time, on another core, the language model learns to answer about pages given as text; then it goes on with pages as the
+reader sees them. Step counts, seeds and threads are fixed: on one machine and one set of versions the files come out the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mixkv.document import page, questions, render, words
+from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, assemble, processor, read, write
+from mixkv.evaluation.models import load
+
+READER_STEPS, TEXT_STEPS, PAGE_STEPS = 2000, 300, 900
+RANK = 16
+# The language model's after the pages as text.
+TEXT = "text.safetensors"
+KEYS, KEY_WEIGHTS = (1, 2, 3, 4), (4, 3, 2, 2)
+KIND_WEIGHTS = {"form": 3, "table": 6, "receipt": 3, "screen": 5, "two pages": 2}
+TURNS = 8
+
+
+def reader(steps: int, out: Path) -> None:
+    """Cells to embeddings, on pages dense with random cells; a linear head that names the cell helps, and is dropped."""
+    torch.manual_seed(0)
+    loaded = load(None, dtype="float32")
+    model = assemble(loaded.model).float()
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    images = processor(loaded.tokenizer).image_processor
+    head = nn.Linear(tower.config.hidden_size, len(words.CLASSES))
+    ids = torch.tensor([_single(loaded.tokenizer, words.as_token(name)) for name in words.CLASSES])
+    targets = loaded.model.get_input_embeddings().weight.detach()[ids]
+    scale = targets.square().sum(-1).mean()
+    trained = [*tower.parameters(), *projector.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
+    right = {True: [0, 0], False: [0, 0]}
+    started = time.perf_counter()
+    for step in range(steps):
+        _rate(optimizer, 1e-3, step, steps, warm=100)
+        dense, labels = _dense(random.Random(f"reader {step}"))
+        seen = images(render.draw(dense, f"reader {step}", mixed=step % 3 > 0), return_tensors="pt")["pixel_values"]
+        hidden = tower(seen).last_hidden_state[0]
+        embeddings, named = projector(hidden), head(hidden)
+        text = torch.tensor([words.CLASSES[label] in words.TEXT for label in labels.tolist()])
+        weight = torch.where(text, 3.3, 0.3)
+        weight = weight / weight.sum()
+        misread = nn.functional.cross_entropy(named, labels, reduction="none")
+        distance = (embeddings - targets[labels]).square().sum(-1) / scale
+        loss = ((misread + 2 * distance) * weight).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            nearest = torch.cdist(embeddings, targets).argmin(-1) == labels
+        for kind in right:
+            right[kind][0] += int(nearest[text == kind].sum())
+            right[kind][1] += int((text == kind).sum())
+        if (step + 1) % 50 == 0:
+            shares = [hits / max(of, 1) for hits, of in (right[True], right[False])]
+            _log(f"reader {step + 1}/{steps}: loss {loss.item():.3f}, text {shares[0]:.4f}, blank {shares[1]:.4f}", started)
+            right = {True: [0, 0], False: [0, 0]}
+    parts = {"vision_tower": tower, "multi_modal_projector": projector}
+    state = {f"{part}.{name}": value.half() for part, module in parts.items() for name, value in module.state_dict().items()}
+    write(out / READER, state)
+
+
+def language(steps: int, out: Path, source: Path | None) -> None:
+    """Answers about pages: as text, compact, when ``source`` is None; else as the reader in that folder sees them."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    torch.manual_seed(1)
+    loaded = load(None, dtype="bfloat16")
+    tokenizer, images = loaded.tokenizer, processor(loaded.tokenizer).image_processor
+    sight = None
+    if source is not None:
+        sight = assemble(load(None, dtype="float32").model).model
+        parts = read(source / READER)
+        sight.vision_tower.load_state_dict(_below(parts, "vision_tower"))
+        sight.multi_modal_projector.load_state_dict(_below(parts, "multi_modal_projector"))
+    wanted = LoraConfig(r=RANK, lora_alpha=int(RANK * LORA_SCALE), target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = get_peft_model(loaded.model, wanted)
+    if source is not None:
+        set_peft_model_state_dict(model, read(source / TEXT))
+    trained = [value for value in model.parameters() if value.requires_grad]
+    peak = 1e-3 if source is None else 8e-4
+    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.0)
+    embed, decoder, head = loaded.model.get_input_embeddings(), loaded.model.model, loaded.model.lm_head
+    stage = "text" if source is None else "pages"
+    tally: dict[str, list[int]] = {}
+    started = time.perf_counter()
+    for step in range(steps):
+        _rate(optimizer, peak, step, steps, warm=30, final=0.3 if source is None else 0.02)
+        chance = random.Random(f"{stage} {step}")
+        kind = chance.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
+        document = page.make(kind, f"{stage} {step}")
+        ids, labels, image = _conversation(tokenizer, document, chance, compact=source is None)
+        with torch.no_grad():
+            embeddings = embed(ids)
+            if source is not None:
+                drawn = [render.draw(one, f"{stage} {step} {i}") for i, one in enumerate(document.pages)]
+                seen = images(drawn, return_tensors="pt")["pixel_values"]
+                hidden = sight.multi_modal_projector(sight.vision_tower(seen).last_hidden_state)
+                embeddings[image] = hidden.flatten(0, 1).to(embeddings.dtype)
+        states = decoder(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
+        places = (labels >= 0).nonzero()[:, 0]
+        logits = head(states[places - 1]).float()
+        loss = nn.functional.cross_entropy(logits, labels[places])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        hit = logits.argmax(-1) == labels[places]
+        turns = torch.cumsum(torch.cat([torch.ones(1, dtype=torch.long), (places.diff() > 1).long()]), 0) - 1
+        whole = torch.ones(int(turns[-1]) + 1).index_reduce(0, turns, hit.float(), "amin")
+        tally.setdefault(kind, []).extend(whole.tolist())
+        if (step + 1) % 25 == 0:
+            shares = ", ".join(f"{name} {sum(hits) / len(hits):.2f}" for name, hits in sorted(tally.items()))
+            _log(f"{stage} {step + 1}/{steps}: loss {loss.item():.3f}, answers right: {shares}", started)
+            tally = {}
+    state = {name: value.detach().bfloat16().contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    write(out / (TEXT if source is None else LANGUAGE), state)
+
+
+def _conversation(tokenizer, document: page.Document, chance: random.Random, compact: bool):
+    """Token ids, labels (-100: not learned) and which columns are the page's, for up to `TURNS` questions and answers."""
+    cells = []
+    for one in document.pages:
+        for row in one.cells:
+            shown = [cell for cell in row if cell in words.TEXT] if compact and document.kind != "screen" else row
+            cells += [_single(tokenizer, words.as_token(cell)) for cell in shown]
+            if compact and shown and document.kind != "screen":
+                cells.append(_single(tokenizer, "\n"))
+    ids = tokenizer(questions.USER)["input_ids"]
+    first = len(ids)
+    ids += cells
+    labels, last = [-100] * len(ids), len(ids)
+    for turn in range(TURNS):
+        facts = questions.draw_facts(document, chance, chance.choices(KEYS, KEY_WEIGHTS)[0])
+        question = questions.ask(document, facts, chance.randrange(4))
+        asked = tokenizer((questions.USER if turn else "") + question + questions.END + questions.ASSISTANT)["input_ids"]
+        answered = tokenizer(" " + questions.answer(facts) + questions.END)["input_ids"]
+        ids += asked + answered
+        # The line end behind an answer is not the model's to write.
+        labels += [-100] * len(asked) + answered[:-1] + [-100]
+    image = torch.zeros(len(ids), dtype=torch.bool)
+    image[first:last] = True
+    return torch.tensor(ids), torch.tensor(labels), image
+
+
+def _dense(chance: random.Random) -> tuple[page.Page, torch.Tensor]:
+    """Random cells and their classes."""
+    dense = page.Page()
+    for row in range(page.SIDE):
+        for column in range(page.SIDE):
+            kind = chance.choices(("word", "digit", "mark", "decoration", "blank"), (60, 14, 6, 8, 12))[0]
+            group = {
+                "word": words.WORDS,
+                "digit": words.DIGITS,
+                "mark": words.PUNCTUATION,
+                "decoration": list(words.DECORATION),
+            }
+            blank = words.LINE_END if column == page.SIDE - 1 else words.BLANK
+            dense.cells[row][column] = chance.choice(group[kind]) if kind in group else blank
+    return dense, torch.tensor([words.INDEX[cell] for row in dense.cells for cell in row])
+
+
+def _single(tokenizer, text: str) -> int:
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens: a cell must be one; take it out of mixkv/document/words.py")
+    return ids[0]
+
+
+def _below(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    return {name[len(part) + 1 :]: value.float() for name, value in state.items() if name.startswith(part + ".")}
+
+
+def _rate(optimizer, peak: float, step: int, steps: int, warm: int, final: float = 0.02) -> None:
+    """Linear warm-up, then a cosine down to a share ``final`` of the peak."""
+    done = max(step - warm, 0) / max(steps - warm, 1)
+    rate = peak * min((step + 1) / warm, final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _log(text: str, started: float) -> None:
+    print(f"{time.perf_counter() - started:6.0f} s  {text}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the weights are written")
+    parser.add_argument("--stage", choices=["all", "reader", "text", "pages"], default="all")
+    parser.add_argument("--short", action="store_true", help="few steps, to see that it runs and comes out the same twice")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    reader_steps, text_steps, page_steps = (6, 4, 4) if options.short else (READER_STEPS, TEXT_STEPS, PAGE_STEPS)
+    if options.stage == "all":
+        again = [sys.executable, __file__, "--out", str(options.out), *(["--short"] if options.short else []), "--stage"]
+        started = time.perf_counter()
+        side_by_side = [subprocess.Popen([*again, stage]) for stage in ("reader", "text")]
+        if any([process.wait() for process in side_by_side]):
+            sys.exit("a stage failed: see above")
+        subprocess.run([*again, "pages"], check=True)
+        _log("all stages done", started)
+        return
+    torch.set_num_threads(2 if options.stage == "pages" else 1)
+    torch.use_deterministic_algorithms(True)
+    if options.stage == "reader":
+        reader(reader_steps, options.out)
+    elif options.stage == "text":
+        language(text_steps, options.out, None)
+    else:
+        language(page_steps, options.out, options.out)
+
+
+if __name__ == "__main__":
+    main()
