@@ -17,7 +17,7 @@ from .config import OUTPUT_SCORES
 from .contest import Contest
 from .projection import output_factor, output_scale
 from .ragged import RaggedStore
-from .selection import quota, rank, select
+from .selection import Ranking, quota, rank
 from .shared import Shared
 
 
@@ -201,14 +201,13 @@ class MixKVLayer(CacheLayerMixin):
         self._remember(query)
         key, value = key.detach(), value.detach()
         contest = self._contest()
-        arguments = (self.query_tail, key, value, self.shared.config)
-        rest = {"attention_mask": valid, **self._place, **options, **self._output_factor(value)}
+        ranking = self._rank(key, value, valid, options)
         if contest is None:
-            selection = select(*arguments, **rest)
+            selection = ranking.take(quota(self.shared.config, ranking, **self._place))
         else:
             module, last = self.module and self.module(), output[:, -self.shared.config.window :].detach()
             scale = None if module is None else output_scale(module, last)
-            selection = contest.enter(rank(*arguments, **rest), scale)
+            selection = contest.enter(ranking, scale)
         self.store = RaggedStore.from_selection(key, value, selection, self.shared.config.backend)
         if contest is not None:
             contest.settle(self, selection)
@@ -241,6 +240,11 @@ class MixKVLayer(CacheLayerMixin):
         factor = None if module is None else output_factor(module, value.shape[1], value.shape[3])
         self.weighs_output = factor is not None
         return {"output_factor": None if factor is None else factor.to(value.device)}
+
+    def _rank(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, options: dict) -> Ranking:
+        """The candidates of a whole prompt in order."""
+        rest = {"attention_mask": valid, **self._place, **options, **self._output_factor(value)}
+        return rank(self.query_tail, key, value, self.shared.config, **rest)
 
     def adopt(
         self,

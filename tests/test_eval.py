@@ -16,7 +16,7 @@ from test_evaluation import make_model, make_text, make_tokenizer
 import mixkv
 from mixkv import MixKVConfig, cli
 from mixkv.evaluation import InputError, evaluate, journal, measure, models, paired, spread, tasks
-from mixkv.evaluation.replay import Recording
+from mixkv.evaluation.replay import Recording, joined
 
 CONFIGS = [
     MixKVConfig(method="snapkv", score="mix", budget=40),
@@ -47,6 +47,37 @@ def test_a_replayed_prompt_is_a_read_one(name, method, score):
     mixkv.unpatch(model)
     tokens, _ = oracle.generate(model, {"input_ids": torch.cat([ids, follow], 1)}, 6)
     assert torch.equal(recording.answer(follow, 6), tokens)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_caches_joined_into_a_batch_answer_as_each_does(name):
+    model = zoo.build(name, "sdpa")
+    ids = zoo.inputs(name, zoo.FAMILIES[name].min_length + 40)["input_ids"][:1]
+    kinds = [("snapkv", "attn", 9), ("adakv", "mix", 14), ("global", "mix-output", 20), ("adakv", "mix", 30)]
+    recording = Recording(model, ids)
+    caches = [recording.compressed(MixKVConfig(method=m, score=s, budget=b, window=6)) for m, s, b in kinds]
+    follow = ids[:, :5]
+    batch = recording.follow(joined(caches), follow.expand(len(caches), -1))
+    for index, cache in enumerate(caches):
+        torch.testing.assert_close(batch[index : index + 1], recording.follow(cache, follow), atol=1e-5, rtol=0)
+
+
+def test_a_known_ranking_serves_every_budget_and_no_other_score():
+    model = zoo.build("llama", "sdpa")
+    ids = zoo.inputs("llama", 90)["input_ids"][:1]
+    recording = Recording(model, ids)
+    for method, score, budget in [
+        ("adakv", "mix", 9),
+        ("adakv", "mix", 20),
+        ("snapkv", "mix", 20),
+        ("snapkv", "attn", 20),
+        ("global", "mix", 20),
+    ]:
+        config = MixKVConfig(method=method, score=score, budget=budget, window=6)
+        replayed, read = recording.compressed(config), measure.read_prompt(model, ids, config).cache
+        for layer in range(len(read.layers)):
+            for mine, theirs in zip(replayed.kept(layer)[0], read.kept(layer)[0], strict=True):
+                assert torch.equal(mine, theirs)
 
 
 def sample_of(tokenizer, words=150):

@@ -25,13 +25,14 @@ from mixkv.document import page, questions, render, words
 from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, assemble, processor, read, write
 from mixkv.evaluation.models import load
 
-READER_STEPS, TEXT_STEPS, PAGE_STEPS = 2000, 300, 900
+READER_STEPS, TEXT_STEPS, PAGE_STEPS = 2000, 300, 750
 RANK = 16
 # The language model's after the pages as text.
 TEXT = "text.safetensors"
 KEYS, KEY_WEIGHTS = (1, 2, 3, 4), (4, 3, 2, 2)
 KIND_WEIGHTS = {"form": 3, "table": 6, "receipt": 3, "screen": 5, "two pages": 2}
-TURNS = 8
+# Questions on a page: more cost little beside the page itself.
+TEXT_TURNS, PAGE_TURNS = 8, 14
 
 
 def reader(steps: int, out: Path) -> None:
@@ -108,7 +109,9 @@ def language(steps: int, out: Path, source: Path | None) -> None:
         chance = random.Random(f"{stage} {step}")
         kind = chance.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
         document = page.make(kind, f"{stage} {step}")
-        ids, labels, image = _conversation(tokenizer, document, chance, compact=source is None)
+        ids, labels, image = _conversation(
+            tokenizer, document, chance, TEXT_TURNS if source is None else PAGE_TURNS, compact=source is None
+        )
         with torch.no_grad():
             embeddings = embed(ids)
             if source is not None:
@@ -126,8 +129,8 @@ def language(steps: int, out: Path, source: Path | None) -> None:
         optimizer.step()
         hit = logits.argmax(-1) == labels[places]
         turns = torch.cumsum(torch.cat([torch.ones(1, dtype=torch.long), (places.diff() > 1).long()]), 0) - 1
-        whole = torch.ones(int(turns[-1]) + 1).index_reduce(0, turns, hit.float(), "amin")
-        tally.setdefault(kind, []).extend(whole.tolist())
+        whole = [bool(hit[turns == turn].all()) for turn in range(int(turns[-1]) + 1)]
+        tally.setdefault(kind, []).extend(whole)
         if (step + 1) % 25 == 0:
             shares = ", ".join(f"{name} {sum(hits) / len(hits):.2f}" for name, hits in sorted(tally.items()))
             _log(f"{stage} {step + 1}/{steps}: loss {loss.item():.3f}, answers right: {shares}", started)
@@ -136,8 +139,8 @@ def language(steps: int, out: Path, source: Path | None) -> None:
     write(out / (TEXT if source is None else LANGUAGE), state)
 
 
-def _conversation(tokenizer, document: page.Document, chance: random.Random, compact: bool):
-    """Token ids, labels (-100: not learned) and which columns are the page's, for up to `TURNS` questions and answers."""
+def _conversation(tokenizer, document: page.Document, chance: random.Random, turns: int, compact: bool):
+    """Token ids, labels (-100: not learned) and which columns are the page's, for so many questions and answers."""
     cells = []
     for one in document.pages:
         for row in one.cells:
@@ -149,7 +152,7 @@ def _conversation(tokenizer, document: page.Document, chance: random.Random, com
     first = len(ids)
     ids += cells
     labels, last = [-100] * len(ids), len(ids)
-    for turn in range(TURNS):
+    for turn in range(turns):
         facts = questions.draw_facts(document, chance, chance.choices(KEYS, KEY_WEIGHTS)[0])
         question = questions.ask(document, facts, chance.randrange(4))
         asked = tokenizer((questions.USER if turn else "") + question + questions.END + questions.ASSISTANT)["input_ids"]
@@ -221,6 +224,8 @@ def main() -> None:
         return
     torch.set_num_threads(2 if options.stage == "pages" else 1)
     torch.use_deterministic_algorithms(True)
+    # Nothing reads memory before it is written; filling it takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if options.stage == "reader":
         reader(reader_steps, options.out)
     elif options.stage == "text":

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import MixKVCache
 from ..config import MixKVConfig
 from . import InputError
 from .measure import held, kl_divergence, no_progress
 from .prompts import check_length
-from .replay import Recording
+from .replay import Recording, joined
 from .tasks import Sample
 
 # Names a sample: task, tokens, seed.
@@ -56,7 +58,7 @@ def run(
         context = torch.tensor([sample.context], device=model.device)
         recording = Recording(model, context, window=window, inputs=inputs)
         questions = [_question(recording, tokenizer, sample, index, answer_tokens) for index in range(len(sample.follow))]
-        caches = [_result(recording, config, questions) for config in configs]
+        results = list(_results(recording, configs, questions))
         answered = None if sample.expected is None else sum(question.answered(question.reference) for question in questions)
         yield {
             "task": task,
@@ -65,7 +67,7 @@ def run(
             "depth": sample.depth,
             "context_tokens": len(sample.context),
             "answered": answered,
-            "results": caches,
+            "results": results,
         }
 
 
@@ -109,18 +111,34 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
     return _Question(fed, answer[0], logits, right, truth)
 
 
-def _result(recording: Recording, config: MixKVConfig, questions: list[_Question]) -> dict[str, Any]:
-    compressed = recording.compressed(config)
-    rows = held(compressed).rows_per_head
-    divergences, agreements, kept = [], [], 0
-    for question in questions:
-        reference = question.reference
-        logits = recording.follow(copy.deepcopy(compressed), question.fed)[0, -reference.shape[0] :]
-        divergences.append(float(kl_divergence(reference, logits).mean()))
-        agreements.append(float((logits.argmax(-1) == reference.argmax(-1)).float().mean()))
-        kept += question.answered(logits)
-    count = len(questions)
-    return {"kl": sum(divergences) / count, "top1": sum(agreements) / count, "kept": kept, "rows_per_head": rows}
+def _results(
+    recording: Recording, configs: list[MixKVConfig], questions: list[_Question], together: int = 16
+) -> Iterator[dict[str, Any]]:
+    """One dict a configuration; so many caches at once are the rows of a batch."""
+    for first in range(0, len(configs), together):
+        caches = [recording.compressed(config) for config in configs[first : first + together]]
+        rows = [held(cache).rows_per_head for cache in caches]
+        batch = joined(caches)
+        outcomes = [_outcome(recording, batch, len(caches), question) for question in questions]
+        for index, per_head in enumerate(rows):
+            mine = [outcome[index] for outcome in outcomes]
+            yield {
+                "kl": mean(kl for kl, _, _ in mine),
+                "top1": mean(top1 for _, top1, _ in mine),
+                "kept": sum(kept for _, _, kept in mine),
+                "rows_per_head": per_head,
+            }
+
+
+def _outcome(recording: Recording, batch: MixKVCache, count: int, question: _Question) -> list[tuple[float, float, bool]]:
+    """Divergence, agreement and whether the answer is right, for each of ``count`` caches of a batch."""
+    reference = question.reference
+    fed = question.fed.expand(count, -1)
+    found = []
+    for logits in recording.follow(copy.deepcopy(batch), fed)[:, -reference.shape[0] :]:
+        agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean()
+        found.append((float(kl_divergence(reference, logits).mean()), float(agreement), question.answered(logits)))
+    return found
 
 
 def _check_budgets(configs: list[MixKVConfig], length: int, task: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 from ..cache import MixKVCache
 from ..config import MixKVConfig
 from ..layer import MixKVLayer
+from ..ragged import RaggedStore
+from ..selection import Ranking, rows_per_head
 from .measure import bind, end_tokens, last_logits_only
 
 
@@ -40,6 +44,7 @@ class Recording:
         self._inputs = [
             layer.recorded if isinstance(layer, MixKVLayer) else copy.deepcopy(layer) for layer in self.cache.layers
         ]
+        self._rankings: list[dict[str, Ranking]] = [{} for _ in self.cache.layers]
 
     def compressed(self, config: MixKVConfig | None) -> MixKVCache:
         """The cache that reading the prompt under ``config`` leaves; None: the full cache.
@@ -47,10 +52,12 @@ class Recording:
         Raises:
             ValueError: ``config.window`` exceeds the recorded window.
         """
-        cache = MixKVCache(self.model, config or self.cache.config)
+        cache = _ReplayCache(self.model, config or self.cache.config)
         for index, (layer, recorded) in enumerate(zip(cache.layers, self._inputs)):
             if isinstance(layer, MixKVLayer):
+                layer.known = self._rankings[index]
                 layer.adopt(*recorded)
+                layer.known = None
             else:
                 cache.layers[index] = copy.deepcopy(recorded)
         return cache
@@ -70,6 +77,43 @@ class Recording:
             fed = self.follow(cache, fed)[:, -1:].argmax(-1)
             tokens.append(int(fed))
         return torch.tensor([tokens], device=first.device)
+
+
+def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
+    """Caches of one prompt of batch size 1, under whatever budgets, as the rows of one batch, for forwards at a common cost."""
+    together = copy.deepcopy(caches[0])
+    for index, layer in enumerate(together.layers):
+        if not isinstance(layer, MixKVLayer):
+            layer.batch_repeat_interleave(len(caches))
+            continue
+        parts = [cache.layers[index] for cache in caches]
+        rows = tuple(torch.cat(part) for part in zip(*(part.store.held() for part in parts)))
+        lengths = torch.cat([part.store.lengths.view(1, -1) for part in parts])
+        layer.store = RaggedStore.from_rows(rows, lengths, layer.store.backend)
+        layer.redundancy = torch.cat([part.redundancy for part in parts])
+        layer.share = layer.query_tail = layer.modal_redundancy = None
+    together._batch = len(caches)
+    return together
+
+
+class _ReplayLayer(MixKVLayer):
+    """Ranks candidates once for all configurations that differ in who gets how many rows."""
+
+    known: dict[str, Ranking] | None = None
+
+    def _rank(self, key, value, valid, options):
+        config = self.shared.config
+        judged = config.to_dict() | {"budget": None, "profile": None, "method": config.method == "global"}
+        name = json.dumps(judged, sort_keys=True)
+        if name not in self.known:
+            self.known[name] = super()._rank(key, value, valid, options)
+        found = self.known[name]
+        length = found.real.amax(dim=-1)
+        return replace(found, base=(rows_per_head(config.budget, length) - config.window).clamp(min=0))
+
+
+class _ReplayCache(MixKVCache):
+    layer_class = _ReplayLayer
 
 
 class _RecordingLayer(MixKVLayer):
