@@ -75,8 +75,7 @@ def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
     if new == 1 and valid is None:
         output = layer.decode(query, key, value, options)
     else:
-        output = layer.store.attend_extend(query, key, value, mask=_block_mask(mask, valid, new), **options)
-        layer.append(key, value, valid)
+        output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, options)
     layer.settle(query, valid)
     return output
 

@@ -12,7 +12,7 @@ from . import scores
 from .headprofile import Table, as_table
 from .headprofile import load as load_profile
 
-METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global")
+METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global", "hybridkv")
 BACKENDS = ("auto", "native", "varlen", "flash", "torch")
 SCORES = scores.BUILT_IN
 # Those that weigh attention by what a row adds to the residual stream.
@@ -27,7 +27,8 @@ class MixKVConfig:
         method: who gets how many rows. ``snapkv`` every head the same (arXiv 2404.14469), ``pyramidkv`` fewer in later
             layers (2406.02069), ``adakv`` shared out among the heads of a layer by attention mass (2407.11550),
             ``sparsemm`` shared out over the whole model by ``profile`` (2506.05344), ``global`` shared out over the whole
-            model, prompt by prompt, by what rows add to the layers' outputs.
+            model, prompt by prompt, by what rows add to the layers' outputs, ``hybridkv`` as `mixkv.hybrid` does: heads of
+            sparse attention are pruned, the others keep all rows in chunks and attend to some of them (after 2604.05887).
         score: which rows a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
             (MixKV, 2510.20707), ``mix-fixed`` their plain mean, ``attn`` window attention (SnapKV), ``vnorm`` attention
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
@@ -45,6 +46,10 @@ class MixKVConfig:
         pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
         ada_floor: the share of adakv's budget that every head gets for certain.
         global_floor: the share of global's budget that every head gets for certain.
+        hybrid_threshold: hybridkv's heads are pruned if at least this share of the keys hardly matters to them.
+        hybrid_floor: the share of what hybridkv leaves its pruned heads that they get in equal parts.
+        offload: whether hybridkv's chunks lie in the host's memory and cross over when they are chosen; False: they stay on
+            the model's device, and only what is read of them a step is saved.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a JSON file
             with one; see `mixkv.headprofile`.
         decode_budget: bound for what generation adds: once a layer holds more than ``decode_budget + decode_slack``
@@ -69,6 +74,9 @@ class MixKVConfig:
     pyramid_beta: int = 20
     ada_floor: float = 0.2
     global_floor: float = 0.2
+    hybrid_threshold: float = 0.9
+    hybrid_floor: float = 0.2
+    offload: bool = True
     profile: Table | str | None = None
     decode_budget: int | None = None
     decode_slack: int = 64
@@ -86,10 +94,12 @@ class MixKVConfig:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, so that pooling keeps positions in place")
         _positive_int("pyramid_beta", self.pyramid_beta)
         _positive_int("decode_slack", self.decode_slack)
-        for name in ("ada_floor", "global_floor"):
+        for name in ("ada_floor", "global_floor", "hybrid_floor", "hybrid_threshold"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
+        if not isinstance(self.offload, bool):
+            raise ValueError(f"offload={self.offload!r} must be True or False")
         self._check_budget()
         self._check_tables()
 
@@ -103,6 +113,11 @@ class MixKVConfig:
             raise ValueError(
                 f"budget={budget} must exceed window={self.window}: the window's rows are always kept and count in the "
                 f"budget. Raise the budget or lower the window"
+            )
+        if self.decode_budget is not None and self.method == "hybridkv":
+            raise ValueError(
+                f"decode_budget={self.decode_budget} does not go with method='hybridkv', which keeps all that is generated: leave "
+                f"it out, or use another method"
             )
         if self.decode_budget is not None:
             _positive_int("decode_budget", self.decode_budget)

@@ -87,6 +87,21 @@ def attend_extend(backend: str, *args, **options) -> torch.Tensor:
     return _rows(backend).attend_extend(*args, **options)
 
 
+def chunk_scores(backend: str, *args, longest: int) -> torch.Tensor:
+    """`plain.chunk_scores`."""
+    return plain.chunk_scores(*args, longest=longest)
+
+
+def attend_chunks(backend: str, *args, **options) -> torch.Tensor:
+    """`plain.attend_chunks`."""
+    return plain.attend_chunks(*args, **options)
+
+
+def fetch_chunks(backend: str, *args, chunk: int) -> None:
+    """`plain.fetch_chunks`."""
+    plain.fetch_chunks(*args, chunk=chunk)
+
+
 def compact(backend: str, *args) -> None:
     """`plain.compact`."""
     _rows(backend).compact(*args)

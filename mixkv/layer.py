@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from . import modality
+from . import hybrid, modality
 from .attention import MARK, check_caller
+from .chunks import ChunkStore
 from .config import OUTPUT_SCORES
 from .contest import Contest
 from .projection import output_factor, output_scale
 from .ragged import RaggedStore
-from .selection import Ranking, quota, rank
+from .selection import Ranking, Selection, quota, rank
 from .shared import Shared
 
 
@@ -38,6 +39,10 @@ class MixKVLayer(CacheLayerMixin):
         self.seen = 0
         self.arrived = 0
         self.store: RaggedStore | None = None
+        # Under method="hybridkv": what dynamic heads hold outside the store, and how heads were classified, [B, Hkv].
+        self.chunks: ChunkStore | None = None
+        self.sparsity: torch.Tensor | None = None
+        self.dynamic: torch.Tensor | None = None
         self.dense: tuple[torch.Tensor, torch.Tensor] | None = None
         self.query_tail: torch.Tensor | None = None
         self.redundancy: torch.Tensor | None = None
@@ -126,6 +131,10 @@ class MixKVLayer(CacheLayerMixin):
         """Makes batch row i a copy of former row ``rows[i]``."""
         if self.store is not None:
             self.store.take_rows(rows)
+        if self.chunks is not None:
+            self.chunks.take_rows(rows)
+        if self.sparsity is not None:
+            self.sparsity, self.dynamic = self.sparsity[rows], self.dynamic[rows]
         if self.dense is not None:
             self.dense = (self.dense[0][rows], self.dense[1][rows])
         if self.query_tail is not None:
@@ -202,7 +211,9 @@ class MixKVLayer(CacheLayerMixin):
         key, value = key.detach(), value.detach()
         contest = self._contest()
         ranking = self._rank(key, value, valid, options)
-        if contest is None:
+        if self.shared.config.method == "hybridkv":
+            selection = self._split_heads(key, value, ranking, valid, options)
+        elif contest is None:
             selection = ranking.take(quota(self.shared.config, ranking, **self._place))
         else:
             module, last = self.module and self.module(), output[:, -self.shared.config.window :].detach()
@@ -221,6 +232,17 @@ class MixKVLayer(CacheLayerMixin):
         self.options = options
         if self.shared.config.decode_budget is None:
             self.query_tail = None
+
+    def _split_heads(
+        self, key: torch.Tensor, value: torch.Tensor, ranking: Ranking, valid: torch.Tensor | None, options: dict
+    ) -> Selection:
+        """Puts dynamic heads' rows in chunks; returns what is always resident."""
+        config, image = self.shared.config, self.shared.images.of_prompt
+        image = None if image is None else image.to(key.device)
+        plan = hybrid.plan(self.query_tail, key, config, ranking, valid=valid, image=image, **options)
+        self.chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
+        self.sparsity, self.dynamic = plan.sparsity, plan.dynamic
+        return plan.ranking.take(plan.rows)
 
     def _contest(self) -> Contest | None:
         """What this layer competes in for its rows."""
@@ -264,11 +286,39 @@ class MixKVLayer(CacheLayerMixin):
 
     def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict) -> torch.Tensor:
         """Stores the row of the token seen last, key, value [B, Hkv, 1, D], and attends: query [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-        return self.store.append_attend(query, key, value, self.seen - 1, **options)
+        if self.chunks is None:
+            return self.store.append_attend(query, key, value, self.seen - 1, **options)
+        self.store.append(key, value, self.seen - 1)
+        return self.chunks.attend(self.store, query, self.store.lengths.view(self.store.batch, 1, -1), **options)
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Stores the last n columns seen: key, value [B, Hkv, n, D], padding left out."""
-        self.store.append(key, value, self.seen - key.shape[2], valid)
+    def extend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        options: dict,
+    ) -> torch.Tensor:
+        """Attends over the stored rows and the n columns seen last, and stores these, padding left out.
+
+        query [B, Hq, n, D], key, value [B, Hkv, n, D]; ``mask`` bool [B or 1, 1, n, n] in place of the causal mask; ``valid``
+        [B, n], False for padding. Returns [B, n, Hq, Dv].
+        """
+        new = key.shape[2]
+        column = self.seen - new
+        if self.chunks is None:
+            output = self.store.attend_extend(query, key, value, mask=mask, **options)
+            self.store.append(key, value, column, valid)
+            return output
+        # Each position chooses for itself, as it would in a forward of its own.
+        before = self.store.lengths.view(self.store.batch, 1, -1).clone()
+        self.store.append(key, value, column, valid)
+        if valid is None:
+            added = torch.arange(1, new + 1, dtype=torch.int32, device=key.device).view(1, -1, 1)
+        else:
+            added = valid.cumsum(dim=-1, dtype=torch.int32).unsqueeze(-1)
+        return self.chunks.attend(self.store, query, before + added, **options)
 
     def settle(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
         """After a continuation of queries [B, Hq, n, D], ``valid`` [B, n] of them real: holds the layer to its decode budget."""
@@ -323,10 +373,14 @@ class MixKVLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes held by this layer, spare capacity and bookkeeping included."""
-        held = [self.query_tail, self.redundancy, self.modal_redundancy, *(self.dense or ())]
-        return (self.store.nbytes if self.store is not None else 0) + sum(
-            t.untyped_storage().nbytes() for t in held if t is not None
-        )
+        held = [self.query_tail, self.redundancy, self.modal_redundancy, self.sparsity, self.dynamic, *(self.dense or ())]
+        stores = sum(part.nbytes for part in (self.store, self.chunks) if part is not None)
+        return stores + sum(t.untyped_storage().nbytes() for t in held if t is not None)
+
+    @property
+    def nbytes_outside(self) -> int:
+        """Bytes of them that are not resident: chunks of dynamic heads under ``offload``."""
+        return self.chunks.pool.nbytes if self.chunks is not None and self.shared.config.offload else 0
 
     @property
     def nbytes_full(self) -> int:
@@ -337,14 +391,16 @@ class MixKVLayer(CacheLayerMixin):
         return self.batch * heads * self.seen * (key_size + value_size) * self.dtype.itemsize
 
     def lengths(self) -> torch.Tensor:
-        """Rows held, int64 [B, Hkv], on the CPU."""
+        """Rows resident, those of slots for chunks included: int64 [B, Hkv], on the CPU."""
         if self.store is not None:
-            return self.store.lengths.view(self.store.batch, self.store.heads).long().cpu()
+            rows = self.store.lengths if self.chunks is None else self.store.lengths + hybrid.CHUNK * self.chunks.slots
+            return rows.view(self.store.batch, self.store.heads).long().cpu()
         return torch.full((self.batch, self.shape[0] if self.shape else 0), self.seen)
 
     def kept(self) -> list[list[torch.Tensor]]:
-        """[B][Hkv] ascending columns held."""
+        """[B][Hkv] ascending columns held, those in chunks included."""
         if self.store is not None:
-            return self.store.positions()
+            resident = self.store.positions()
+            return resident if self.chunks is None else self.chunks.join(resident)
         heads = self.shape[0] if self.shape else 0
         return [[torch.arange(self.seen, dtype=torch.int32) for _ in range(heads)] for _ in range(self.batch)]

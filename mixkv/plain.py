@@ -94,6 +94,97 @@ def attend(
     return out.reshape(batch, 1, query_heads, -1)
 
 
+def chunk_scores(
+    query: torch.Tensor, bounds: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, *, longest: int
+) -> torch.Tensor:
+    """What no key of a chunk can exceed: ``sum_d max(q_d low_d, q_d high_d)``, the largest over the G query heads.
+
+    Args:
+        query: [B, Hq, 1, D].
+        bounds: [chunks, 2 D], `hybrid.bounds`: the largest elements of each chunk's keys, then the smallest.
+        starts, counts: int32 [S], each sequence's first chunk and how many it has.
+        longest: at least ``counts.max()``.
+
+    Returns: float32 [S, longest], -inf beyond a sequence's chunks.
+    """
+    sequences, size = starts.numel(), query.shape[-1]
+    folded = query.reshape(sequences, -1, size).float()
+    places = torch.arange(longest, device=starts.device)
+    seen = places < counts.unsqueeze(1)
+    chunks = (starts.unsqueeze(1) + places).clamp_(max=bounds.shape[0] - 1)
+    sides = torch.cat([folded.clamp(min=0), folded.clamp(max=0)], dim=-1)
+    found = sides @ bounds[chunks].float().transpose(-1, -2)
+    return found.amax(dim=1).masked_fill(~seen, -torch.inf)
+
+
+def attend_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    chunk_key: torch.Tensor,
+    chunk_value: torch.Tensor,
+    blocks: torch.Tensor,
+    block_rows: torch.Tensor,
+    *,
+    chunk: int,
+    max_length: int,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode attention over each sequence's stored rows and chosen chunks of rows that lie elsewhere.
+
+    Args:
+        query, key, value, starts, lengths, max_length, scaling, softcap, sinks: as in `attend`.
+        chunk_key, chunk_value: [rows, D], [rows, Dv].
+        blocks, block_rows: int32 [S, K], the first row of each chosen chunk and how many rows it has, 0 where none is chosen.
+        chunk: at least ``block_rows.max()``.
+
+    Returns: [B, 1, Hq, Dv], in query's dtype.
+    """
+    batch, query_heads, _, size = query.shape
+    heads = starts.numel() // batch
+    keys, values, mask = _padded(key, value, starts, lengths, max_length, None, batch)
+    places = torch.arange(chunk, dtype=torch.int32, device=starts.device)
+    seen = (places < block_rows.unsqueeze(-1)).view(batch, heads, -1)
+    rows = (blocks.unsqueeze(-1) + places).clamp_(0, chunk_key.shape[0] - 1).flatten()
+    keys = torch.cat([keys, chunk_key.index_select(0, rows).view(batch, heads, -1, size)], dim=2)
+    values = torch.cat([values, chunk_value.index_select(0, rows).view(batch, heads, -1, values.shape[-1])], dim=2)
+    mask = torch.cat([mask, seen], dim=-1).unsqueeze(2)
+    folded = query.reshape(batch, heads, query_heads // heads, size)
+    out = _attention(folded, keys, values, mask, scaling, softcap, sinks)
+    return out.reshape(batch, 1, query_heads, -1)
+
+
+def fetch_chunks(
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    from_buffers: tuple[torch.Tensor, torch.Tensor],
+    from_rows: torch.Tensor,
+    to_rows: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    chunk: int,
+) -> None:
+    """Copies chunks of rows between buffers, from the host's memory to a GPU for one. Then it waits to know which.
+
+    Args:
+        buffers: ``(key, value)``, written.
+        from_buffers: ``(key, value)``.
+        from_rows, to_rows, rows: int32 [S, K], where each chunk lies, where it goes, and how many rows it has (0: none).
+        chunk: at least ``rows.max()``.
+    """
+    places = torch.arange(chunk, dtype=torch.int32, device=rows.device)
+    real = places < rows.unsqueeze(-1)
+    source, target = ((part.unsqueeze(-1) + places)[real] for part in (from_rows, to_rows))
+    source = source.to(from_buffers[0].device)
+    for to, part in zip(buffers, from_buffers):
+        taken = part.new_empty(source.numel(), part.shape[1], pin_memory=part.is_pinned())
+        torch.index_select(part, 0, source, out=taken)
+        to.index_copy_(0, target.long(), taken.to(to.device, non_blocking=True))
+
+
 def attend_extend(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -4,49 +4,68 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def stats(cache) -> dict[str, Any]:
     """What `MixKVCache` holds now.
 
     Returns: a dict with
         bytes: bytes held, spare capacity and bookkeeping included, all layers;
-        bytes_resident: those on the device that computes;
+        bytes_resident: those of resident rows: all but bytes_outside;
+        bytes_outside: those of chunks outside the resident rows (``hybridkv`` with ``offload``; on a GPU they lie in the host's
+            memory), else 0;
         bytes_full: what an uncompressed cache holds after the same tokens;
         ratio: bytes / bytes_full;
         seen: tokens seen, padding included;
-        lengths: per layer an int64 tensor [B, Hkv] of rows held, None for layers that are not compressed;
+        lengths: per layer an int64 tensor [B, Hkv] of rows held, None for layers that are not compressed; of ``hybridkv`` the
+            resident rows, those of slots for chunks included;
         redundancy: per layer a float32 tensor [B, Hkv] as measured on the prompt, None likewise;
         output_norm: per layer what rows were weighed by for the ``output`` scores and ``method="global"``: ``projection`` (what
             they add through the output projection) or ``value`` (the value's norm: the projection could not be read); else None;
-        image_rows, text_rows: per layer int64 [B, Hkv], the rows held of image (and video) tokens and the others; None where no
-            image was read, or where it is not known which columns are images (see `MixKVCache.set_image_mask`);
+        image_rows, text_rows: per layer int64 [B, Hkv], the rows held of image (and video) tokens and the others, those in
+            chunks included; None where no image was read, or where it is not known which columns are images (see
+            `MixKVCache.set_image_mask`);
         redundancy_image, redundancy_text: per layer float32 [B, Hkv], the redundancy of the prompt's image keys and of its
             text keys, each among themselves, nan for a row without them; None likewise;
-        rows: rows held by all compressed layers; spare_rows: rows allocated on top of them;
+        rows: rows held by all compressed layers, the sum of lengths; spare_rows: rows allocated on top of them;
+        sparsity, dynamic: per layer float32 and bool [B, Hkv], how heads were classified under ``hybridkv``; else None;
+        chunks: under ``hybridkv``, of chunks of rows that dynamic heads attended to: steps (query positions so far), and a
+            step's mean over all layers and batch rows of chosen, reused (chosen by the position before, too), moved (the
+            others, which cross to the device where they are outside) and moved_bytes; None where no head is dynamic;
         method, score, budget: from the config.
     """
     layers = cache.layers
     held = sum(map(_held, layers))
     full = sum(map(_full, layers))
     stores = [layer.store for layer in layers if _ours(layer) and layer.store is not None]
-    rows = sum(store.total for store in stores)
     lengths = [layer.lengths() if _ours(layer) else None for layer in layers]
-    image_rows = [layer.shared.images.count(layer.kept()) if _ours(layer) else None for layer in layers]
+    rows = sum(int(part.sum()) for layer, part in zip(layers, lengths) if part is not None and layer.store is not None)
+    kept = [layer.kept() if _ours(layer) else None for layer in layers]
+    image_rows = [None if held is None else cache._shared.images.count(held) for held in kept]
+    outside = sum(layer.nbytes_outside for layer in layers if _ours(layer))
     return {
         "bytes": held,
-        "bytes_resident": held,
+        "bytes_resident": held - outside,
+        "bytes_outside": outside,
         "bytes_full": full,
         "ratio": held / full if full else 1.0,
         "seen": max((layer.seen for layer in layers if _ours(layer)), default=0),
         "lengths": lengths,
-        "redundancy": [layer.redundancy.cpu() if _ours(layer) and layer.redundancy is not None else None for layer in layers],
+        "redundancy": [_on_cpu(layer, "redundancy") for layer in layers],
         "output_norm": [_OUTPUT_NORM[getattr(layer, "weighs_output", None)] for layer in layers],
         "image_rows": image_rows,
-        "text_rows": [None if image is None else length - image for length, image in zip(lengths, image_rows)],
+        "text_rows": [
+            None if image is None else torch.tensor([[len(part) for part in row] for row in rows_held]) - image
+            for rows_held, image in zip(kept, image_rows)
+        ],
         "redundancy_image": [_modal(layer, 0) for layer in layers],
         "redundancy_text": [_modal(layer, 1) for layer in layers],
         "rows": rows,
-        "spare_rows": sum(store.key.shape[0] for store in stores) - rows,
+        "spare_rows": sum(store.key.shape[0] - store.total for store in stores),
+        "sparsity": [_on_cpu(layer, "sparsity") for layer in layers],
+        "dynamic": [_on_cpu(layer, "dynamic") for layer in layers],
+        "chunks": _chunks([layer.chunks for layer in layers if _ours(layer) and layer.chunks is not None]),
         "method": cache.config.method,
         "score": cache.config.score,
         "budget": cache.config.budget,
@@ -76,6 +95,7 @@ def html(cache) -> str:
     ]
     table = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{value}</td></tr>" for name, value in rows)
     pictures = _picture(numbers["lengths"], "rows held", "rgb(30,80,160)", "{:.0f} rows")
+    pictures += _picture(numbers["sparsity"], "sparsity", "rgb(60,120,60)", "{:.2f}", most=1.0)
     pictures += _picture(numbers["redundancy"], "redundancy", "rgb(160,80,30)", "{:.2f}", most=1.0)
     return f"<table>{table}</table><div style='display:flex;gap:2em'>{pictures}</div>"
 
@@ -103,6 +123,28 @@ def _picture(layers: list, name: str, colour: str, format: str, most: float | No
 
 def _ours(layer) -> bool:
     return hasattr(layer, "nbytes_full")
+
+
+def _on_cpu(layer, name: str):
+    found = getattr(layer, name) if _ours(layer) else None
+    return None if found is None else found.cpu()
+
+
+def _chunks(stores: list) -> dict[str, Any] | None:
+    """What dynamic heads chose, as `stats` tells it."""
+    if not stores:
+        return None
+    steps = max(store.steps for store in stores)
+    chosen, moved = (sum(getattr(store, name) for store in stores) for name in ("chosen", "moved"))
+    crossed = sum(store.moved * store.chunk_bytes for store in stores)
+    mean = max(steps, 1)
+    return {
+        "steps": steps,
+        "chosen": chosen / mean,
+        "reused": (chosen - moved) / mean,
+        "moved": moved / mean,
+        "moved_bytes": crossed / mean,
+    }
 
 
 def _modal(layer, kind: int):

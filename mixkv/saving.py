@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import binding, compat, savefile, stockstate
+from .chunks import CHUNK, ChunkStore
 from .config import MixKVConfig
 from .layer import MixKVLayer
 from .ragged import RaggedStore
@@ -19,6 +20,7 @@ from .ragged import RaggedStore
 FORMAT = 1
 _FIELDS = {"mixkv", "model", "dtype", "batch", "recording", "moved", "config", "layers"}
 _NUMBERS = {"heads", "key_size", "value_size", "seen", "tail", "bound", "scaling", "softcap", "share"}
+_CHUNK_NUMBERS = ("chunk_rows", "chunk_columns", "chunk_slots")
 _MOVED = "rope_deltas"
 # Values read of each parameter to tell a model's weights from another's.
 _SAMPLES = 64
@@ -32,7 +34,9 @@ class Saved:
         far images move positions; None: the model had gone), and under ``layers`` one entry a layer of the model: kind, and
         what that kind of layer needs beside its tensors.
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
-        lengths [B, Hkv], redundancy [B, Hkv], and query_tail, sinks where there are any; ``rope_deltas`` where ``moved``.
+        lengths [B, Hkv], redundancy [B, Hkv], and query_tail, sinks where there are any; of ``hybridkv`` sparsity and dynamic
+        [B, Hkv], and where there are chunks chunk_key [rows, D], chunk_value [rows, Dv] and chunk_rows, chunk_columns,
+        chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``.
     """
 
     path: str
@@ -111,7 +115,7 @@ def restore(cache, saved: Saved, model: PreTrainedModel) -> None:
             )
         if isinstance(layer, MixKVLayer):
             _check_rows(saved, index, held, numbers)
-            _fill(layer, held, numbers, device, modules[index], cache.config.backend)
+            _fill(layer, held, numbers, device, modules[index], cache.config)
         else:
             stockstate.restore(layer, held, numbers, device)
     for keeper in compat.position_keepers(model):
@@ -152,7 +156,14 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "redundancy": layer.redundancy,
         "query_tail": layer.query_tail,
         "sinks": sinks,
+        "sparsity": layer.sparsity,
+        "dynamic": layer.dynamic,
     }
+    if layer.chunks is not None:
+        chunk_key, chunk_value = layer.chunks.held()
+        tensors |= {"chunk_key": chunk_key, "chunk_value": chunk_value}
+        layout = (layer.chunks.rows, layer.chunks.columns, layer.chunks.slots)
+        tensors |= {name: part.view(store.batch, heads) for name, part in zip(_CHUNK_NUMBERS, layout)}
     module = layer.module and layer.module()
     numbers = {
         "kind": MixKVLayer.__name__,
@@ -177,14 +188,19 @@ def _fill(
     numbers: dict[str, Any],
     device: torch.device,
     module: nn.Module,
-    backend: str,
+    config: MixKVConfig,
 ) -> None:
     copies = {name: tensor.to(device, copy=True) for name, tensor in held.items()}
     rows = (copies["key"], copies["value"], copies["position"])
-    store = RaggedStore.from_rows(rows, copies["lengths"], backend, tail=numbers["tail"], bound=numbers["bound"])
+    store = RaggedStore.from_rows(rows, copies["lengths"], config.backend, tail=numbers["tail"], bound=numbers["bound"])
     options = {"scaling": numbers["scaling"], "softcap": numbers["softcap"], "sinks": copies.get("sinks")}
     layer.restore(store, numbers["seen"], copies["redundancy"], copies.get("query_tail"), options, module)
     layer.share, layer.weighs_output = numbers["share"], numbers.get("weighs_output")
+    layer.sparsity, layer.dynamic = copies.get("sparsity"), copies.get("dynamic")
+    if "chunk_key" in copies:
+        parts = [copies[name] for name in ("chunk_key", "chunk_value")]
+        parts += [copies[name].flatten() for name in ("chunk_rows", "chunk_columns", "chunk_slots")]
+        layer.chunks = ChunkStore.from_rows(*parts, store.batch, config.backend, offload=config.offload)
 
 
 def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
@@ -247,12 +263,24 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         "lengths": [batch, heads],
         "redundancy": [batch, heads],
     }
+    if "chunk_key" in held:
+        chunked = int(held["chunk_rows"].sum()) if "chunk_rows" in held else -1
+        shapes |= {"chunk_key": [chunked, numbers["key_size"]], "chunk_value": [chunked, numbers["value_size"]]}
+        shapes |= dict.fromkeys(_CHUNK_NUMBERS, [batch, heads])
     found = {name: list(held[name].shape) if name in held else None for name in shapes}
     if found != shapes or lengths.dtype != torch.int32 or held["position"].dtype != torch.int32 or (lengths < 0).any():
         raise ValueError(f"{saved.path} is damaged (layer {index} has {found} instead of {shapes}): save the cache again")
     longest = max(int(lengths.max()), numbers["bound"] or 0)
     if longest > numbers["seen"] or not 0 <= numbers["tail"] <= int(lengths.min()):
         raise ValueError(f"{saved.path} is damaged (layer {index} has lengths {lengths.tolist()}): save the cache again")
+    if "chunk_key" not in held:
+        return
+    rows, columns, slots = (held[name] for name in _CHUNK_NUMBERS)
+    wrong = (
+        (rows < 0) | (columns < 0) | (rows + columns > numbers["seen"]) | (slots < 0) | (slots > (rows + CHUNK - 1) // CHUNK)
+    )
+    if wrong.any() or not slots.any() or any(part.dtype != torch.int32 for part in (rows, columns, slots)):
+        raise ValueError(f"{saved.path} is damaged (layer {index} has chunk_rows {rows.tolist()}): save the cache again")
 
 
 def _weights(module: nn.Module | None) -> tuple[str | None, ...]:

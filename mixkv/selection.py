@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import budgets, kernels, scores
+from . import budgets, hybrid, kernels, scores
 from .config import OUTPUT_SCORES, MixKVConfig
 
 
@@ -83,6 +83,7 @@ def select(
     layer_idx: int = 0,
     num_layers: int = 1,
     lengths: torch.Tensor | None = None,
+    image: torch.Tensor | None = None,
     **options,
 ) -> Selection:
     """Chooses the columns that each KV head keeps of a prompt: MixKV (arXiv 2510.20707) and what it builds on.
@@ -91,9 +92,11 @@ def select(
         query: [B, Hq, >= min(window, N), D], the last queries of the prompt, rotated as the model uses them.
         key, value: [B, Hkv, N, D], the prompt's keys and values; Hq a multiple of Hkv.
         config: method, score, budget and the rest. ``global`` shares rows out among the heads of this layer alone,
-            like ``adakv``; over layers: `mixkv.contest`.
+            like ``adakv``; over layers: `mixkv.contest`. Of ``hybridkv`` the result is what is always resident: see
+            `mixkv.hybrid.plan`.
         layer_idx, num_layers: which of the compressed layers this is (pyramidkv, sparsemm).
         lengths: [B, Hkv] int, forces the columns kept per head, window included.
+        image: bool [B, N], image tokens (hybridkv); None: there are none.
         options: see `rank`.
 
     Returns: a `Selection`. Padding is never kept; a row of N real tokens within its budget is kept whole.
@@ -102,6 +105,12 @@ def select(
         ValueError: shapes that do not fit together, padding on the right, forced lengths out of range.
     """
     ranking = rank(query, key, value, config, layer_idx=layer_idx, num_layers=num_layers, **options)
+    if lengths is None and config.method == "hybridkv":
+        logits = {name: options.get(name) for name in ("scaling", "softcap", "sinks")}
+        mask = options.get("attention_mask")
+        valid = None if mask is None else _valid(mask, key).any(dim=1)
+        found = hybrid.plan(query, key, config, ranking, valid=valid, image=image, **logits)
+        return found.ranking.take(found.rows)
     if lengths is None:
         return ranking.take(quota(config, ranking, layer_idx, num_layers))
     return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.window.shape[-1]))

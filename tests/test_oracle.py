@@ -7,7 +7,7 @@ import zoo
 
 import mixkv
 
-METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global")
+METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global", "hybridkv")
 STEPS = 4
 SMALL = dict(budget=14, window=6, kernel_size=3, pyramid_beta=4)
 

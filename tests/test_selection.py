@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mixkv import MixKVConfig, select
 
-METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global")
+METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global", "hybridkv")
 SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff", "output", "mix-output")
 
 

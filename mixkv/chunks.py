@@ -1,0 +1,326 @@
+"""ChunkStore: all rows of a layer's dynamic heads in chunks, outside the resident rows, and the few that a step attends to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import hybrid, kernels, plain
+from .hybrid import CHUNK, Plan
+from .ragged import RaggedStore
+
+# Rows of keys that a block of queries may read at once, each query its own.
+_READ_ROWS = 1 << 20
+
+
+class Pool:
+    """Rows of keys [rows, D] and values [rows, Dv] that are never written again: copies of a cache share them."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor):
+        self.key, self.value, self.pinned = key, value, key.is_pinned()
+
+    def __deepcopy__(self, memo: dict) -> Pool:
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.pinned and not self.key.is_pinned() and torch.cuda.is_available():
+            self.key, self.value = self.key.pin_memory(), self.value.pin_memory()
+
+    @property
+    def nbytes(self) -> int:
+        return self.key.untyped_storage().nbytes() + self.value.untyped_storage().nbytes()
+
+
+class ChunkStore:
+    """The chunks of B x Hkv sequences; those of static heads have none.
+
+    Attributes:
+        pool: all rows, sequence after sequence, in the host's memory (pinned) where the model is on a GPU and they are to be
+            offloaded, else where the model is.
+        bounds: [chunks, 2 D], `hybrid.bounds` of all chunks, where the model is.
+        starts, rows: int32 [S], each sequence's first row in the pool and how many it has there. Sequences may share rows.
+        bound_starts, counts: int32 [S], its first chunk and how many it has.
+        slots: int64 [S], how many of them a step attends to.
+        columns: int32 [S], the column of its first row.
+        cached: on a GPU, the chunks that have been fetched from the host's memory; else None.
+        steps: query positions so far, and chosen, reused: chunks that they chose, and those among them that the position before
+            had chosen too (all sequences together; ``chosen`` on the host, ``reused`` an int64 tensor).
+    """
+
+    def __init__(self, backend: str, pool: Pool, bounds: torch.Tensor, layout: dict[str, torch.Tensor], batch: int):
+        self.backend, self.pool, self.bounds, self.batch = backend, pool, bounds, batch
+        self.starts, self.rows, self.columns, self.slots = (layout[name] for name in ("starts", "rows", "columns", "slots"))
+        self.bound_starts, self.counts = layout["bound_starts"], layout["counts"]
+        self.steps = self.chosen = 0
+        self.reused = torch.zeros((), dtype=torch.int64, device=bounds.device)
+        self.cached: Slots | None = None
+        self._measure()
+        if pool.key.device != bounds.device:
+            self.fetch_to_slots()
+
+    @classmethod
+    def from_plan(
+        cls, key: torch.Tensor, value: torch.Tensor, plan: Plan, backend: str = "auto", *, offload: bool = True
+    ) -> ChunkStore | None:
+        """Copies what ``plan`` puts in chunks of ``key`` [B, Hkv, N, D], ``value`` [B, Hkv, N, Dv]; None if that is nothing."""
+        if not plan.dynamic.any():
+            return None
+        rows = plan.chunked.flatten()
+        total = int(rows.sum())
+        sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(rows, output_size=total)
+        columns = plain.flat_rows(plan.columns.flatten(), rows, total)
+        batch, heads = key.shape[:2]
+        taken = [part.detach()[sequence // heads, sequence % heads, columns] for part in (key, value)]
+        return cls.from_rows(*taken, rows, plan.columns.flatten(), plan.slots.flatten(), batch, backend, offload=offload)
+
+    @classmethod
+    def from_rows(
+        cls,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        slots: torch.Tensor,
+        batch: int,
+        backend: str = "auto",
+        *,
+        offload: bool = True,
+    ) -> ChunkStore:
+        """Takes key [rows, D], value [rows, Dv], sequence after sequence; rows, columns, slots int [S]: see the attributes."""
+        counts = (rows + CHUNK - 1) // CHUNK
+        starts, bound_starts = rows.cumsum(0) - rows, counts.cumsum(0) - counts
+        chunks = int(counts.sum())
+        number = plain.flat_rows(torch.zeros_like(counts), counts, chunks)
+        sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(counts, output_size=chunks)
+        at = CHUNK * number
+        bounds = hybrid.bounds(key, starts[sequence] + at, (rows[sequence] - at).clamp(max=CHUNK))
+        layout = {
+            "starts": starts,
+            "rows": rows,
+            "columns": columns,
+            "bound_starts": bound_starts,
+            "counts": counts,
+            "slots": slots,
+        }
+        layout = {name: part.to(torch.int32, copy=True).contiguous() for name, part in layout.items()}
+        backend = kernels.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1])
+        if offload and key.is_cuda:
+            key, value = (torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part) for part in (key, value))
+        return cls(backend, Pool(key, value), bounds, layout, batch)
+
+    def fetch_to_slots(self) -> None:
+        """From now on attends to copies of chunks, which are fetched when they are chosen."""
+        self.cached = Slots(self.slots, self.most, self.pool, self.bounds.device)
+
+    def held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the rows in chunks, sequence after sequence: key [rows, D], value [rows, Dv]."""
+        total = int(self.rows.sum())
+        rows = plain.flat_rows(self.starts, self.rows, total).to(self.pool.key.device)
+        return self.pool.key[rows], self.pool.value[rows]
+
+    def join(self, resident: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        """Adds the columns in chunks to ``resident`` [B][Hkv], ascending int32 columns."""
+        spans = zip(self.columns.tolist(), self.rows.tolist())
+        return [
+            [
+                torch.cat([held, torch.arange(first, first + rows).to(held)]).sort().values
+                for held, (first, rows) in zip(row, spans)
+            ]
+            for row in resident
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, those outside included."""
+        ints = (self.starts, self.rows, self.bound_starts, self.counts, self.slots, self.columns, self.last)
+        own = sum(part.untyped_storage().nbytes() for part in (self.bounds, *ints))
+        return self.pool.nbytes + own + (self.cached.nbytes if self.cached else 0)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a whole chunk's keys and values."""
+        return CHUNK * (self.pool.key[:1].nbytes + self.pool.value[:1].nbytes)
+
+    @property
+    def moved(self) -> int:
+        """Chunks that had to be fetched: chosen, and not by the position before."""
+        return self.chosen - int(self.reused)
+
+    def take_rows(self, rows: list[int]) -> None:
+        """Makes batch row i a copy of former batch row ``rows[i]``; nothing in the pool is copied."""
+        index = torch.tensor(rows, device=self.starts.device)
+        for name in ("starts", "rows", "bound_starts", "counts", "slots", "columns", "last"):
+            part = getattr(self, name)
+            setattr(self, name, part.unflatten(0, (self.batch, -1))[index].flatten(0, 1))
+        if self.cached is not None:
+            self.cached.take_rows(index, self.batch, self.slots)
+        self.batch = len(rows)
+        self._count_slots()
+
+    def attend(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, **logits) -> torch.Tensor:
+        """Attention over stored rows and the chunks that each query chooses.
+
+        Args:
+            store: the resident rows, with those of the new positions.
+            query: [B, Hq, n, D].
+            lengths: int32 [B, n, Hkv], the stored rows that a position sees.
+
+        Returns: [B, n, Hq, Dv].
+        """
+        new = query.shape[2]
+        if self.cached is not None:
+            block = 1
+        else:
+            block = max(1, _READ_ROWS // (self.starts.numel() * (store.max_length + CHUNK * self.most)))
+        query = query.detach().transpose(1, 2)
+        if new <= block:
+            return self._attend_block(store, query, lengths, logits)
+        parts = [
+            self._attend_block(store, query[:, first : first + block], lengths[:, first : first + block], logits)
+            for first in range(0, new, block)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def choose(self, query: torch.Tensor) -> torch.Tensor:
+        """The chunks for queries [B, n, Hq, D]: int64 [B, n, Hkv, most slots], -1 beyond a head's slots."""
+        batch, new, query_heads, size = query.shape
+        starts, counts, slots = (self._each(part, new) for part in (self.bound_starts, self.counts, self.slots))
+        folded = query.reshape(batch * new, query_heads, 1, size)
+        scores = kernels.chunk_scores(self.backend, folded, self.bounds, starts, counts, longest=self.longest)
+        return hybrid.choose(scores, slots, self.most).view(batch, new, -1, self.most)
+
+    def _attend_block(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, logits: dict) -> torch.Tensor:
+        batch, new, query_heads, size = query.shape
+        chosen = self.choose(query)
+        self._tally(chosen)
+        chosen = chosen.flatten(0, 2)
+        starts, rows = self._each(self.starts, new).unsqueeze(1), self._each(self.rows, new).unsqueeze(1)
+        blocks, pool = starts + CHUNK * chosen, self.pool
+        block_rows = (rows - CHUNK * chosen).clamp(max=CHUNK).masked_fill(chosen < 0, 0)
+        if self.cached is not None:
+            blocks, block_rows = self.cached.fetch(self.backend, chosen, blocks, block_rows, self.pool)
+            pool = self.cached
+        out = kernels.attend_chunks(
+            self.backend,
+            query.reshape(batch * new, query_heads, 1, size),
+            store.key,
+            store.value,
+            self._each(store.starts, new),
+            lengths.flatten(),
+            pool.key,
+            pool.value,
+            blocks.to(torch.int32),
+            block_rows.to(torch.int32),
+            chunk=CHUNK,
+            max_length=store.max_length,
+            **logits,
+        )
+        return out.view(batch, new, query_heads, -1)
+
+    def _each(self, part: torch.Tensor, new: int) -> torch.Tensor:
+        """Numbers [S] of sequences as those of ``new`` positions of each batch row: [B * new * Hkv]."""
+        if new == 1:
+            return part
+        return part.view(self.batch, 1, -1).expand(-1, new, -1).flatten()
+
+    def _tally(self, chosen: torch.Tensor) -> None:
+        """Counts what positions [B, n, Hkv, most slots] chose."""
+        batch, new, heads, _ = chosen.shape
+        marks = torch.zeros(batch, new, heads, self.longest + 1, dtype=torch.bool, device=chosen.device)
+        marks.scatter_(-1, chosen.where(chosen >= 0, self.longest), True)
+        marks = marks[..., : self.longest]
+        before = torch.cat([self.last.view(batch, 1, heads, -1), marks[:, :-1]], dim=1) if new > 1 else self.last.view_as(marks)
+        self.reused += (marks & before).sum()
+        self.last = marks[:, -1].flatten(0, 1)
+        self.steps += new
+        self.chosen += new * self.in_slots
+
+    def _measure(self) -> None:
+        self.longest, self.most = int(self.counts.max()), int(self.slots.max())
+        self.last = torch.zeros(self.starts.numel(), self.longest, dtype=torch.bool, device=self.bounds.device)
+        self._count_slots()
+
+    def _count_slots(self) -> None:
+        self.in_slots = int(self.slots.sum())
+
+
+class Slots:
+    """Copies of chunks where the model is: each sequence has room for as many as it attends to.
+
+    Attributes:
+        key, value: [slots * CHUNK, D], [.., Dv].
+        slots, starts: int32 [S], how many slots each sequence has, and its first.
+        chunk: int64 [S, most], the chunk that each slot holds, -1 for none.
+        rows: int64 [S, most], how many rows that one has.
+    """
+
+    def __init__(self, slots: torch.Tensor, most: int, pool: Pool, device: torch.device):
+        self.slots, self.starts = slots, slots.cumsum(0) - slots
+        size = CHUNK * int(slots.sum())
+        self.key, self.value = (part.new_zeros(size, part.shape[1], device=device) for part in (pool.key, pool.value))
+        self.chunk = torch.full((slots.numel(), most), -1, device=device)
+        self.rows = torch.zeros_like(self.chunk)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.untyped_storage().nbytes() for part in (self.key, self.value, self.chunk, self.rows))
+
+    def take_rows(self, index: torch.Tensor, batch: int, slots: torch.Tensor) -> None:
+        """As `ChunkStore.take_rows`; ``slots`` [S] are the new sequences'."""
+        starts = self.starts.view(batch, -1)[index].flatten()
+        self.chunk, self.rows = (part.unflatten(0, (batch, -1))[index].flatten(0, 1) for part in (self.chunk, self.rows))
+        total = int(slots.sum())
+        old = plain.flat_rows(starts, slots, total)
+        rows = (CHUNK * old.unsqueeze(1) + torch.arange(CHUNK, device=old.device)).flatten()
+        self.key, self.value = self.key[rows], self.value[rows]
+        self.slots, self.starts = slots, slots.cumsum(0) - slots
+
+    def fetch(
+        self, backend: str, chosen: torch.Tensor, blocks: torch.Tensor, block_rows: torch.Tensor, pool: Pool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Makes the slots hold the chosen chunks, copying those that they do not hold yet.
+
+        Args:
+            chosen: int64 [S, most], -1 for none.
+            blocks, block_rows: where each lies in the pool, and how many rows it has.
+
+        Returns: where the slots' chunks lie in ``key`` and ``value``, and how many rows they have: int [S, most].
+        """
+        there = (chosen.unsqueeze(2) == self.chunk.unsqueeze(1)) & (chosen >= 0).unsqueeze(2)
+        slot = torch.arange(chosen.shape[1], device=chosen.device)
+        missing = (chosen >= 0) & ~there.any(dim=2)
+        free = (slot < self.slots.unsqueeze(1)) & ~there.any(dim=1)
+        # The i-th missing chunk goes to the i-th free slot; there are at least as many.
+        source, target = (part.long().argsort(dim=1, descending=True, stable=True) for part in (missing, free))
+        moving = slot < missing.sum(dim=1, keepdim=True)
+        rows = block_rows.gather(1, source)
+        for held, new in ((self.chunk, chosen.gather(1, source)), (self.rows, rows)):
+            held.scatter_(1, target, torch.where(moving, new.to(held.dtype), held.gather(1, target)))
+        first = self.starts.unsqueeze(1)
+        arguments = (
+            (self.key, self.value),
+            (pool.key, pool.value),
+            blocks.gather(1, source).to(torch.int32),
+            (CHUNK * (first + target)).to(torch.int32),
+            rows.masked_fill(~moving, 0).to(torch.int32),
+        )
+        if self.key.is_cuda:
+            main, side = torch.cuda.current_stream(self.key.device), _side_stream(self.key.device)
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                kernels.fetch_chunks(backend, *arguments, chunk=CHUNK)
+            main.wait_stream(side)
+        else:
+            kernels.fetch_chunks(backend, *arguments, chunk=CHUNK)
+        return CHUNK * (first + slot), self.rows.masked_fill(slot >= self.slots.unsqueeze(1), 0)
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
