@@ -59,6 +59,23 @@ def test_heat_maps_show_the_numbers_of_stats(name, row):
     ax.figure.canvas.draw()
 
 
+def test_sparsity_shows_the_map_of_heads():
+    model, prompts = zoo.build("gemma3"), zoo.inputs("gemma3", 300, batch=2)
+    cache = MixKVCache(model, method="hybridkv", budget=110, window=6, hybrid_threshold=0.6)
+    with torch.no_grad():
+        model(**prompts, past_key_values=cache)
+    ax = plot.sparsity(cache, row=1)
+    numbers, marked = drawn_numbers(ax), ax.collections[0].get_offsets().tolist()
+    told = cache.stats()
+    for layer, (sparse, dynamic) in enumerate(zip(told["sparsity"], told["dynamic"])):
+        assert numbers[layer].tolist() == ([-1, -1] if sparse is None else sparse[1].tolist())
+        for head in range(2):
+            assert ([head, layer] in marked) == (dynamic is not None and bool(dynamic[1, head]))
+    assert marked
+    with pytest.raises(ValueError, match="method='global' does not classify"):
+        plot.sparsity(read()[0])
+
+
 def test_heat_maps_draw_where_they_are_told():
     cache, _ = read("llama")
     _, (left, right) = pyplot.subplots(1, 2)

@@ -1,8 +1,8 @@
 """Pictures of what a cache kept and what that costs. matplotlib is imported when one is drawn, not before."""
 
-from .heads import budgets, redundancy
+from .heads import budgets, redundancy, sparsity
 from .patches import kept_patches
 from .text import kept
 from .tradeoff import tradeoff
 
-__all__ = ["budgets", "kept", "kept_patches", "redundancy", "tradeoff"]
+__all__ = ["budgets", "kept", "kept_patches", "redundancy", "sparsity", "tradeoff"]

@@ -1,4 +1,4 @@
-"""Layer x head heat maps: rows held, and the redundancy of the keys."""
+"""Layer x head heat maps: rows held, the redundancy of the keys, and the sparsity of attention."""
 
 from __future__ import annotations
 
@@ -35,6 +35,24 @@ def redundancy(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
     The ``mix`` score gives diversity the more weight, the more redundant a head is.
     """
     return _heat_map(grid(cache.stats()["redundancy"], row), "redundancy", ax, highest=1.0)
+
+
+def sparsity(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
+    """Sparsity of every KV head's attention as ``hybridkv`` measured it, from 0 to 1, its dynamic heads dotted; else as `budgets`.
+
+    Raises:
+        ValueError: another method's cache.
+    """
+    numbers = cache.stats()
+    if numbers["method"] != "hybridkv":
+        raise ValueError(
+            f"method={numbers['method']!r} does not classify heads: only a cache of method='hybridkv' has their sparsity"
+        )
+    ax = _heat_map(grid(numbers["sparsity"], row), "sparsity, dynamic heads dotted", ax, highest=1.0)
+    dynamic = grid(numbers["dynamic"], row)
+    layers, heads = (dynamic == 1).nonzero(as_tuple=True)
+    ax.scatter(heads.tolist(), layers.tolist(), s=9, color="white", edgecolor="black", linewidth=0.5)
+    return ax
 
 
 def grid(layers: list[torch.Tensor | None], row: int) -> torch.Tensor:
