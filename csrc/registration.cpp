@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, Tensor key, Tensor value, int column, " MIXKV_LOGITS
         ") -> Tensor");
   m.def("attend_extend(Tensor query, " MIXKV_STORE "Tensor key, Tensor value, Tensor? mask, " MIXKV_LOGITS ") -> Tensor");
+  m.def("chunk_scores(Tensor query, Tensor bounds, Tensor starts, Tensor counts, int longest) -> Tensor");
+  m.def("attend_chunks(Tensor query, " MIXKV_STORE "Tensor chunk_key, Tensor chunk_value, Tensor blocks, Tensor block_rows, int chunk, "
+        MIXKV_LOGITS ") -> Tensor");
+  m.def("fetch_chunks(Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor from_key, Tensor from_value, Tensor from_rows, "
+        "Tensor to_rows, Tensor rows, int chunk) -> ()");
   m.def("compact(" MIXKV_BUFFERS "Tensor lengths, Tensor offsets, Tensor key, Tensor value, Tensor positions) -> ()");
   m.def("move_rows(" MIXKV_BUFFERS "Tensor lengths, Tensor from_key, Tensor from_value, Tensor from_position, Tensor from_starts, "
         "int max_length) -> ()");

@@ -87,6 +87,50 @@ struct Heads {
   }
 };
 
+// The chunks [S, K] that each sequence has chosen, in buffers of their own.
+struct Chosen {
+  int64_t most, rows, chunk;
+
+  Chosen(const Store& store, const Tensor& key_buffer, const Tensor& key, const Tensor& value, const Tensor& blocks,
+         const Tensor& block_rows, int64_t chunk)
+      : most(0), rows(key.size(0)), chunk(chunk) {
+    check_flat(key, "chunk_key");
+    check_flat(value, "chunk_value");
+    STD_TORCH_CHECK(key.scalar_type() == key_buffer.scalar_type() && value.scalar_type() == key_buffer.scalar_type(),
+                    "chunks must have the store's dtype");
+    STD_TORCH_CHECK(key.size(1) == store.size && value.size(1) == store.value_size && value.size(0) == rows,
+                    "chunks must be as wide as the store's rows, and have as many keys as values");
+    for (const Tensor* ints : {&blocks, &block_rows}) {
+      STD_TORCH_CHECK(ints->scalar_type() == ScalarType::Int && ints->dim() == 2 && ints->is_contiguous() &&
+                          ints->size(0) == store.sequences && ints->size(1) == blocks.size(1),
+                      "blocks and block_rows must be contiguous int32 [S, K] tensors");
+    }
+    STD_TORCH_CHECK(chunk > 0, "a chunk must have rows");
+    most = blocks.size(1);
+  }
+};
+
+// Query heads over the bounds [chunks, 2 D] of S sequences' chunks.
+struct BoundsShape {
+  int64_t batch, query_heads, groups, sequences, chunks, size;
+
+  BoundsShape(const Tensor& query, const Tensor& bounds, const Tensor& starts, const Tensor& counts) {
+    check_ints(starts, -1, "starts");
+    check_ints(counts, starts.numel(), "counts");
+    STD_TORCH_CHECK(query.dim() == 4 && query.size(2) == 1, "query must be [B, Hq, 1, D]");
+    batch = query.size(0);
+    query_heads = query.size(1);
+    size = query.size(3);
+    sequences = starts.numel();
+    STD_TORCH_CHECK(size > 0 && size % 16 == 0 && size <= 256, "the head size must be a multiple of 16 up to 256, is ", size);
+    STD_TORCH_CHECK(bounds.dim() == 2 && bounds.is_contiguous() && bounds.size(1) == 2 * size, "bounds must be contiguous [chunks, 2 D]");
+    STD_TORCH_CHECK(bounds.scalar_type() == query.scalar_type(), "bounds must have the query's dtype");
+    STD_TORCH_CHECK(sequences > 0 && batch * query_heads % sequences == 0, "the query heads do not divide into ", sequences, " sequences");
+    groups = batch * query_heads / sequences;
+    chunks = bounds.size(0);
+  }
+};
+
 // Observation window [B, Hq, W, D] over keys [B, Hkv, N, D].
 struct WindowShape {
   int64_t batch, query_heads, heads, groups, window, columns, size;

@@ -89,17 +89,18 @@ def attend_extend(backend: str, *args, **options) -> torch.Tensor:
 
 def chunk_scores(backend: str, *args, longest: int) -> torch.Tensor:
     """`plain.chunk_scores`."""
-    return plain.chunk_scores(*args, longest=longest)
+    return _rows(backend).chunk_scores(*args, longest=longest)
 
 
 def attend_chunks(backend: str, *args, **options) -> torch.Tensor:
     """`plain.attend_chunks`."""
-    return plain.attend_chunks(*args, **options)
+    return _rows(backend).attend_chunks(*args, **options)
 
 
 def fetch_chunks(backend: str, *args, chunk: int) -> None:
-    """`plain.fetch_chunks`."""
-    plain.fetch_chunks(*args, chunk=chunk)
+    """`plain.fetch_chunks`; compiled for a GPU only."""
+    compiled = backend == "native" and args[0][0].is_cuda
+    (native if compiled else plain).fetch_chunks(*args, chunk=chunk)
 
 
 def compact(backend: str, *args) -> None:

@@ -139,6 +139,38 @@ def attend_extend(
     )
 
 
+def chunk_scores(query, bounds, starts, counts, *, longest) -> torch.Tensor:
+    """`plain.chunk_scores`."""
+    return _ops().chunk_scores.default(query, bounds, starts, counts, longest)
+
+
+def attend_chunks(
+    query,
+    key,
+    value,
+    starts,
+    lengths,
+    chunk_key,
+    chunk_value,
+    blocks,
+    block_rows,
+    *,
+    chunk,
+    max_length,
+    scaling,
+    softcap=None,
+    sinks=None,
+) -> torch.Tensor:
+    """`plain.attend_chunks`, each chunk read where it lies. A sequence without rows gives zeros."""
+    store = (key, value, starts, lengths, chunk_key, chunk_value, blocks, block_rows)
+    return _ops().attend_chunks.default(query, *store, chunk, max_length, scaling, softcap or 0.0, _sinks(sinks))
+
+
+def fetch_chunks(buffers, from_buffers, from_rows, to_rows, rows, *, chunk) -> None:
+    """`plain.fetch_chunks` to a GPU, which reads the host's pinned memory itself: nothing waits to know which chunks."""
+    _ops().fetch_chunks.default(*buffers, *from_buffers, from_rows, to_rows, rows, chunk)
+
+
 def compact(buffers, starts, lengths, key, value, positions) -> None:
     """Gathers the kept rows of full keys and values into flat storage.
 
@@ -445,6 +477,11 @@ def _register_fakes() -> None:
         "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "attend_extend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "chunk_scores": lambda query, bounds, starts, counts, longest: query.new_empty(
+            starts.numel(), longest, dtype=torch.float32
+        ),
+        "attend_chunks": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "fetch_chunks": nothing,
         "window_scores": lambda query, key, *rest: key.new_empty(
             key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32
         ),

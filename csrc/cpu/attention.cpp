@@ -1,4 +1,4 @@
-// Attention over flat storage: attend, append_attend, attend_extend. Divides the work among torch's threads.
+// Attention over flat storage: attend, append_attend, attend_extend, attend_chunks, and chunk_scores. Divides the work among torch's threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -37,23 +37,41 @@ static void merge(const State& into, const State& other, int64_t count, int64_t 
   }
 }
 
-static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, int64_t, double scaling,
-                     double softcap, std::optional<Tensor> sinks) {
-  const Store store(key_buffer, value_buffer, starts, lengths);
-  const Heads heads(store, query, key_buffer, sinks);
-  STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);
-  const Extents extents(store, starts, lengths);
+// The rows that each sequence attends to, in runs: those of sequence s are all[first[s]] .. all[first[s + 1]].
+struct Runs {
+  std::vector<Run> all;
+  std::vector<int64_t> first, rows;
+  int64_t total = 0;
+
+  explicit Runs(int64_t sequences) {
+    first.reserve(sequences + 1);
+    rows.reserve(sequences);
+  }
+  // The runs added from now on are the next sequence's.
+  void begin() {
+    first.push_back(int64_t(all.size()));
+    rows.push_back(0);
+  }
+  void add(const Run& run) {
+    if (run.rows == 0) return;
+    all.push_back(run);
+    rows.back() += run.rows;
+    total += run.rows;
+  }
+  void end() { first.push_back(int64_t(all.size())); }
+};
+
+static Tensor attend_runs(Tensor query, const Store& store, const Heads& heads, Element element, const Runs& runs, double scaling,
+                          double softcap, const std::optional<Tensor>& sinks) {
   query = row_dense(query);
   Tensor out = torch::stable::new_empty(query, {heads.batch, 1, heads.query_heads, store.value_size});
 
   const Kernels& set = kernels();
-  const ElementKernels& kernel = set.of[element_of(key_buffer)];
+  const ElementKernels& kernel = set.of[element];
   const int64_t groups = heads.groups, value_size = store.value_size, bytes = query.element_size();
-  const int64_t row_bytes = store.size * bytes, value_bytes = value_size * bytes;
+  const int64_t value_bytes = value_size * bytes;
   const int64_t query_batch = query.stride(0) * bytes, query_head = query.stride(1) * bytes;
   const char* queries = data<char>(query);
-  const char* keys = data<char>(key_buffer);
-  const char* values = data<char>(value_buffer);
   char* outs = data<char>(out);
   const float* sink = sinks ? data<float>(*sinks) : nullptr;
 
@@ -63,7 +81,7 @@ static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tenso
   };
 
   // All rows in one line, cut into equal parts: a sequence that a cut meets is finished from its pieces.
-  const int64_t multiplications = extents.total * (store.size + value_size) * groups;
+  const int64_t multiplications = runs.total * (store.size + value_size) * groups;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), multiplications / kGrain));
   struct Piece {
     int64_t sequence = -1;
@@ -78,10 +96,10 @@ static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tenso
     std::vector<const void*> rows(groups);
     std::vector<void*> targets(groups);
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t low = extents.total * part / parts, high = extents.total * (part + 1) / parts;
+      const int64_t low = runs.total * part / parts, high = runs.total * (part + 1) / parts;
       int64_t before = 0, used = 0;
-      for (int64_t s = 0; s < store.sequences && before < high; before += extents.lengths[s], ++s) {
-        const int64_t length = extents.lengths[s];
+      for (int64_t s = 0; s < store.sequences && before < high; before += runs.rows[s], ++s) {
+        const int64_t length = runs.rows[s];
         const int64_t from = std::max<int64_t>(low - before, 0), to = std::min(high - before, length);
         if (from >= to) continue;
         const bool whole = from == 0 && to == length;
@@ -90,10 +108,17 @@ static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tenso
         const State state = fresh_state(at, groups, value_size);
         const char* first = queries + s / heads.heads * query_batch + s % heads.heads * groups * query_head;
         for (int64_t g = 0; g < groups; ++g) rows[g] = first + g * query_head;
-        const int64_t row = extents.starts[s] + from;
-        kernel.attend({rows.data(), int(groups), int(store.size), int(value_size), float(scaling), float(softcap)},
-                      {keys + row * row_bytes, values + row * value_bytes, store.size, value_size, to - from}, nullptr, state,
-                      memory.get() + piece_floats);
+        int64_t passed = 0;
+        for (int64_t i = runs.first[s]; i < runs.first[s + 1] && passed < to; passed += runs.all[i].rows, ++i) {
+          Run run = runs.all[i];
+          const int64_t skip = std::max<int64_t>(from - passed, 0), stop = std::min(to - passed, run.rows);
+          if (skip >= stop) continue;
+          run.key = static_cast<const char*>(run.key) + skip * run.key_stride * bytes;
+          run.value = static_cast<const char*>(run.value) + skip * run.value_stride * bytes;
+          run.rows = stop - skip;
+          kernel.attend({rows.data(), int(groups), int(store.size), int(value_size), float(scaling), float(softcap)}, run, nullptr,
+                        state, memory.get() + piece_floats);
+        }
         if (whole) {
           finish(s, state, targets);
         } else {
@@ -117,7 +142,89 @@ static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tenso
     if (s >= 0) finish(s, state, targets);
   }
   for (int64_t s = 0; s < store.sequences; ++s)
-    if (extents.lengths[s] == 0) std::memset(outs + s * groups * value_bytes, 0, groups * value_bytes);
+    if (runs.rows[s] == 0) std::memset(outs + s * groups * value_bytes, 0, groups * value_bytes);
+  return out;
+}
+
+// The stored rows of sequence s.
+static Run stored_rows(const Store& store, const Extents& extents, const Tensor& key_buffer, const Tensor& value_buffer, int64_t s) {
+  const int64_t bytes = key_buffer.element_size(), row = extents.starts[s];
+  return {data<char>(key_buffer) + row * store.size * bytes, data<char>(value_buffer) + row * store.value_size * bytes, store.size,
+          store.value_size, extents.lengths[s]};
+}
+
+static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, int64_t, double scaling,
+                     double softcap, std::optional<Tensor> sinks) {
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  const Heads heads(store, query, key_buffer, sinks);
+  STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);
+  const Extents extents(store, starts, lengths);
+  Runs runs(store.sequences);
+  runs.all.reserve(store.sequences);
+  for (int64_t s = 0; s < store.sequences; ++s) {
+    runs.begin();
+    runs.add(stored_rows(store, extents, key_buffer, value_buffer, s));
+  }
+  runs.end();
+  return attend_runs(query, store, heads, element_of(key_buffer), runs, scaling, softcap, sinks);
+}
+
+static Tensor attend_chunks(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, Tensor chunk_key,
+                            Tensor chunk_value, Tensor blocks, Tensor block_rows, int64_t chunk, int64_t, double scaling, double softcap,
+                            std::optional<Tensor> sinks) {
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  const Heads heads(store, query, key_buffer, sinks);
+  STD_TORCH_CHECK(heads.rows == 1, "attend_chunks takes one query position, not ", heads.rows);
+  const Extents extents(store, starts, lengths);
+  const Chosen chosen(store, key_buffer, chunk_key, chunk_value, blocks, block_rows, chunk);
+  const int32_t* first = data<int32_t>(blocks);
+  const int32_t* rows = data<int32_t>(block_rows);
+  const int64_t bytes = chunk_key.element_size();
+  Runs runs(store.sequences);
+  runs.all.reserve(store.sequences * (1 + chosen.most));
+  for (int64_t s = 0; s < store.sequences; ++s) {
+    runs.begin();
+    runs.add(stored_rows(store, extents, key_buffer, value_buffer, s));
+    for (int64_t i = s * chosen.most; i < (s + 1) * chosen.most; ++i) {
+      if (rows[i] == 0) continue;
+      STD_TORCH_CHECK(first[i] >= 0 && rows[i] > 0 && rows[i] <= chunk && first[i] + int64_t(rows[i]) <= chosen.rows, "a chunk of sequence ",
+                      s, " (first row ", first[i], ", rows ", rows[i], ") reaches beyond the buffer of ", chosen.rows, " rows");
+      runs.add({data<char>(chunk_key) + first[i] * store.size * bytes, data<char>(chunk_value) + first[i] * store.value_size * bytes,
+                store.size, store.value_size, rows[i]});
+    }
+  }
+  runs.end();
+  return attend_runs(query, store, heads, element_of(key_buffer), runs, scaling, softcap, sinks);
+}
+
+static Tensor chunk_scores(Tensor query, Tensor bounds, Tensor starts, Tensor counts, int64_t longest) {
+  const BoundsShape shape(query, bounds, starts, counts);
+  query = torch::stable::contiguous(query);
+  Tensor out = torch::stable::new_empty(query, {shape.sequences, longest}, ScalarType::Float);
+  const Kernels& set = kernels();
+  const ElementKernels& kernel = set.of[element_of(bounds)];
+  const int64_t bytes = bounds.element_size(), row_bytes = shape.size * bytes;
+  const int32_t* first = data<int32_t>(starts);
+  const int32_t* count = data<int32_t>(counts);
+  int64_t most = 1;
+  for (int64_t s = 0; s < shape.sequences; ++s) {
+    STD_TORCH_CHECK(first[s] >= 0 && count[s] >= 0 && count[s] <= longest && first[s] + int64_t(count[s]) <= shape.chunks, "sequence ", s,
+                    " (first chunk ", first[s], ", chunks ", count[s], ") reaches beyond ", shape.chunks, " chunks or the longest, ", longest);
+    most = std::max<int64_t>(most, count[s]);
+  }
+  const int64_t grain = std::max<int64_t>(1, kGrain / (most * shape.size * 2 * shape.groups));
+  torch::stable::parallel_for(0, shape.sequences, grain, [&](int64_t begin, int64_t end) {
+    const auto memory = scratch(set.bounds_scratch(int(shape.size)));
+    std::vector<const void*> rows(shape.groups);
+    for (int64_t s = begin; s < end; ++s) {
+      float* to = data<float>(out) + s * longest;
+      std::fill(to + count[s], to + longest, -std::numeric_limits<float>::infinity());
+      if (count[s] == 0) continue;
+      for (int64_t g = 0; g < shape.groups; ++g) rows[g] = data<char>(query) + (s * shape.groups + g) * row_bytes;
+      kernel.bounds({rows.data(), int(shape.groups), int(shape.size), data<char>(bounds) + first[s] * 2 * row_bytes, count[s]}, to,
+                    memory.get());
+    }
+  });
   return out;
 }
 
@@ -212,6 +319,8 @@ STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("attend", TORCH_BOX(&mixkv::cpu::attend));
   m.impl("append_attend", TORCH_BOX(&mixkv::cpu::append_attend));
   m.impl("attend_extend", TORCH_BOX(&mixkv::cpu::attend_extend));
+  m.impl("attend_chunks", TORCH_BOX(&mixkv::cpu::attend_chunks));
+  m.impl("chunk_scores", TORCH_BOX(&mixkv::cpu::chunk_scores));
 }
 
 extern "C" __attribute__((visibility("default"))) const char* mixkv_cpu_kernels() { return mixkv::kernels().name; }

@@ -67,6 +67,15 @@ struct Projection {
   int size;  // D
 };
 
+// Query rows of one KV head, and the bounds of its chunks of keys: for each the largest elements, then the smallest.
+struct Bounds {
+  const void* const* rows;
+  int count;
+  int size;  // D
+  const void* of;  // [chunks, 2 D]
+  int64_t chunks;
+};
+
 struct ElementKernels {
   // Takes a run into the state. scratch: `attend_scratch` floats.
   void (*attend)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
@@ -76,6 +85,8 @@ struct ElementKernels {
   void (*window)(const Window&, float* out, float* scratch);
   // Writes the norms [N]. scratch: `norm_scratch` floats.
   void (*norm)(const Projection&, float* out, float* scratch);
+  // Writes the bounds [chunks] of products with keys, the largest over the query rows. scratch: `bounds_scratch` floats.
+  void (*bounds)(const Bounds&, float* out, float* scratch);
 };
 
 struct Kernels {
@@ -84,6 +95,7 @@ struct Kernels {
   int64_t (*attend_scratch)(int count, int size);
   int64_t (*window_scratch)(int64_t columns, int size);
   int64_t (*norm_scratch)(int64_t outputs, int size);
+  int64_t (*bounds_scratch)(int size);
 };
 
 const Kernels& kernels();
