@@ -380,7 +380,8 @@ class MixKVLayer(CacheLayerMixin):
     @property
     def nbytes_outside(self) -> int:
         """Bytes of them that are not resident: chunks of dynamic heads under ``offload``."""
-        return self.chunks.pool.nbytes if self.chunks is not None and self.shared.config.offload else 0
+        outside = self.chunks is not None and self.shared.config.offload and self.chunks.pool.key.device.type == "cpu"
+        return self.chunks.pool.nbytes if outside else 0
 
     @property
     def nbytes_full(self) -> int:

@@ -225,11 +225,11 @@ def test_bad_options_are_named(folder, arguments, words):
         MixKVLM.create_from_arg_string(f"pretrained={folder},{arguments}", {"device": "cpu"})
 
 
-@pytest.mark.parametrize("given", [("0.25", "8", "none"), (0.25, 8, None)])
+@pytest.mark.parametrize("given", [("0.25", "8", "none", "False"), (0.25, 8, None, False)])
 def test_options_come_typed_or_as_text(folder, given):
-    names = ("budget", "window", "decode_budget")
+    names = ("budget", "window", "decode_budget", "offload")
     config = MixKVLM(str(folder), device="cpu", **dict(zip(names, given))).kv_config
-    assert [getattr(config, name) for name in names] == [0.25, 8, None] and isinstance(config.window, int)
+    assert [getattr(config, name) for name in names] == [0.25, 8, None, False] and isinstance(config.window, int)
 
 
 def test_an_unknown_option_is_not_swallowed(folder):

@@ -9,12 +9,13 @@ from ..config import BACKENDS, MixKVConfig
 
 # lm_eval has a ``backend`` of its own.
 RENAMED = {"kv_backend": "backend"}
+_WORDS = {"none": None, "true": True, "false": False}
 
 
 def split(given: dict[str, Any]) -> tuple[MixKVConfig, dict[str, Any]]:
     """Takes the fields of `MixKVConfig` out of ``given``; its ``backend`` goes by the name ``kv_backend``.
 
-    Numbers and ``none`` may come as text: a number without a point is an int.
+    Numbers, ``none``, ``true`` and ``false`` may come as text: a number without a point is an int.
 
     Returns: the config, and the other arguments untouched.
 
@@ -34,8 +35,8 @@ def split(given: dict[str, Any]) -> tuple[MixKVConfig, dict[str, Any]]:
 def _typed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    if value.lower() == "none":
-        return None
+    if value.lower() in _WORDS:
+        return _WORDS[value.lower()]
     for kind in (int, float):
         try:
             return kind(value)
