@@ -138,6 +138,8 @@ class Checks:
                     self.rows(dtype, *sizes)
                 for size in (64, 80, 128, 192, 256):
                     self.window(dtype, size)
+                for sizes in SIZES:
+                    self.chunks(dtype, *sizes)
             self.other_stream()
             self.graph()
         print(f"checked {self.count} calls against plain torch: {len(self.failures)} failures")
@@ -250,6 +252,45 @@ class Checks:
             native.move_rows(to, to_starts, moved, mine, from_starts, max_length=int(moved.max()))
             plain.move_rows(wanted, to_starts, moved, mine, from_starts, total=int(moved.sum()))
             self.verdict(f"move_rows N{columns} {dtype} {size}/{value_size}", all(map(same, to, wanted)))
+
+    def chunks(self, dtype, size, value_size) -> None:
+        batch, heads, groups, chunk = 2, 3, random.choice((1, 4, 7)), 32
+        lengths = [0, 1, 64, 700, 17, 5]
+        buffers, starts, counts = make_store(batch, heads, size, value_size, lengths, dtype)
+        clean = tuple(b.nan_to_num(0.0) for b in buffers[:2])
+        query = strided(batch, 1, heads * groups, size, dtype)
+        for slots in (1, 9, 40):
+            pool = [torch.randn(400 * chunk, width).to(dtype).pin_memory() for width in (size, value_size)]
+            rows = torch.randint(0, chunk + 1, (batch * heads, slots), dtype=torch.int32, device="cuda")
+            places = torch.randperm(400, device="cuda")[: rows.numel()].view_as(rows).int() * chunk
+            held = [torch.zeros(rows.numel() * chunk, width, dtype=dtype, device="cuda") for width in (size, value_size)]
+            targets = torch.randperm(rows.numel(), device="cuda").view_as(rows).int() * chunk
+            twins = [part.clone() for part in held]
+            native.fetch_chunks(held, pool, places, targets, rows, chunk=chunk)
+            plain.fetch_chunks(twins, pool, places, targets, rows, chunk=chunk)
+            what = f"{size}/{value_size} G{groups} slots {slots}"
+            self.verdict(f"fetch_chunks {dtype} {what}", all(map(same, held, twins)))
+            options = {"scaling": size**-0.5, "softcap": random.choice((None, 5.0)), "chunk": chunk, "max_length": 700}
+            poison()
+            found = native.attend_chunks(query, *buffers[:2], starts, counts, *held, targets, rows, **options)
+            exact = [part.double() for part in (*clean, *held)]
+            outputs = (
+                plain.attend_chunks(query, *clean, starts, counts, *held, targets, rows, **options),
+                plain.attend_chunks(query.double(), *exact[:2], starts, counts, *exact[2:], targets, rows, **options),
+            )
+            self.compare(f"attend_chunks {what}", dtype, found, *self.zeroed(outputs, counts + rows.sum(1), groups))
+        counts = ints([0, 1, 7, 400, 1024, 2])
+        starts = (counts.cumsum(0) - counts).int()
+        sides = torch.randn(2, int(counts.sum()), size, device="cuda").sort(dim=0, descending=True).values
+        bounds = torch.cat([sides[0], sides[1]], dim=-1).to(dtype)
+        poison()
+        found = native.chunk_scores(query, bounds, starts, counts, longest=1030)
+        exact = plain.chunk_scores(query.double(), bounds, starts, counts, longest=1030).double()
+        real = exact.isfinite()
+        good = (
+            torch.equal(real, found.isfinite()) and (found.double() - exact)[real].abs().max() < 1e-5 * exact[real].abs().max()
+        )
+        self.verdict(f"chunk_scores {dtype} {size}/{value_size} G{groups}", bool(good))
 
     def window(self, dtype, size) -> None:
         for batch, heads, groups, window, columns in (

@@ -7,6 +7,9 @@
 //
 // A sequence is its stored rows followed by new ones, which lie elsewhere; where asked to, a block also stores the new rows that it
 // meets. Nobody reads those from the store in the same launch, and lengths change only when the last reader is done.
+//
+// In place of new rows a sequence may be followed by chunks of rows that it has chosen. Each takes up the room of a whole chunk; what
+// it has not is neither read nor seen.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +54,17 @@ __device__ inline void store_rows(const Attention& a, int64_t start, int stored,
   }
 }
 
-template <class T, class S>
+// The row of the chunks' buffers that is row `place` behind a sequence's stored ones; -1 for none.
+__device__ inline int64_t chunk_row(const Attention& a, int sequence, int place) {
+  const int64_t item = int64_t(sequence) * a.slots + place / a.chunk_size;
+  const int within = place % a.chunk_size;
+  if (within >= a.block_rows[item]) return -1;
+  const int64_t row = int64_t(a.blocks[item]) + within;
+  // A caller's wrong number must not reach other memory.
+  return row < a.chunk_capacity ? row : -1;
+}
+
+template <class T, class S, bool Chunks>
 __global__ void __launch_bounds__(kAttendWarps<S::Capacity> * 32) attend_part(const Attention a) {
   constexpr int kWarps = kAttendWarps<S::Capacity>, kThreads = kWarps * 32, kRows = kWarps * kTileRows;
   const int size = S::Exact ? S::Capacity : a.size, value_size = S::Exact ? S::Capacity : a.value_size;
@@ -72,7 +85,8 @@ __global__ void __launch_bounds__(kAttendWarps<S::Capacity> * 32) attend_part(co
   const int stored = a.lengths[sequence];
   const int64_t start = a.starts[sequence];
   // Causally, later new rows than the tile's last position are nobody's.
-  const int reach = a.causal ? min(a.new_rows, (first_row + query_rows - 1) / a.groups + 1) : a.new_rows;
+  const int reach = Chunks ? a.slots * a.chunk_size
+                    : a.causal ? min(a.new_rows, (first_row + query_rows - 1) / a.groups + 1) : a.new_rows;
   // The last part has no bound: a length beyond the host's costs time, not rows.
   const int begin = split * a.chunk, end = split + 1 < a.splits ? min(stored + reach, begin + a.chunk) : stored + reach;
   const int64_t state = (int64_t(sequence) * all_rows + first_row) * a.splits + split;
@@ -102,12 +116,22 @@ __global__ void __launch_bounds__(kAttendWarps<S::Capacity> * 32) attend_part(co
       copy_rows<T, kRows, kThreads>(to, key_stride, size, key, [&](int i) -> const T* {
         const int row = first + i;
         if (row >= end) return nullptr;
-        return row < stored ? key + int64_t(row) * size : new_key + int64_t(row - stored) * a.new_key_strides.row;
+        if (row < stored) return key + int64_t(row) * size;
+        if constexpr (Chunks) {
+          const int64_t at = chunk_row(a, sequence, row - stored);
+          return at < 0 ? nullptr : static_cast<const T*>(a.chunk_key) + at * size;
+        }
+        return new_key + int64_t(row - stored) * a.new_key_strides.row;
       });
       copy_rows<T, kRows, kThreads>(to + kRows * key_stride, value_stride, value_size, value, [&](int i) -> const T* {
         const int row = first + i;
         if (row >= end) return nullptr;
-        return row < stored ? value + int64_t(row) * value_size : new_value + int64_t(row - stored) * a.new_value_strides.row;
+        if (row < stored) return value + int64_t(row) * value_size;
+        if constexpr (Chunks) {
+          const int64_t at = chunk_row(a, sequence, row - stored);
+          return at < 0 ? nullptr : static_cast<const T*>(a.chunk_value) + at * value_size;
+        }
+        return new_value + int64_t(row - stored) * a.new_value_strides.row;
       });
     }
     // Groups are counted: one a stage, be it empty.
@@ -162,6 +186,7 @@ __global__ void __launch_bounds__(kAttendWarps<S::Capacity> * 32) attend_part(co
     for (int i = 0; i < 8; ++i) {
       const int row = first + row_of(i), fresh = row - stored;
       bool seen = row < end;
+      if constexpr (Chunks) seen = seen && (fresh < 0 || chunk_row(a, sequence, fresh) >= 0);
       if (hides && seen && fresh >= 0)
         seen = a.mask ? mask[i / 2 % 2][fresh * a.mask_strides.row] != 0 : fresh <= position[i / 2 % 2];
       logits[i] = seen ? scale(logits[i]) : negative_infinity();
@@ -304,7 +329,13 @@ template <class T>
 void launch_attend(const Attention& a, const Shape& shape, const Device& device, cudaStream_t stream) {
   with_sizes<T>(a.size, a.value_size, [&](auto sizes) {
     using S = decltype(sizes);
-    launch<attend_part<T, S>>(device, stream, a.sequences * a.tiles * a.splits, kAttendWarps<S::Capacity> * 32, shape.memory, a);
+    const int64_t blocks = a.sequences * a.tiles * a.splits;
+    const int threads = kAttendWarps<S::Capacity> * 32;
+    if (a.slots > 0) {
+      launch<attend_part<T, S, true>>(device, stream, blocks, threads, shape.memory, a);
+    } else {
+      launch<attend_part<T, S, false>>(device, stream, blocks, threads, shape.memory, a);
+    }
   });
   if (a.splits > 1) launch<merge_parts<T>>(device, stream, a.sequences * a.groups * a.queries, kMergeThreads, 0, a);
 }

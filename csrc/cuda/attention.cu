@@ -1,4 +1,4 @@
-// Attention over flat storage: attend, append_attend, attend_extend.
+// Attention over flat storage: attend, append_attend, attend_extend, attend_chunks.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -91,6 +91,29 @@ static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tenso
   return run(a, query, store, heads, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks, place);
 }
 
+static Tensor attend_chunks(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, Tensor chunk_key,
+                            Tensor chunk_value, Tensor blocks, Tensor block_rows, int64_t chunk, int64_t max_length, double scaling,
+                            double softcap, std::optional<Tensor> sinks) {
+  const Place place(query);
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  const Heads heads(store, query, key_buffer, sinks);
+  STD_TORCH_CHECK(heads.rows == 1, "attend_chunks takes one query position, not ", heads.rows);
+  const Chosen chosen(store, key_buffer, chunk_key, chunk_value, blocks, block_rows, chunk);
+  place.check({&chunk_key, &chunk_value, &blocks, &block_rows});
+  check_aligned(chunk_key, "chunk_key");
+  check_aligned(chunk_value, "chunk_value");
+  Attention a{};
+  a.chunk_key = data<void>(chunk_key);
+  a.chunk_value = data<void>(chunk_value);
+  a.blocks = data<int32_t>(blocks);
+  a.block_rows = data<int32_t>(block_rows);
+  a.chunk_capacity = chosen.rows;
+  a.slots = narrow(chosen.most);
+  a.chunk_size = narrow(chunk);
+  const int64_t most_rows = max_length + chosen.most * chunk;
+  return run(a, query, store, heads, key_buffer, value_buffer, starts, lengths, most_rows, scaling, softcap, sinks, place);
+}
+
 static void take_new(Attention& a, const Tensor& key, const Tensor& value) {
   a.new_key = data<void>(key);
   a.new_value = data<void>(value);
@@ -157,4 +180,5 @@ STABLE_TORCH_LIBRARY_IMPL(mixkv, CUDA, m) {
   m.impl("attend", TORCH_BOX(&mixkv::cuda::attend));
   m.impl("append_attend", TORCH_BOX(&mixkv::cuda::append_attend));
   m.impl("attend_extend", TORCH_BOX(&mixkv::cuda::attend_extend));
+  m.impl("attend_chunks", TORCH_BOX(&mixkv::cuda::attend_chunks));
 }

@@ -38,6 +38,14 @@ struct Attention {
   const uint8_t* mask;
   Strides mask_strides;
   bool causal;
+  // Chunks of rows that follow the stored ones, in place of new ones, each in room for `chunk` rows: where they begin in buffers
+  // of `chunk_capacity` rows, and how many rows they have, [S, slots].
+  const void* chunk_key;
+  const void* chunk_value;
+  const int32_t* blocks;
+  const int32_t* block_rows;
+  int64_t chunk_capacity;
+  int slots, chunk_size;
   const float* sinks;
   // [B, n, Hq, Dv]
   void* out;
