@@ -50,7 +50,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _vision_demo(options: argparse.Namespace) -> None:
     from .evaluation import charts, compare, models, pages
 
-    models.require("PIL", "matplotlib", remedy="pip install 'mixkv[demo,plot]'")
+    models.require("PIL", "matplotlib", remedy="pip install 'mixkv[pages]'")
     charts.check(options.picture, "--picture")
     kinds = [("snapkv", "attn"), ("snapkv", "mix"), ("global", "mix-output")]
     configs = [config for method, score in kinds for config in compare.grid([method], [score], [48, 96])]
@@ -166,7 +166,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.variant not in pages.VARIANTS:
         raise InputError(f"unknown --variant {options.variant!r}; choose from {', '.join(pages.VARIANTS)}")
     if vision:
-        models.require("PIL", "matplotlib", remedy="pip install 'mixkv[demo,plot]'")
+        models.require("PIL", "matplotlib", remedy="pip install 'mixkv[pages]'")
     configs = _grid(options)
     reference = tuple(options.reference.split("+"))
     with tables.progress_bar() as progress:

@@ -1,11 +1,12 @@
 """Trains the document model: a reader of cells, and a LoRA that teaches SmolLM2 to look things up on pages.
 
-    pip install -c constraints.txt -e '.[demo,plot]' peft
+    pip install -c constraints.txt -e '.[pages]' peft
     python examples/document_vlm/train.py --out mixkv/document/weights
 
-The reader learns to turn a cell of 36 x 36 pixels into the language model's own embedding of what stands there; at the same
-time, on another core, the language model learns to answer about pages given as text; then it goes on with pages as the
-reader sees them. Step counts, seeds and threads are fixed: on one machine and one set of versions the files come out the same.
+The reader learns to turn a cell of 36 x 36 pixels into the language model's own embedding of what stands there, and where; at
+the same time, on another core, the language model learns to answer about pages given as plain text; then two processes go on
+with full pages, the last of them as the reader sees them. Step counts, seeds and threads are fixed: on one machine and one set
+of versions the files come out the same.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from mixkv.document import page, questions, render, words
 from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, assemble, processor, read, write
 from mixkv.evaluation.models import load
 
-READER_STEPS, TEXT_STEPS, PAGE_STEPS = 2000, 300, 750
+READER_STEPS, TEXT_STEPS, PAGE_STEPS = 2000, 300, 340
+# The last pages are seen with the reader's eyes.
+SEEN = 0.2
+PROCESSES = 2
 RANK = 16
 # The language model's after the pages as text.
 TEXT = "text.safetensors"
 KEYS, KEY_WEIGHTS = (1, 2, 3, 4), (4, 3, 2, 2)
-KIND_WEIGHTS = {"form": 3, "table": 6, "receipt": 3, "screen": 5, "two pages": 2}
+KIND_WEIGHTS = {"form": 3, "table": 6, "receipt": 3, "screen": 5, "two pages": 3}
 # Questions on a page: more cost little beside the page itself.
 TEXT_TURNS, PAGE_TURNS = 8, 14
 
@@ -44,7 +48,8 @@ def reader(steps: int, out: Path) -> None:
     images = processor(loaded.tokenizer).image_processor
     head = nn.Linear(tower.config.hidden_size, len(words.CLASSES))
     ids = torch.tensor([_single(loaded.tokenizer, words.as_token(name)) for name in words.CLASSES])
-    targets = loaded.model.get_input_embeddings().weight.detach()[ids]
+    embeddings = loaded.model.get_input_embeddings().weight.detach()
+    targets, place = embeddings[ids], places(embeddings, loaded.tokenizer)
     scale = targets.square().sum(-1).mean()
     trained = [*tower.parameters(), *projector.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
@@ -55,19 +60,19 @@ def reader(steps: int, out: Path) -> None:
         dense, labels = _dense(random.Random(f"reader {step}"))
         seen = images(render.draw(dense, f"reader {step}", mixed=step % 3 > 0), return_tensors="pt")["pixel_values"]
         hidden = tower(seen).last_hidden_state[0]
-        embeddings, named = projector(hidden), head(hidden)
+        found, named = projector(hidden), head(hidden)
         text = torch.tensor([words.CLASSES[label] in words.TEXT for label in labels.tolist()])
         weight = torch.where(text, 3.3, 0.3)
         weight = weight / weight.sum()
         misread = nn.functional.cross_entropy(named, labels, reduction="none")
-        distance = (embeddings - targets[labels]).square().sum(-1) / scale
+        distance = (found - targets[labels] - place).square().sum(-1) / scale
         loss = ((misread + 2 * distance) * weight).sum()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         with torch.no_grad():
-            nearest = torch.cdist(embeddings, targets).argmin(-1) == labels
+            nearest = torch.cdist(found - place, targets).argmin(-1) == labels
         for kind in right:
             right[kind][0] += int(nearest[text == kind].sum())
             right[kind][1] += int((text == kind).sum())
@@ -80,63 +85,106 @@ def reader(steps: int, out: Path) -> None:
     write(out / READER, state)
 
 
-def language(steps: int, out: Path, source: Path | None) -> None:
-    """Answers about pages: as text, compact, when ``source`` is None; else as the reader in that folder sees them."""
+def places(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
+    """What tells the cells' places apart, added to their embeddings: [SIDE * SIDE, hidden].
+
+    A third of a token's norm each: a letter for four rows and a number word for four columns, as positions on screens are
+    told; and waves along rows and columns, by which cells below and beside each other are found.
+    """
+    norm = embeddings.norm(dim=-1).mean()
+    letters = [_single(tokenizer, f" {letter}") for letter in "ABCDEF"]
+    numbers = [_single(tokenizer, f" {word}") for word in "one two three four five six".split()]
+    along = torch.arange(page.SIDE)
+    waves = [wave(2 * math.pi * along / period) for period in (24, 12, 6, 3) for wave in (torch.sin, torch.cos)]
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(embeddings.shape[1], 2 * len(waves), generator=generator)).Q.T
+    row, column = (torch.stack(waves, -1) @ part / math.sqrt(len(waves)) for part in axes.chunk(2))
+    block = along // page.BLOCK
+
+    def unit(vectors: torch.Tensor) -> torch.Tensor:
+        return vectors / vectors.norm(dim=-1, keepdim=True)
+
+    row = unit(embeddings[letters])[block] + row
+    column = unit(embeddings[numbers])[block] + column
+    return norm / 3 * (row[:, None] + column[None]).flatten(0, 1)
+
+
+def language(steps: int, out: Path, source: Path | None, rank: int = 0) -> None:
+    """Answers about pages: as plain text when ``source`` is None; else as full pages, the last as the reader there sees them."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     torch.manual_seed(1)
     loaded = load(None, dtype="bfloat16")
     tokenizer, images = loaded.tokenizer, processor(loaded.tokenizer).image_processor
-    sight = None
-    if source is not None:
-        sight = assemble(load(None, dtype="float32").model).model
-        parts = read(source / READER)
-        sight.vision_tower.load_state_dict(_below(parts, "vision_tower"))
-        sight.multi_modal_projector.load_state_dict(_below(parts, "multi_modal_projector"))
+    ranks = 1 if source is None else PROCESSES
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{out.resolve()}/meeting", rank=rank, world_size=ranks)
     wanted = LoraConfig(r=RANK, lora_alpha=int(RANK * LORA_SCALE), target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     model = get_peft_model(loaded.model, wanted)
     if source is not None:
         set_peft_model_state_dict(model, read(source / TEXT))
     trained = [value for value in model.parameters() if value.requires_grad]
-    peak = 1e-3 if source is None else 8e-4
+    peak = 1e-3
     optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.0)
     embed, decoder, head = loaded.model.get_input_embeddings(), loaded.model.model, loaded.model.lm_head
     stage = "text" if source is None else "pages"
-    tally: dict[str, list[int]] = {}
+    place = places(embed.weight.float(), tokenizer).to(embed.weight.dtype)
+    sight, tally = None, {}
     started = time.perf_counter()
     for step in range(steps):
         _rate(optimizer, peak, step, steps, warm=30, final=0.3 if source is None else 0.02)
-        chance = random.Random(f"{stage} {step}")
+        name = f"{stage} {step * ranks + rank}"
+        chance = random.Random(name)
         kind = chance.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
-        document = page.make(kind, f"{stage} {step}")
+        document = page.make(kind, name)
+        if source is not None and sight is None and step >= (1 - SEEN) * steps:
+            sight = _sight(source)
         ids, labels, image = _conversation(
             tokenizer, document, chance, TEXT_TURNS if source is None else PAGE_TURNS, compact=source is None
         )
         with torch.no_grad():
             embeddings = embed(ids)
-            if source is not None:
-                drawn = [render.draw(one, f"{stage} {step} {i}") for i, one in enumerate(document.pages)]
+            if sight is not None:
+                drawn = [render.draw(one, f"{name} {number}") for number, one in enumerate(document.pages)]
                 seen = images(drawn, return_tensors="pt")["pixel_values"]
                 hidden = sight.multi_modal_projector(sight.vision_tower(seen).last_hidden_state)
                 embeddings[image] = hidden.flatten(0, 1).to(embeddings.dtype)
+            elif source is not None:
+                embeddings[image] += place.repeat(len(document.pages), 1)
         states = decoder(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
-        places = (labels >= 0).nonzero()[:, 0]
-        logits = head(states[places - 1]).float()
-        loss = nn.functional.cross_entropy(logits, labels[places])
+        predicted = (labels >= 0).nonzero()[:, 0]
+        logits = head(states[predicted - 1]).float()
+        loss = nn.functional.cross_entropy(logits, labels[predicted])
         optimizer.zero_grad()
         loss.backward()
+        if ranks > 1:
+            together = torch.cat([value.grad.flatten() for value in trained])
+            torch.distributed.all_reduce(together)
+            for value, part in zip(trained, together.split([value.numel() for value in trained])):
+                value.grad.copy_(part.view_as(value) / ranks)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        hit = logits.argmax(-1) == labels[places]
-        turns = torch.cumsum(torch.cat([torch.ones(1, dtype=torch.long), (places.diff() > 1).long()]), 0) - 1
+        hit = logits.argmax(-1) == labels[predicted]
+        turns = torch.cumsum(torch.cat([torch.ones(1, dtype=torch.long), (predicted.diff() > 1).long()]), 0) - 1
         whole = [bool(hit[turns == turn].all()) for turn in range(int(turns[-1]) + 1)]
         tally.setdefault(kind, []).extend(whole)
-        if (step + 1) % 25 == 0:
+        if (step + 1) % 20 == 0 and rank == 0:
             shares = ", ".join(f"{name} {sum(hits) / len(hits):.2f}" for name, hits in sorted(tally.items()))
             _log(f"{stage} {step + 1}/{steps}: loss {loss.item():.3f}, answers right: {shares}", started)
             tally = {}
+    if rank > 0:
+        return
     state = {name: value.detach().bfloat16().contiguous() for name, value in get_peft_model_state_dict(model).items()}
     write(out / (TEXT if source is None else LANGUAGE), state)
+
+
+def _sight(source: Path):
+    """The reader, with nothing behind it."""
+    sight = assemble(load(None, dtype="float32").model).model
+    parts = read(source / READER)
+    sight.vision_tower.load_state_dict(_below(parts, "vision_tower"))
+    sight.multi_modal_projector.load_state_dict(_below(parts, "multi_modal_projector"))
+    return sight
 
 
 def _conversation(tokenizer, document: page.Document, chance: random.Random, turns: int, compact: bool):
@@ -209,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the weights are written")
     parser.add_argument("--stage", choices=["all", "reader", "text", "pages"], default="all")
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--short", action="store_true", help="few steps, to see that it runs and comes out the same twice")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -219,10 +268,13 @@ def main() -> None:
         side_by_side = [subprocess.Popen([*again, stage]) for stage in ("reader", "text")]
         if any([process.wait() for process in side_by_side]):
             sys.exit("a stage failed: see above")
-        subprocess.run([*again, "pages"], check=True)
+        (options.out / "meeting").unlink(missing_ok=True)
+        pair = [subprocess.Popen([*again, "pages", "--rank", str(rank)]) for rank in range(PROCESSES)]
+        if any([process.wait() for process in pair]):
+            sys.exit("a stage failed: see above")
         _log("all stages done", started)
         return
-    torch.set_num_threads(2 if options.stage == "pages" else 1)
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     # Nothing reads memory before it is written; filling it takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -231,7 +283,7 @@ def main() -> None:
     elif options.stage == "text":
         language(text_steps, options.out, None)
     else:
-        language(page_steps, options.out, options.out)
+        language(page_steps, options.out, options.out, options.rank)
 
 
 if __name__ == "__main__":

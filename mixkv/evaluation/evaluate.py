@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import mean
 from typing import Any
 
@@ -114,19 +115,23 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
 def _results(
     recording: Recording, configs: list[MixKVConfig], questions: list[_Question], together: int = 16
 ) -> Iterator[dict[str, Any]]:
-    """One dict a configuration; so many caches at once are the rows of a batch."""
-    for first in range(0, len(configs), together):
-        caches = [recording.compressed(config) for config in configs[first : first + together]]
+    """One dict a configuration; so many caches at once are the rows of a batch. Those that keep chunks are fed alone."""
+    first = 0
+    while first < len(configs):
+        group = list(takewhile(lambda config: config.method != "hybridkv", configs[first : first + together]))
+        group = group or configs[first : first + 1]
+        first += len(group)
+        caches = [recording.compressed(config) for config in group]
         rows = [held(cache).rows_per_head for cache in caches]
-        batch = joined(caches)
+        batch = caches[0] if len(caches) == 1 else joined(caches)
         outcomes = [_outcome(recording, batch, len(caches), question) for question in questions]
         for index, per_head in enumerate(rows):
             mine = [outcome[index] for outcome in outcomes]
             yield {
-                "kl": mean(kl for kl, _, _ in mine),
-                "top1": mean(top1 for _, top1, _ in mine),
+                "kl": round(mean(kl for kl, _, _ in mine), 6),
+                "top1": round(mean(top1 for _, top1, _ in mine), 4),
                 "kept": sum(kept for _, _, kept in mine),
-                "rows_per_head": per_head,
+                "rows_per_head": round(per_head, 2),
             }
 
 

