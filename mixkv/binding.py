@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import compat, projection
+from . import compat, parallel, projection
 from .attention import attend_with_cache
 
 _PREFIX = "mixkv_"
@@ -37,6 +37,7 @@ def bind(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
             f"{_name(model)} has no attention module with key/value heads for layers {missing}: it is not supported"
         )
     projection.learn_norms(model.get_decoder() or model, modules.values())
+    parallel.learn(model, modules.values())
     with _LOCK:
         for config in _configs(modules):
             base = config._attn_implementation or "eager"

@@ -170,7 +170,8 @@ class MixKVCache(Cache):
     def kept(self, layer_idx: int) -> list[list[torch.Tensor]] | None:
         """Columns of the sequence as passed that layer ``layer_idx`` holds: [B][Hkv] ascending int32 tensors.
 
-        None for a layer that this library does not compress (sliding window, cross-attention, ...).
+        None for a layer that this library does not compress (sliding window, cross-attention, ...). In a tensor-parallel model
+        Hkv are the heads of this process.
         """
         self._check_met()
         layer = self.layers[layer_idx]
@@ -185,8 +186,8 @@ class MixKVCache(Cache):
         """Saves what is held, as one safetensors file that `load` reads; a file at ``path`` is replaced once all is written.
 
         Raises:
-            ValueError: nothing is held yet, the prompt has not been read to its end, or a layer of the model keeps a state of
-                an unknown kind.
+            ValueError: nothing is held yet, the prompt has not been read to its end, a layer of the model keeps a state of
+                an unknown kind, or the model is tensor-parallel.
             OSError: the file cannot be written.
         """
         self._check_met()

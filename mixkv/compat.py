@@ -41,6 +41,15 @@ def position_keepers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "rope_deltas")]
 
 
+def tensor_parallel_mesh(model: nn.Module):
+    """The one-dimensional device mesh over which ``model``'s attention heads are shared out (``tp_plan``); None: one process."""
+    # Older versions have a mesh of this dimension alone, without a name.
+    if (getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    mesh = model._device_mesh
+    return mesh["tp"] if mesh.ndim > 1 else mesh
+
+
 def prompt_plan() -> tuple[int | None, bool]:
     """How the calling `generate` is about to read its prompt.
 

@@ -29,8 +29,8 @@ class Contest:
     def over(self) -> bool:
         return len(self.held) == self.num_layers
 
-    def enter(self, ranking: Ranking, scale: torch.Tensor | None = None) -> Selection:
-        """The next layer's candidates; returns the rows it may need.
+    def enter(self, ranking: Ranking, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """The next layer's candidates, those of all its heads; returns how many [B, Hkv] each may need.
 
         ``scale`` [B]: what importance is multiplied by to be comparable with other layers'.
         """
@@ -38,28 +38,28 @@ class Contest:
         self.votes.add(ranking.base, ranking.choosable, importance, num_layers=self.num_layers)
         if self.votes.layers == 1:
             self.total = int(self.votes.total.sum()) + self.num_layers * int((ranking.real - ranking.choosable).sum())
-        return ranking.take(self.votes.quota()[:, -1])
+        return self.votes.quota()[:, -1]
 
     def settle(self, layer, selection: Selection) -> None:
-        """``layer`` has stored its ``selection`` (in ``layer.store``); trims what is held.
+        """``layer`` has stored its ``selection``; trims what is held, by its ``row_totals`` and its ``trim``.
 
         With the last layer, every layer is told its ``share``: for every batch row, its rows to those of the average layer.
         """
         self.held.append((layer, selection.flat_ranks))
-        rows = sum(layer.store.total for layer, _ in self.held)
+        rows = sum(sum(layer.row_totals) for layer, _ in self.held)
         if rows <= self.total and not self.over:
             return
         quota = self.votes.quota()
         needed = quota.sum(dim=(0, 2)).tolist()
-        spare = [layer.store.total - count for (layer, _), count in zip(self.held, needed)]
+        spare = [sum(layer.row_totals) - count for (layer, _), count in zip(self.held, needed)]
         for index in sorted(range(len(spare)), key=spare.__getitem__, reverse=True):
             if rows <= self.total and not self.over:
                 break
             layer, ranks = self.held[index]
-            before = layer.store.total
-            self.held[index] = (layer, layer.store.trim(ranks, quota[:, index].flatten()))
-            rows += layer.store.total - before
+            before = sum(layer.row_totals)
+            self.held[index] = (layer, layer.trim(ranks, quota[:, index]))
+            rows += sum(layer.row_totals) - before
         if self.over:
-            totals = [sum(layer.store.row_totals[row] for layer, _ in self.held) for row in range(layer.store.batch)]
+            totals = [sum(row) for row in zip(*(layer.row_totals for layer, _ in self.held))]
             for layer, _ in self.held:
-                layer.share = [mine * self.num_layers / total for mine, total in zip(layer.store.row_totals, totals)]
+                layer.share = [mine * self.num_layers / total for mine, total in zip(layer.row_totals, totals)]

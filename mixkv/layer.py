@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from . import hybrid, modality
+from . import hybrid, modality, parallel
 from .attention import MARK, check_caller
 from .chunks import ChunkStore
 from .config import OUTPUT_SCORES
 from .contest import Contest
-from .projection import output_factor, output_scale
+from .projection import output_factor, output_scale, projected_output
 from .ragged import RaggedStore
 from .selection import Ranking, Selection, quota, rank
 from .shared import Shared
@@ -48,6 +48,8 @@ class MixKVLayer(CacheLayerMixin):
         self.redundancy: torch.Tensor | None = None
         # For every batch row, this layer's rows to those of the average layer; None: all layers alike.
         self.share: list[float] | None = None
+        # Set where other processes hold heads of this layer too.
+        self.spread: parallel.Spread | None = None
         self.weighs_output: bool | None = None
         self.modal_redundancy: torch.Tensor | None = None  # [B, Hkv, 2]: image keys, text keys
         self.shape: tuple[int, ...] | None = None
@@ -143,6 +145,8 @@ class MixKVLayer(CacheLayerMixin):
             self.redundancy = self.redundancy[rows]
         if self.share is not None:
             self.share = [self.share[row] for row in rows]
+        if self.spread is not None:
+            self.spread.take_rows(rows)
         if self.modal_redundancy is not None:
             self.modal_redundancy = self.modal_redundancy[rows]
 
@@ -209,17 +213,21 @@ class MixKVLayer(CacheLayerMixin):
         """
         self._remember(query)
         key, value = key.detach(), value.detach()
-        contest = self._contest()
+        config, contest, part = self.shared.config, self._contest(), self._part
         ranking = self._rank(key, value, valid, options)
-        if self.shared.config.method == "hybridkv":
+        if config.method == "hybridkv":
             selection = self._split_heads(key, value, ranking, valid, options)
-        elif contest is None:
-            selection = ranking.take(quota(self.shared.config, ranking, **self._place))
         else:
-            module, last = self.module and self.module(), output[:, -self.shared.config.window :].detach()
-            scale = None if module is None else output_scale(module, last)
-            selection = contest.enter(ranking, scale)
-        self.store = RaggedStore.from_selection(key, value, selection, self.shared.config.backend)
+            if contest is None:
+                rows = quota(config, self._of_all(ranking)[0], **self._place)
+            else:
+                module, last = self.module and self.module(), output[:, -config.window :].detach()
+                projected = None if module is None else projected_output(module, last, part)
+                whole, projected = self._of_all(ranking, projected)
+                rows = contest.enter(whole, None if projected is None else output_scale(projected))
+            selection = ranking.take(part.own(rows))
+            self._count(rows)
+        self.store = RaggedStore.from_selection(key, value, selection, config.backend)
         if contest is not None:
             contest.settle(self, selection)
             if contest.over:
@@ -244,6 +252,38 @@ class MixKVLayer(CacheLayerMixin):
         self.sparsity, self.dynamic = plan.sparsity, plan.dynamic
         return plan.ranking.take(plan.rows)
 
+    def trim(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`RaggedStore.trim` to ``rows`` [B, all heads of the layer]."""
+        self._count(rows)
+        return self.store.trim(ranks, self._part.own(rows).flatten())
+
+    @property
+    def row_totals(self) -> list[int]:
+        """Rows of every batch row, those of heads in other processes included."""
+        totals = self.store.row_totals
+        return totals if self.spread is None else self.spread.totals(totals)
+
+    @property
+    def _part(self) -> parallel.Slice:
+        """Which of the layer's heads are held here."""
+        return parallel.slice_of(self.module and self.module(), self.shape[0])
+
+    def _count(self, rows: torch.Tensor) -> None:
+        """All heads of the layer are about to keep ``rows`` [B, all heads] candidates."""
+        if self._part.sliced:
+            self.spread = parallel.Spread(self._part, rows.to(self.device))
+
+    def _of_all(self, ranking: Ranking, projected: torch.Tensor | None = None) -> tuple[Ranking, torch.Tensor | None]:
+        """``ranking`` of all heads of the layer and the sum of ``projected``, where other processes hold heads of it too."""
+        part = self._part
+        importance = ranking.importance
+        if self.shared.config.method in ("adakv", "global"):
+            importance, projected = part.gather(importance, projected)
+        if not part.sliced:
+            return ranking, projected
+        alike = ranking.real[:, :1].expand(-1, part.total)
+        return ranking.over(importance, alike if self.spread is None else self.spread.lengths(ranking.real)), projected
+
     def _contest(self) -> Contest | None:
         """What this layer competes in for its rows."""
         config = self.shared.config
@@ -259,13 +299,13 @@ class MixKVLayer(CacheLayerMixin):
         if config.score not in OUTPUT_SCORES and config.method != "global":
             return {}
         module = self.module and self.module()
-        factor = None if module is None else output_factor(module, value.shape[1], value.shape[3])
+        factor = None if module is None else output_factor(module, value.shape[1], value.shape[3], self._part)
         self.weighs_output = factor is not None
         return {"output_factor": None if factor is None else factor.to(value.device)}
 
     def _rank(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, options: dict) -> Ranking:
         """The candidates of a whole prompt in order."""
-        rest = {"attention_mask": valid, **self._place, **options, **self._output_factor(value)}
+        rest = {"attention_mask": valid, **self._place, **options, **self._output_factor(value), "part": self._part}
         return rank(self.query_tail, key, value, self.shared.config, **rest)
 
     def adopt(
@@ -344,19 +384,25 @@ class MixKVLayer(CacheLayerMixin):
         config = self.shared.config
         if config.decode_budget is None or self.store is None:
             return
-        shares = self.share or [1.0] * self.store.batch
+        shares, part = self.share or [1.0] * self.store.batch, self._part
         rows = [max(round(config.decode_budget * share), config.window + 1) for share in shares]
-        over = [total > (row + config.decode_slack) * self.store.heads for total, row in zip(self.store.row_totals, rows)]
-        if not any(over):
+        over = [total > (row + config.decode_slack) * part.total for total, row in zip(self.row_totals, rows)]
+        # A copy that has not met its module yet cannot ask other processes: the next forward will.
+        if not any(over) or part.sliced != (self.spread is not None):
             return
-        key, value, valid = self.store.padded()
-        arguments = (self.query_tail, key, value, config)
-        options = {**self.options, **self._output_factor(value)}
-        ranking = rank(*arguments, attention_mask=valid, **self._place, **options)
+        length = longest = None
+        if self.spread is not None:
+            longest = self.spread.lengths(self.store.lengths.view(self.store.batch, -1).long()).amax(dim=-1)
+            length = int(longest.max())
+        key, value, valid = self.store.padded(length)
+        options = {**self.options, **self._output_factor(value), "part": part, "longest": longest}
+        ranking = rank(self.query_tail, key, value, config, attention_mask=valid, **self._place, **options)
         # A batch row that is within its bound stays as it is, as it would alone.
         base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, over)]
         ranking = dataclasses.replace(ranking, base=torch.tensor(base, device=key.device))
-        self.store.keep(ranking.take(quota(config, ranking, **self._place)), key.shape[2])
+        kept = quota(config, self._of_all(ranking)[0], **self._place)
+        self._count(kept)
+        self.store.keep(ranking.take(part.own(kept)), key.shape[2])
 
     @property
     def _place(self) -> dict[str, int]:

@@ -184,12 +184,16 @@ class RaggedStore:
         self.tail = tail
         return ranks[stay]
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv], valid bool [B, Hkv, N]."""
-        columns = torch.arange(-self.max_length, 0, device=self.starts.device)
+    def padded(self, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv], valid bool [B, Hkv, N].
+
+        N is ``length``, no less than the longest sequence; by default `max_length`.
+        """
+        length = self.max_length if length is None else length
+        columns = torch.arange(-length, 0, device=self.starts.device)
         lengths = self.lengths.long().unsqueeze(1)
         rows = (self.starts.long().unsqueeze(1) + lengths + columns).clamp(min=0).flatten()
-        shape = (self.batch, self.heads, self.max_length)
+        shape = (self.batch, self.heads, length)
         valid = (columns >= -lengths).view(shape)
         return self.key[rows].view(*shape, -1), self.value[rows].view(*shape, -1), valid
 

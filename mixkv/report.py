@@ -8,7 +8,7 @@ import torch
 
 
 def stats(cache) -> dict[str, Any]:
-    """What `MixKVCache` holds now.
+    """What `MixKVCache` holds now. In a tensor-parallel model every process tells of the heads it holds.
 
     Returns: a dict with
         bytes: bytes held, spare capacity and bookkeeping included, all layers;

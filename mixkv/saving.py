@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import binding, compat, savefile, stockstate
+from . import binding, compat, parallel, savefile, stockstate
 from .chunks import CHUNK, ChunkStore
 from .config import MixKVConfig
 from .layer import MixKVLayer
@@ -50,6 +50,11 @@ def save(cache, path: str | os.PathLike) -> None:
     from . import __version__
 
     ours = _read_layers(cache)
+    if any(layer.spread is not None or parallel.is_spread(layer.module and layer.module()) for layer in ours):
+        raise ValueError(
+            "this cache belongs to a tensor-parallel model and holds only this process's heads: it cannot be saved. Read the "
+            "prompt with the model loaded in one process, without tp_plan"
+        )
     tensors, layers = {}, []
     for index, layer in enumerate(cache.layers):
         try:
@@ -206,6 +211,11 @@ def _fill(
 def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
     header, layers = saved.header, saved.header["layers"]
     remedy = "load the model it was saved from"
+    if any(map(parallel.is_spread, modules.values())):
+        raise ValueError(
+            f"{saved.path} holds all heads, and this model is tensor-parallel, with some of them in each process: load the model "
+            f"in one process, without tp_plan"
+        )
     if header["model"] != cache._model_name:
         raise ValueError(f"{saved.path} was saved from a {header['model']}, and this model is a {cache._model_name}: {remedy}")
     if len(layers) != len(cache.layers):

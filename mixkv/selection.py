@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from . import budgets, hybrid, kernels, scores
 from .config import OUTPUT_SCORES, MixKVConfig
+from .parallel import Slice
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Ranking:
     window: torch.Tensor
     redundancy: torch.Tensor
     scores: torch.Tensor
+
+    def over(self, importance: torch.Tensor, real: torch.Tensor) -> Ranking:
+        """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `quota`."""
+        choosable = (real - self.window.shape[-1]).clamp(min=0)
+        return dataclasses.replace(self, importance=importance, real=real, choosable=choosable)
 
     def take(self, rows: torch.Tensor) -> Selection:
         """Keeps the window and the ``rows`` [B, Hkv] best candidates of each head."""
@@ -130,6 +137,8 @@ def rank(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    part: Slice | None = None,
+    longest: torch.Tensor | None = None,
 ) -> Ranking:
     """Puts the candidates of each head in order, by ``config.score``.
 
@@ -141,6 +150,8 @@ def rank(
             it adds to the layer's output; None: by its value's norm.
         scaling: factor on the attention logits; D ** -0.5 by default.
         softcap, sinks: the model's logit soft-cap, and sink logits [Hq].
+        part: which heads of the layer these are, where other processes hold others; None: all.
+        longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
 
     Raises:
         ValueError: shapes that do not fit together, padding on the right.
@@ -151,6 +162,7 @@ def rank(
     window = min(config.window, length)
     candidates = length - window
     real = valid.expand(batch, heads, length).sum(dim=-1)
+    longest = real.amax(dim=-1) if longest is None else longest
     padding = valid[..., :candidates].logical_not()
     logits = {"scaling": size**-0.5 if scaling is None else scaling, "softcap": softcap, "sinks": sinks}
 
@@ -178,13 +190,13 @@ def rank(
     key = key.float()
     found = scores.directions(key, valid)
     if redundancy is None:
-        redundancy = _configured_redundancy(config, layer_idx, num_layers, found)
+        redundancy = _configured_redundancy(config, layer_idx, num_layers, found, part or Slice(heads, heads))
     redundancy = redundancy.to(key.device, torch.float32).expand(batch, heads)
     score = scores.combine(config.score, importance, key, value, valid, found, redundancy)
     return Ranking(
-        ranks=_ranks(score, (length - real.amax(dim=-1)).tolist() if attention_mask is not None else [0] * batch),
+        ranks=_ranks(score, (length - longest).tolist() if attention_mask is not None else [0] * batch),
         importance=(output if config.method == "global" else importance).masked_fill(padding, -torch.inf),
-        base=(rows_per_head(config.budget, real.amax(dim=-1)) - config.window).clamp(min=0),
+        base=(rows_per_head(config.budget, longest) - config.window).clamp(min=0),
         real=real,
         choosable=(real - window).clamp(min=0),
         window=valid[..., candidates:],
@@ -229,16 +241,18 @@ def _ranks(score: torch.Tensor, padding: list[int]) -> torch.Tensor:
     return ranks
 
 
-def _configured_redundancy(config: MixKVConfig, layer_idx: int, num_layers: int, found: scores.Directions) -> torch.Tensor:
+def _configured_redundancy(
+    config: MixKVConfig, layer_idx: int, num_layers: int, found: scores.Directions, part: Slice
+) -> torch.Tensor:
     if config.redundancy == "online":
         return scores.redundancy(found)
-    table, heads = config.redundancy, found.count.shape[1]
+    table, heads = config.redundancy, part.total
     if len(table) != num_layers or len(table[0]) != heads:
         raise ValueError(
             f"the redundancy table has shape [{len(table)}, {len(table[0])}], but the model has {num_layers} compressed layers "
             f"of {heads} KV heads: give a table [{num_layers}, {heads}] or 'online'"
         )
-    return torch.tensor(table[layer_idx])
+    return part.own(torch.tensor(table[layer_idx]))
 
 
 def _forced(lengths: torch.Tensor, real: torch.Tensor, window: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import oracle
 import pytest
@@ -40,6 +40,22 @@ def offline(importance, base, floor):
     return budgets.apportion(shares, total, limits).view(layers, heads)
 
 
+@dataclass
+class Layer:
+    """What a contest knows of a layer."""
+
+    store: RaggedStore
+    key: torch.Tensor
+    share: list[float] | None = None
+
+    @property
+    def row_totals(self):
+        return self.store.row_totals
+
+    def trim(self, ranks, quota):
+        return self.store.trim(ranks, quota.flatten())
+
+
 def prompt(layers, heads, length, window, seed, pads, levels):
     """What each layer sees: query, key, value, mask. Few ``levels`` of value make ties."""
     generator = torch.Generator().manual_seed(seed)
@@ -75,8 +91,8 @@ def test_streaming_equals_offline(layers, heads, length, budget, floor, pads, le
         rankings.append(ranking)
         before = sum(layer.store.total for layer in held)
         assert total is None or before <= total
-        selection = contest.enter(ranking)
-        layer = SimpleNamespace(store=RaggedStore.from_selection(key, value, selection, "torch"), key=key)
+        selection = ranking.take(contest.enter(ranking))
+        layer = Layer(RaggedStore.from_selection(key, value, selection, "torch"), key)
         held.append(layer)
         contest.settle(layer, selection)
         total = contest.total

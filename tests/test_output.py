@@ -7,12 +7,13 @@ from torch import nn
 
 import mixkv
 from mixkv import MixKVConfig, select
-from mixkv.projection import factor, output_factor, output_scale
+from mixkv.projection import factor, output_factor, output_scale, projected_output
 from mixkv.selection import rank
 
 
 def attention_module(query_heads, heads, size, hidden, dtype=torch.float32):
     module = nn.Module()
+    module.num_key_value_groups = query_heads // heads
     module.o_proj = nn.Linear(query_heads * size, hidden, bias=False, dtype=dtype)
     return module
 
@@ -60,7 +61,7 @@ def test_norms_behind_the_projection(name):
     output = torch.randn(2, 5, heads * groups, size)
     with torch.no_grad():
         added = attention.o_proj(output.flatten(2))
-        scale = output_scale(attention, output)
+        scale = output_scale(projected_output(attention, output))
         torch.testing.assert_close(scale, (1 / added.square().mean(-1).sqrt()).mean(-1))
         for head in range(heads):
             row = torch.randn(size)
@@ -79,7 +80,7 @@ def test_models_without_such_norms_have_no_scale():
     mixkv.MixKVCache(model)
     attention = model.get_decoder().layers[0].self_attn
     size = attention.head_dim
-    assert output_scale(attention, torch.randn(1, 3, attention.q_proj.out_features // size, size)) is None
+    assert projected_output(attention, torch.randn(1, 3, attention.q_proj.out_features // size, size)) is None
 
 
 def test_projections_that_cannot_be_read():
@@ -87,7 +88,8 @@ def test_projections_that_cannot_be_read():
     assert output_factor(module, 3, 16) is None
     module.o_proj.weight = nn.Parameter(torch.zeros(40, 64, dtype=torch.uint8), requires_grad=False)
     assert output_factor(module, 2, 16) is None
-    assert output_factor(nn.Module(), 2, 16) is None
+    del module.o_proj
+    assert output_factor(module, 2, 16) is None
     assert torch.isfinite(factor(torch.zeros(40, 64), 2, 16)).all()
 
 

@@ -202,11 +202,11 @@ def cases(vision=None, sliding=None, attn=("eager", "sdpa")):
                 yield pytest.param(family.name, implementation, id=f"{family.name}-{implementation}")
 
 
-def build(name, attn_implementation="sdpa", seed=0):
-    """A random model in eval mode and float32; the same weights for every `attn_implementation`."""
+def build(name, attn_implementation="sdpa", seed=0, **changes):
+    """A random model in eval mode and float32; the same weights for every `attn_implementation`. `changes` go to its config."""
     family = FAMILIES[name]
     cls = getattr(transformers, family.model_class)
-    changes = family.sdpa_config if attn_implementation == "sdpa" else {}
+    changes = (family.sdpa_config if attn_implementation == "sdpa" else {}) | changes
     config = cls.config_class(**copy.deepcopy(family.config | changes))
     auto = transformers.AutoModelForImageTextToText if family.vision else transformers.AutoModelForCausalLM
     with torch.random.fork_rng():
