@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import warnings
 import weakref
 from typing import Any
 
@@ -111,6 +112,23 @@ class MixKVCache(Cache):
         if compat.holds_view(layer):
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         return result
+
+    def __bool__(self) -> bool:
+        """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
+        return any(isinstance(layer, MixKVLayer) and layer.seen for layer in self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, not rows stored."""
+        length = super().get_seq_length(layer_idx)
+        # A compiled forward is not the place where a cache is thrown away, and its frames cannot be looked at.
+        limit = None if torch.compiler.is_compiling() else compat.thrown_away_at(length)
+        if limit is not None:
+            warnings.warn(
+                f"transformers throws this compressed cache away: beyond {limit} tokens a {self._model_name} changes its rotary "
+                f"embedding and reads everything again, into a cache of its own that is not compressed. Keep prompt and answer "
+                f"within {limit} tokens, or give the first prompt more than {limit}"
+            )
+        return length
 
     def _bind_to_caller(self) -> None:
         model = compat.calling_model()

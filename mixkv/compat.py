@@ -70,6 +70,23 @@ def prompt_plan() -> tuple[int | None, bool]:
     return None, False
 
 
+def thrown_away_at(length: int) -> int | None:
+    """The sequence length beyond which the calling model throws away the cache whose ``length`` it is asking for; else None.
+
+    phi3, phimoe and phi4_multimodal change their rotary embedding beyond ``original_max_position_embeddings``, and have what
+    was read before read again.
+    """
+    caller = sys._getframe(2)
+    if (
+        caller.f_code.co_name != "prepare_inputs_for_generation"
+        or caller.f_globals["__name__"] == "transformers.generation.utils"
+    ):
+        return None
+    model, ids = caller.f_locals["self"], caller.f_locals.get("input_ids")
+    limit = getattr(model.config, "original_max_position_embeddings", None)
+    return limit if limit is not None and ids is not None and length <= limit < ids.shape[1] else None
+
+
 def decline_drafts() -> None:
     """Makes the calling `generate` take none of the drafts that came along with a prompt.
 

@@ -22,6 +22,7 @@ _FIELDS = {"mixkv", "model", "dtype", "batch", "recording", "moved", "config", "
 _NUMBERS = {"heads", "key_size", "value_size", "seen", "tail", "bound", "scaling", "softcap", "share"}
 _CHUNK_NUMBERS = ("chunk_rows", "chunk_columns", "chunk_slots")
 _MOVED = "rope_deltas"
+_IMAGES = "image_mask"
 # Values read of each parameter to tell a model's weights from another's.
 _SAMPLES = 64
 
@@ -34,9 +35,10 @@ class Saved:
         far images move positions; None: the model had gone), and under ``layers`` one entry a layer of the model: kind, and
         what that kind of layer needs beside its tensors.
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
-        lengths [B, Hkv], redundancy [B, Hkv], and query_tail, sinks where there are any; of ``hybridkv`` sparsity and dynamic
-        [B, Hkv], and where there are chunks chunk_key [rows, D], chunk_value [rows, Dv] and chunk_rows, chunk_columns,
-        chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``.
+        lengths [B, Hkv], redundancy [B, Hkv], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
+        ``hybridkv`` sparsity and dynamic [B, Hkv], and where there are chunks chunk_key [rows, D], chunk_value [rows, Dv] and
+        chunk_rows, chunk_columns, chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``; ``image_mask`` bool [B, columns] where
+        it is known which columns are images.
     """
 
     path: str
@@ -68,6 +70,8 @@ def save(cache, path: str | os.PathLike) -> None:
     moved = any(part is not None for part in deltas)
     if moved:
         tensors[_MOVED] = deltas[0]
+    if cache._shared.images.mask is not None:
+        tensors[_IMAGES] = cache._shared.images.mask[:, : ours[0].seen]
     header = {
         "format": FORMAT,
         "mixkv": __version__,
@@ -125,6 +129,11 @@ def restore(cache, saved: Saved, model: PreTrainedModel) -> None:
             stockstate.restore(layer, held, numbers, device)
     for keeper in compat.position_keepers(model):
         keeper.rope_deltas = saved.tensors[_MOVED].to(model.device, copy=True) if saved.header["moved"] else None
+    if _IMAGES in saved.tensors:
+        mask = _checked_mask(saved)
+        cache._shared.images.mask = mask.to(
+            next(layer.device for layer in cache.layers if isinstance(layer, MixKVLayer)), copy=True
+        )
     cache._batch = saved.header["batch"]
     if saved.header["recording"]:
         cache.activate_past_recording()
@@ -163,6 +172,7 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "sinks": sinks,
         "sparsity": layer.sparsity,
         "dynamic": layer.dynamic,
+        "modal_redundancy": layer.modal_redundancy,
     }
     if layer.chunks is not None:
         chunk_key, chunk_value = layer.chunks.held()
@@ -206,6 +216,7 @@ def _fill(
         parts = [copies[name] for name in ("chunk_key", "chunk_value")]
         parts += [copies[name].flatten() for name in ("chunk_rows", "chunk_columns", "chunk_slots")]
         layer.chunks = ChunkStore.from_rows(*parts, store.batch, config.backend, offload=config.offload)
+    layer.modal_redundancy = copies.get("modal_redundancy")
 
 
 def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
@@ -277,6 +288,8 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         chunked = int(held["chunk_rows"].sum()) if "chunk_rows" in held else -1
         shapes |= {"chunk_key": [chunked, numbers["key_size"]], "chunk_value": [chunked, numbers["value_size"]]}
         shapes |= dict.fromkeys(_CHUNK_NUMBERS, [batch, heads])
+    if "modal_redundancy" in held:
+        shapes["modal_redundancy"] = [batch, heads, 2]
     found = {name: list(held[name].shape) if name in held else None for name in shapes}
     if found != shapes or lengths.dtype != torch.int32 or held["position"].dtype != torch.int32 or (lengths < 0).any():
         raise ValueError(f"{saved.path} is damaged (layer {index} has {found} instead of {shapes}): save the cache again")
@@ -291,6 +304,13 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
     )
     if wrong.any() or not slots.any() or any(part.dtype != torch.int32 for part in (rows, columns, slots)):
         raise ValueError(f"{saved.path} is damaged (layer {index} has chunk_rows {rows.tolist()}): save the cache again")
+
+
+def _checked_mask(saved: Saved) -> torch.Tensor:
+    mask = saved.tensors[_IMAGES]
+    if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[0] != saved.header["batch"]:
+        raise ValueError(f"{saved.path} is damaged (its image mask is {mask.dtype} {list(mask.shape)}): save the cache again")
+    return mask
 
 
 def _weights(module: nn.Module | None) -> tuple[str | None, ...]:

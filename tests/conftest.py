@@ -1,5 +1,14 @@
 """Tests run tiny models: one thread is faster than two, and sums are the same everywhere."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def own_datasets_cache(tmp_path_factory):
+    """What the evaluation harnesses read goes through a cache of the test's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield

@@ -276,6 +276,54 @@ def test_decode_recompression_ranks_by_the_last_queries():
     assert all(total <= (20 + 8 + 1) * layer.store.heads for layer in cache.layers for total in layer.store.row_totals)
 
 
+LONGROPE = dict(
+    original_max_position_embeddings=40,
+    rope_parameters=dict(
+        rope_type="longrope",
+        rope_theta=10000.0,
+        original_max_position_embeddings=40,
+        short_factor=[1.0] * 8,
+        long_factor=[1.5 + 0.25 * index for index in range(8)],
+    ),
+)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_long_prompts_are_compressed_where_the_rotary_embedding_changes(patched, recwarn):
+    """phi3 throws short caches away then, and an unused one is not to be taken for one."""
+    model = zoo.build("phi3", **LONGROPE)
+    prompts = zoo.inputs("phi3", 44)
+    expected = model.generate(**prompts, max_new_tokens=6, do_sample=False)
+    for budget in (14, 400):
+        options = dict(window=6, budget=budget)
+        cache = mixkv.MixKVCache(model, **options)
+        if patched:
+            with mixkv.patched(model, **options):
+                found = model.generate(**prompts, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+            tokens, cache = found.sequences, found.past_key_values
+        else:
+            tokens = model.generate(**prompts, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        stats = cache.stats()
+        assert stats["seen"] == 49 and stats["rows"] == (min(budget, 44) + 5) * 2 * 2
+    assert torch.equal(tokens, expected)
+    assert not [warning for warning in recwarn if "compressed cache" in str(warning.message)]
+
+
+def test_a_cache_that_phi3_throws_away_says_so():
+    model = zoo.build("phi3", **LONGROPE)
+    prompts = zoo.inputs("phi3", 36)
+    cache = mixkv.MixKVCache(model, window=6, budget=14)
+    assert not cache
+    with pytest.warns(UserWarning, match="throws this compressed cache away: beyond 40 tokens") as told:
+        model.generate(**prompts, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert len([warning for warning in told if "compressed cache" in str(warning.message)]) == 1
+    assert cache and cache.stats()["seen"] == 40
+    again = mixkv.MixKVCache(model, window=6, budget=14)
+    tokens = model.generate(**prompts, past_key_values=again, max_new_tokens=3, do_sample=False)
+    with pytest.warns(UserWarning, match="give the first prompt more than 40"):
+        model.generate(torch.cat([tokens, tokens[:, :9]], 1), past_key_values=again, max_new_tokens=2, do_sample=False)
+
+
 def test_decode_budget_with_padding_in_the_second_turn():
     model = zoo.build("llama")
     batch, rows = zoo.ragged("llama", [48, 41])

@@ -52,12 +52,7 @@ TEMPLATE = (
 TOKENS = 9 + 60  # of the image and the question
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """Data sets are read from files and cached here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.fixture(scope="module")

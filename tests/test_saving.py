@@ -188,6 +188,39 @@ def test_image_positions_survive_another_image_on_the_model(tmp_path):
         MixKVCache.load(tmp_path / "copy", model)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3_vision", "llama"])
+def test_what_is_known_of_images_is_kept(tmp_path, name):
+    """`stats` tells the same of images before and after, and again after another turn."""
+    model = zoo.build(name)
+    prompts = zoo.ragged(name, [48, 40])[0]
+    cache, answer = filled(model, prompts)
+    cache.save(tmp_path / "image")
+    loaded = MixKVCache.load(tmp_path / "image", zoo.build(name))
+    assert (cache.stats()["image_rows"][1] is not None) == zoo.FAMILIES[name].vision
+    assert same_modality(cache, loaded)
+    turn = second_turn(prompts, answer)
+    oracle.generate(model, turn, 3, past_key_values=cache)
+    oracle.generate(model, turn, 3, past_key_values=loaded)
+    assert same_modality(cache, loaded)
+
+
+def same_modality(first, second):
+    return all(
+        mine is other is None or torch.allclose(mine, other, rtol=0, atol=0, equal_nan=True)
+        for name in ("image_rows", "text_rows", "redundancy_image", "redundancy_text")
+        for mine, other in zip(first.stats()[name], second.stats()[name], strict=True)
+    )
+
+
+def test_a_damaged_image_mask(tmp_path):
+    model = zoo.build("gemma3_vision")
+    filled(model, zoo.inputs("gemma3_vision", 40))[0].save(tmp_path / "whole")
+    header, tensors = savefile.read(tmp_path / "whole", range(1, 2))
+    savefile.write(tmp_path / "forged", header, tensors | {"image_mask": tensors["image_mask"][0]})
+    with pytest.raises(ValueError, match="image mask"):
+        MixKVCache.load(tmp_path / "forged", model)
+
+
 def test_a_model_with_linear_attention_layers(tmp_path):
     config = transformers.Lfm2Config(
         vocab_size=zoo.VOCAB,
