@@ -58,7 +58,7 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
     prompt_mask = mask if total == prompt else _slice_mask(mask, slice(head), slice(prompt))
     output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
     options = _options(query, kwargs)
-    valid = layer.shared.valid_columns(prompt_mask, prompt)
+    valid = layer.shared.valid_columns(prompt_mask, 0, prompt)
     layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, options)
     if total == prompt:
         return output, weights
@@ -71,7 +71,7 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
 def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
     new = query.shape[2]
-    valid = layer.shared.valid_columns(mask, new)
+    valid = layer.shared.valid_columns(mask, layer.seen - new, new)
     if new == 1 and valid is None:
         output = layer.decode(query, key, value, options)
     else:

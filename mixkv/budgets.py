@@ -163,6 +163,7 @@ class Votes:
         owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)
         value = importance.flatten(1)
         if self.layers > 0:
+            # The layers of a model may lie on several devices.
             value = torch.cat([self.value.to(value.device), value], dim=1)
             owner = torch.cat([self.owner.to(owner.device), owner], dim=1)
         kept = min(int(self.total.max()), value.shape[1])

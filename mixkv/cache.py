@@ -97,7 +97,10 @@ class MixKVCache(Cache):
                 f"cache.batch_select_indices / batch_repeat_interleave"
             )
         layer = self.layers[layer_idx]
-        if isinstance(layer, MixKVLayer) and layer.ordinal == 0 and layer.dense is None:
+        first = isinstance(layer, MixKVLayer) and layer.ordinal == 0
+        if first:
+            self._shared.valid.clear()
+        if first and layer.dense is None:
             columns = key_states.shape[2]
             if layer.seen == 0:
                 self._shared.prompt_length, assisted = compat.prompt_plan()
@@ -167,7 +170,9 @@ class MixKVCache(Cache):
             if isinstance(layer, MixKVLayer):
                 layer.take_rows(rows)
             else:
-                getattr(layer, stock_method)(argument)
+                device = getattr(layer, "device", None)
+                here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
+                getattr(layer, stock_method)(here)
         self._shared.images.take_rows(rows)
         if self._batch is not None:
             self._batch = len(rows)

@@ -89,7 +89,7 @@ def projected_output(module: nn.Module, output: torch.Tensor, part: Slice | None
     elif part is not None and not part.sliced and part.rank > 0:
         # Every process has all of it: one counts.
         return output.new_zeros(*output.shape[:2], weight.shape[0], dtype=torch.float32)
-    return output.float() @ weight.float().T
+    return output.float() @ weight.to(output.device).float().T
 
 
 def output_scale(projected: torch.Tensor) -> torch.Tensor:

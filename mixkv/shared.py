@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ class Shared:
     ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
     ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
     ``contest``: the layers of a prompt under ``method="global"``, until its last layer has come.
-    ``mask_memo``: (the last mask, columns, its valid columns): read once a forward, not once a layer.
+    ``valid``: valid columns by (first column, columns), of the present forward: its masks are read once, not once a layer.
     ``images``: which columns are image tokens.
     """
 
@@ -32,23 +31,26 @@ class Shared:
     recording: bool = False
     waiting: Any | None = None
     contest: Contest | None = None
-    mask_memo: tuple = field(default=(None, None, None), repr=False)
+    valid: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
     images: ImageColumns = field(default_factory=ImageColumns, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mask_memo": (None, None, None)}
+        return {**self.__dict__, "valid": {}}
 
-    def valid_columns(self, mask: torch.Tensor | None, columns: int) -> torch.Tensor | None:
-        """Which of the last ``columns`` columns are real tokens: bool [B, columns], or None if all are.
+    def valid_columns(self, mask: torch.Tensor | None, start: int, columns: int) -> torch.Tensor | None:
+        """Which of the last ``columns`` columns of ``mask`` are real tokens: bool [B, columns], or None if all are.
+
+        ``start``: the place of the first of them in the sequence. The mask may be another layer's on another device: all say
+        the same within a forward.
 
         Raises:
             ValueError: the last one is not (padding on the right).
         """
         if mask is None:
             return None
-        memo, memo_columns, valid = self.mask_memo
-        if memo is not None and memo() is mask and memo_columns == columns:
-            return valid
+        if (start, columns) in self.valid:
+            valid = self.valid[start, columns]
+            return None if valid is None else valid.to(mask.device)
         valid = mask if mask.ndim == 2 else mask[:, 0, -1]
         valid = visible(valid) if mask.ndim == 4 else valid.bool()
         valid = valid[:, -columns:]
@@ -56,5 +58,5 @@ class Shared:
             rows = (~valid[:, -1]).nonzero().flatten().tolist()
             raise ValueError(f"batch rows {rows} are padded on the right: set tokenizer.padding_side = 'left'")
         valid = None if valid.all() else valid
-        self.mask_memo = (weakref.ref(mask), columns, valid)
+        self.valid[start, columns] = valid
         return valid
