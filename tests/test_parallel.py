@@ -84,7 +84,7 @@ def work(rank, folder, port):
     )
     torch.set_num_threads(1)
     # transformers would wait for hours for a process that has failed.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=40))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=5))
     calls, found = [0], {}
     counting(calls)
     models = {name: load(folder, name, tp_plan="auto") for name in MODELS}
