@@ -245,6 +245,8 @@ class MixKVLayer(CacheLayerMixin):
         self, key: torch.Tensor, value: torch.Tensor, ranking: Ranking, valid: torch.Tensor | None, options: dict
     ) -> Selection:
         """Puts dynamic heads' rows in chunks; returns what is always resident."""
+        if self._part.sliced:
+            raise ValueError("method='hybridkv' does not work with tensor parallelism: take 'global' or 'adakv', or one process")
         config, image = self.shared.config, self.shared.images.of_prompt
         image = None if image is None else image.to(key.device)
         plan = hybrid.plan(self.query_tail, key, config, ranking, valid=valid, image=image, **options)
