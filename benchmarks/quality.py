@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-from mixkv.evaluation import journal, paired
+from mixkv.evaluation import journal, pages, paired
 
 REFERENCE = ("snapkv", "mix")
 
@@ -38,6 +38,9 @@ def print_tables(name: str, rows: list[dict]) -> None:
         for cache in caches:
             if cache != REFERENCE:
                 print(f"| {' '.join(cache)} | " + " | ".join(cell(by[(*cache, task)]) for task in tasks) + " |")
+    if all(task in pages.TASKS for task in tasks):
+        print_exact(name, rows)
+        return
     asked = [task for task in tasks if any(row["task"] == task and row["kept"] is not None for row in rows)]
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     by = {(row["method"], row["score"], row["task"], row["budget"]): row for row in rows}
@@ -47,6 +50,34 @@ def print_tables(name: str, rows: list[dict]) -> None:
     for cache in caches:
         kept = [" / ".join(str(by[(*cache, task, budget)]["kept"]) for budget in budgets) for task in asked]
         print(f"| {' '.join(cache)} | " + " | ".join(kept) + " |")
+
+
+def print_exact(name: str, rows: list[dict]) -> None:
+    """Share of questions about pages answered exactly right, and the paired difference to the reference in points."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        by = {(row["method"], row["score"], row["task"]): row for row in rows if row["budget"] == budget}
+        print(f"\n{name}, budget {budget}: answered exactly, % (difference to {' '.join(REFERENCE)} in points)\n")
+        print("| cache | " + " | ".join(tasks) + " |\n" + "|---" * (len(tasks) + 1) + "|")
+        # A sample of a page that is read before its questions are known has several.
+        questions = {
+            task: by[(*caches[0], task)]["samples"] * (pages.LATER_QUESTIONS if "later" in task else 1) for task in tasks
+        }
+        full = [100 * by[(*caches[0], task)]["answered"] / questions[task] for task in tasks]
+        print("| full cache | " + " | ".join(f"{share:.0f}" for share in full) + " |")
+        for cache in caches:
+            cells = []
+            for task in tasks:
+                row = by[(*cache, task)]
+                text = f"{100 * row['kept'] / questions[task]:.0f}"
+                if cache != REFERENCE:
+                    scale = 100 * row["samples"] / questions[task]
+                    change, low, high = (scale * row[f"kept_{part}"] for part in ("change", "low", "high"))
+                    difference = f"{change:+.0f} [{low:+.0f}, {high:+.0f}]"
+                    text += f" (**{difference}**)" if low > 0 or high < 0 else f" ({difference})"
+                cells.append(text)
+            print(f"| {' '.join(cache)} | " + " | ".join(cells) + " |")
 
 
 def draw(models: dict[str, list[dict]], path: str) -> None:
