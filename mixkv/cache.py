@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import binding, compat, report, saving
+from . import binding, compat, headprofile, report, saving
 from .config import MixKVConfig
 from .layer import MixKVLayer
 from .modality import ImageColumns
@@ -63,6 +63,8 @@ class MixKVCache(Cache):
 
     def _bind(self, model: PreTrainedModel) -> None:
         model = binding.unwrap(model)
+        if self.config.method == "sparsemm":
+            headprofile.check_model(self.config.profile, model.config.model_type)
         self._slots = binding.bind(model)
         self._shared.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import scores
-from .headprofile import Table, as_table
+from .headprofile import Profile, Table, as_table
 from .headprofile import load as load_profile
 
 METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global", "hybridkv")
@@ -50,8 +50,8 @@ class MixKVConfig:
         hybrid_floor: the share of what hybridkv leaves its pruned heads that they get in equal parts.
         offload: whether hybridkv's chunks lie in the host's memory and cross over when they are chosen; False: they stay on
             the model's device, and only what is read of them a step is saved.
-        profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a JSON file
-            with one; see `mixkv.headprofile`.
+        profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a file with
+            one, JSON or what ``mixkv calibrate`` writes; see `mixkv.headprofile`. Layers are those that attend to everything.
         decode_budget: bound for what generation adds: once a layer holds more than ``decode_budget + decode_slack``
             rows per KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing
             that came after the first prompt is ever dropped.
@@ -138,13 +138,14 @@ class MixKVConfig:
         if isinstance(profile, (str, Path)):
             profile = load_profile(profile)
         if profile is not None:
-            profile = as_table("profile", profile)
+            profile = Profile(as_table("profile", profile), getattr(profile, "model", None))
             if any(value < 0 for row in profile for value in row) or sum(map(sum, profile)) <= 0:
                 raise ValueError("profile must hold scores >= 0 with a positive sum: they are shares of the whole budget")
             object.__setattr__(self, "profile", profile)
         if self.method == "sparsemm" and profile is None:
             raise ValueError(
-                "method='sparsemm' needs profile=: a table of head scores [layers, heads] or the path of a JSON file with one"
+                "method='sparsemm' needs profile=: a table of head scores [layers, heads] or the path of a file with one (mixkv calibrate "
+                "makes it)"
             )
 
     def replace(self, **changes: Any) -> MixKVConfig:

@@ -33,23 +33,30 @@ def write(path: str | os.PathLike, header: dict[str, Any], tensors: dict[str, to
         os.replace(partial, path)
 
 
-def read(path: str | os.PathLike, formats: range) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(
+    path: str | os.PathLike, formats: range, *, kind: str = "cache", maker: str = "MixKVCache.save"
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What `write` wrote: the header, and the tensors on the CPU, not to be written to.
 
     Args:
         path: the file.
         formats: versions of the header that the caller understands; a header names its own under ``format``.
+        kind: what the file should hold; a header names its own under ``kind``, and none is a cache's.
+        maker: what writes such files, for messages.
 
     Raises:
-        ValueError: the file is damaged, was not written by `write`, or is of another format.
+        ValueError: the file is damaged, was not written by `write`, holds something else, or is of another format.
         OSError: it cannot be read.
     """
+    again = f"save the {kind} again with {maker}"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if _ENTRY not in metadata:
-                raise ValueError(f"{path} is a safetensors file, but no cache that MixKVCache.save wrote: give the path of one")
-            header, expected = _parse(path, metadata[_ENTRY])
+                raise ValueError(f"{path} is a safetensors file, but no {kind} that {maker} wrote: give the path of one")
+            header, expected = _parse(path, metadata[_ENTRY], again)
+            if (held := header.get("kind", "cache")) != kind:
+                raise ValueError(f"{path} holds a {held}, not a {kind}: give the path of one that {maker} wrote")
             if header.get("format") not in formats:
                 raise ValueError(
                     f"{path} has format {header.get('format')!r} (saved by mixkv {header.get('mixkv', '?')}), and this mixkv reads "
@@ -57,22 +64,20 @@ def read(path: str | os.PathLike, formats: range) -> tuple[dict[str, Any], dict[
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged, or no cache that MixKVCache.save wrote ({error}): save the cache again"
-        ) from error
+        raise ValueError(f"{path} is damaged, or no {kind} that {maker} wrote ({error}): {again}") from error
     if checksum(header, tensors) != expected:
-        raise ValueError(f"{path} is damaged (its checksum does not fit its contents): save the cache again")
+        raise ValueError(f"{path} is damaged (its checksum does not fit its contents): {again}")
     return header, tensors
 
 
-def _parse(path: str | os.PathLike, text: str) -> tuple[dict[str, Any], str]:
+def _parse(path: str | os.PathLike, text: str, again: str) -> tuple[dict[str, Any], str]:
     """The header and the checksum that was written with it."""
     try:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged (its header is not JSON: {error}): save the cache again") from error
+        raise ValueError(f"{path} is damaged (its header is not JSON: {error}): {again}") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("header"), dict):
-        raise ValueError(f"{path} is damaged (its entry {_ENTRY!r} holds no header): save the cache again")
+        raise ValueError(f"{path} is damaged (its entry {_ENTRY!r} holds no header): {again}")
     return entry["header"], entry.get("sha256")
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cache import MixKVCache
 from ..config import MixKVConfig
 from . import InputError
-from .measure import held, kl_divergence, no_progress
+from .measure import held, kl_divergence, no_progress, warm_up
 from .prompts import check_length
 from .replay import Recording, joined
 from .tasks import Sample
@@ -46,9 +46,13 @@ def run(
         what is expected, how many of this cache's own answers are exactly that), rows_per_head.
 
     Raises:
-        InputError: a context that a budget does not compress, or that does not fit the model.
+        InputError: a context that a budget does not compress, or that does not fit the model; a profile of another model.
     """
     samples = list(samples)
+    profiled = [config for config in configs if config.method == "sparsemm"]
+    if profiled:
+        # A profile that does not fit is told before the first sample is read.
+        warm_up(model, profiled[:1])
     for (task, tokens, seed), make in samples:
         progress(f"{task}, {tokens} tokens, sample {seed}", len(samples))
         sample = make()
