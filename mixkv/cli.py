@@ -229,6 +229,56 @@ def _samples(options: argparse.Namespace, loaded) -> list[tuple]:
     ]
 
 
+def _calibrate(options: argparse.Namespace) -> None:
+    from . import headprofile
+    from .evaluation import InputError, boxes, calibrate, journal, machine, models, spread
+
+    models.require("rich", "PIL", "matplotlib", remedy="pip install 'mixkv[demo,plot]'")
+    from .evaluation import tables
+
+    _set_threads(options)
+    _check_writable(options.out, "--out")
+    if Path(options.out).suffix not in (headprofile.CHECKED, ".json"):
+        raise InputError(f"--out {options.out} must end in {headprofile.CHECKED} or .json")
+    if Path(options.out).exists() and not options.resume:
+        raise InputError(f"--out {options.out} exists: add pages to it with --resume, or name another file")
+    unknown = [kind for kind in options.kind if kind not in boxes.KINDS]
+    if unknown:
+        raise InputError(
+            f"--kind {unknown[0]!r} is none of the pages on which answers stand; choose from {', '.join(boxes.KINDS)}"
+        )
+    with tables.progress_bar() as progress:
+        loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=True)
+        layers, heads = calibrate.shape(loaded)
+        about = {"name": loaded.name, "dtype": str(loaded.model.dtype), "versions": machine.versions()}
+        book = spread.Book(f"{options.out}.jsonl", {**about, "layers": layers, "heads": heads}, resume=options.resume)
+        names = [
+            (options.kind[index % len(options.kind)], 0, options.first_seed + index // len(options.kind))
+            for index in range(options.pages)
+        ]
+        done = set(map(journal.name, book.records))
+        mine = [
+            (name, partial(boxes.make, name[0], name[2], terse=not loaded.knows_pages))
+            for name in names[spread.rank() :: spread.processes()]
+            if name not in done
+        ]
+        records = list(book.records)
+        for record in calibrate.run(loaded, mine, progress=progress):
+            records.append(record)
+            book.add(record)
+        if not book.close():
+            return
+    records = book.records if spread.processes() > 1 else records
+    records = [record for record in journal.merge(records) if journal.name(record) in set(names)]
+    profile = calibrate.profile(loaded, records)
+    counts = {"pages": len(records), **{name: sum(record[name] for record in records) for name in ("boxed", "right")}}
+    headprofile.save(profile, options.out, profile.model, {**about, **counts, "kinds": options.kind})
+    console = tables.Console()
+    console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
+    tables.heads(console, profile, counts)
+    console.print(f'Written: {options.out}, for method="sparsemm", profile="{options.out}"')
+
+
 def _info(options: argparse.Namespace) -> None:
     from . import kernels
     from .evaluation import machine, models
@@ -246,12 +296,12 @@ def _set_threads(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
 
 
-def _check_writable(path: str | None) -> None:
+def _check_writable(path: str | None, option: str = "--json") -> None:
     """Before minutes of work, not after them."""
     from .evaluation import InputError
 
     if path is not None and not Path(path).resolve().parent.is_dir():
-        raise InputError(f"--json {path} cannot be written: there is no folder {Path(path).resolve().parent}")
+        raise InputError(f"{option} {path} cannot be written: there is no folder {Path(path).resolve().parent}")
 
 
 def _write(options: argparse.Namespace, loaded, used_by_others: float | None, results: dict[str, Any]) -> None:
@@ -350,6 +400,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(evaluation)
     evaluation.set_defaults(run=_eval)
 
+    calibrate = commands.add_parser("calibrate", help="the head profile that method sparsemm needs, measured on pages of text")
+    calibrate.add_argument(
+        "--out", required=True, metavar="FILE", help=".safetensors, or .json; the pages read are kept beside it, in FILE.jsonl"
+    )
+    calibrate.add_argument("--pages", type=_positive, default=100, metavar="N", help="default 100")
+    calibrate.add_argument(
+        "--kind",
+        type=_list(str),
+        default=["form", "table", "receipt"],
+        metavar="NAME,NAME",
+        help="of pages, in turn: form, table, receipt, two-pages (default form,table,receipt)",
+    )
+    calibrate.add_argument("--first-seed", type=_natural, default=0, metavar="N", help="of the first page (default 0)")
+    calibrate.add_argument("--resume", action="store_true", help="go on with the pages that FILE.jsonl lacks")
+    _add_model(calibrate, "the small document model")
+    _add_threads(calibrate)
+    calibrate.set_defaults(run=_calibrate)
+
     info = commands.add_parser("info", help="versions, machine, and what would be used")
     info.set_defaults(run=_info)
     return parser
@@ -368,17 +436,21 @@ def _add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[
         parser.add_argument(
             f"--{name}", type=_list(str), default=default, metavar="NAME,NAME", help=f"default {','.join(default)}"
         )
-    parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm (JSON)")
+    parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm, from mixkv calibrate or as JSON")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="ID", help="Hugging Face id or folder (default: SmolLM2-135M-Instruct)")
+def _add_model(parser: argparse.ArgumentParser, default: str = "SmolLM2-135M-Instruct") -> None:
+    parser.add_argument("--model", metavar="ID", help=f"Hugging Face id or folder (default: {default})")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="torch device (default: the GPU if there is one)")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads of torch")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_threads(parser)
     parser.add_argument("--json", metavar="FILE", help="write the results there")
 
 

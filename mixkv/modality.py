@@ -17,6 +17,11 @@ def image_token_ids(config) -> set[int]:
     return {found for name in _NAMES if isinstance(found := getattr(config, name, None), int)}
 
 
+def picture_token_ids(config) -> set[int]:
+    """The placeholder ids of images alone."""
+    return image_token_ids(config) - {getattr(config, name, None) for name in ("video_token_id", "video_token_index")}
+
+
 def redundancy(key: torch.Tensor, image: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """`scores.redundancy` of the image keys and of the text keys, each among themselves.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,6 +159,25 @@ def appends(console: Console, records: list[dict[str, Any]]) -> None:
         seconds = (record["in_place_seconds"], record["growing_seconds"])
         table.add_row(f"{record['rows_per_head']:,}", *(f"{1e6 * value:.1f} us" for value in seconds))
     console.print("Appending one row to every head of one layer")
+    console.print(table)
+
+
+def heads(console: Console, profile: Sequence[Sequence[float]], counts: dict[str, int], shown: int = 10) -> None:
+    """Prints the best heads of a profile, and how it came about: pages, ``boxed`` tokens, and those ``right``."""
+    ranked = sorted(
+        ((score, layer, head) for layer, row in enumerate(profile) for head, score in enumerate(row)),
+        key=lambda one: (-one[0], *one[1:]),
+    )
+    total, scored = sum(score for score, _, _ in ranked), sum(score > 0 for score, _, _ in ranked)
+    console.print(
+        f"\n{counts['pages']} pages: {counts['right']:,} of {counts['boxed']:,} answer tokens right, which count; {scored} of "
+        f"{len(ranked)} heads score"
+    )
+    table = narrow_table("layer-head", "score", "of all", "so far")
+    so_far = 0.0
+    for score, layer, head in ranked[: min(shown, scored)]:
+        so_far += score
+        table.add_row(f"{layer}-{head}", f"{score:.3f}", f"{score / total:.1%}", f"{so_far / total:.1%}")
     console.print(table)
 
 

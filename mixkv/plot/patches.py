@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..modality import image_token_ids
+from ..modality import picture_token_ids
 from .grid import Patch, locate
 from .share import share
 
@@ -100,10 +100,7 @@ def held(
 
     Args: as there, with ``sizes`` (height, width) of the prompt's images.
     """
-    placeholders = image_token_ids(config) - {
-        getattr(config, "video_token_id", None),
-        getattr(config, "video_token_index", None),
-    }
+    placeholders = picture_token_ids(config)
     if not placeholders:
         raise ValueError(f"{config.model_type} has no image columns in its self-attention: there is nothing to draw")
     ids = inputs["input_ids"]
