@@ -284,6 +284,7 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         "lengths": [batch, heads],
         "redundancy": [batch, heads],
     }
+    shapes |= {name: [batch, heads] for name in ("sparsity", "dynamic") if name in held}
     if "chunk_key" in held:
         chunked = int(held["chunk_rows"].sum()) if "chunk_rows" in held else -1
         shapes |= {"chunk_key": [chunked, numbers["key_size"]], "chunk_value": [chunked, numbers["value_size"]]}
