@@ -259,18 +259,18 @@ def test_decode_recompression_ranks_by_the_last_queries():
     options = dict(method="adakv", decode_budget=20, decode_slack=8, **SMALL)
     cache = mixkv.MixKVCache(model, **options)
     prompt_calls, later = [], []
-    rank = mixkv.layer.rank
+    rank = mixkv.compression.rank
 
     def recorded(query, key, value, config, **rest):
         (prompt_calls if key.shape[2] == columns else later).append(query.shape[2])
         return rank(query, key, value, config, **rest)
 
     columns = prompts["input_ids"].shape[1]
-    mixkv.layer.rank = recorded
+    mixkv.compression.rank = recorded
     try:
         oracle.generate(model, prompts, 30, past_key_values=cache)
     finally:
-        mixkv.layer.rank = rank
+        mixkv.compression.rank = rank
     assert len(prompt_calls) == 3
     assert later and set(later) == {6}
     assert all(total <= (20 + 8 + 1) * layer.store.heads for layer in cache.layers for total in layer.store.row_totals)
