@@ -282,6 +282,20 @@ def test_what_processes_left_is_taken_up(tmp_path, monkeypatch):
         spread.Book(None, header, resume=False)
 
 
+def test_profiles(folder, capsys):
+    path = folder / "profile.safetensors"
+    options = ["--method", "sparsemm", "--score", "mix", "--profile", str(path)]
+    for table, model, message in [
+        ([[1.0, 2.0, 3.0, 4.0]] * 2, "llama", None),
+        ([[1.0, 2.0, 3.0, 4.0]] * 2, "qwen2_vl", "measured on a model of type 'qwen2_vl', and this one is 'llama'"),
+        ([[1.0, 2.0, 3.0, 4.0]] * 3, "llama", "profile has shape [3, 4], but the model has 2 compressed layers of 2 KV heads"),
+    ]:
+        mixkv.headprofile.save(table, path, model)
+        assert cli.main(arguments(folder, *options)) == (0 if message is None else 2)
+        printed = capsys.readouterr()
+        assert "sparsemm mix" in printed.out if message is None else message in printed.err
+
+
 def test_bad_commands(folder, capsys):
     assert cli.main(["eval", "--model", str(folder), "--task", "riddles"]) == 2
     assert "riddles" in capsys.readouterr().err
