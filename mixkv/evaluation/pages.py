@@ -74,7 +74,9 @@ def demo(loaded) -> Reading:
 def _read(loaded, images: list, question: str) -> dict:
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
     text = loaded.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return loaded.processor(images=images, text=text, return_tensors="pt")
+    # A template that writes the first token itself needs no second one.
+    special = not (loaded.tokenizer.bos_token and text.startswith(loaded.tokenizer.bos_token))
+    return loaded.processor(images=images, text=text, add_special_tokens=special, return_tensors="pt")
 
 
 def _last_patch(ids: list[int], config) -> int:
