@@ -26,9 +26,11 @@ from mixkv.document import page, questions, render, words
 from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, assemble, processor, read, write
 from mixkv.evaluation.models import load
 
-READER_STEPS, TEXT_STEPS, PAGE_STEPS = 2000, 300, 240
+READER_STEPS, TEXT_STEPS, PAGE_STEPS = 3000, 300, 300
+# Of the reader's pages the first are dense with random cells; then every other one is as pages are, mostly blank.
+DENSE = 2 / 3
 # The last pages are seen with the reader's eyes.
-SEEN = 0.15
+SEEN = 0.2
 PROCESSES = 2
 RANK = 16
 # The language model's after the pages as text.
@@ -40,7 +42,8 @@ TEXT_TURNS, PAGE_TURNS = 8, 14
 
 
 def reader(steps: int, out: Path) -> None:
-    """Cells to embeddings, on pages dense with random cells; a linear head that names the cell helps, and is dropped."""
+    """Cells to embeddings, on pages dense with random cells and then on all kinds of page; a linear head that names the cell
+    helps, and is dropped."""
     torch.manual_seed(0)
     loaded = load(None, dtype="float32")
     model = assemble(loaded.model).float()
@@ -59,10 +62,18 @@ def reader(steps: int, out: Path) -> None:
     right = {True: [0, 0], False: [0, 0]}
     started = time.perf_counter()
     for step in range(steps):
-        _rate(optimizer, 1e-3, step, steps, warm=100)
-        dense, labels = _dense(random.Random(f"reader {step}"))
-        seen = images(render.draw(dense, f"reader {step}", mixed=step % 3 > 0), return_tensors="pt")["pixel_values"]
-        hidden = tower(seen).last_hidden_state[0]
+        first = round(DENSE * steps)
+        if step < first:
+            _rate(optimizer, 1e-3, step, first, warm=100)
+        else:
+            _rate(optimizer, 5e-4, step - first, steps - first, warm=50)
+        chance = random.Random(f"reader {step}")
+        real = step >= first and step % 2 == 1
+        shown = page.make(chance.choice(list(page.KINDS)), f"reader {step}").pages[0] if real else _dense(chance)
+        labels = torch.tensor([words.INDEX[cell] for row in shown.cells for cell in row])
+        drawn = render.draw(shown, f"reader {step}", mixed=not real and step % 3 > 0)
+        seen = images(drawn, return_tensors="pt")["pixel_values"]
+        hidden = features(tower, seen)[0]
         found, named = projector(hidden), head(hidden)
         text = torch.tensor([words.CLASSES[label] in words.TEXT for label in labels.tolist()])
         weight = torch.where(text, 3.3, 0.3)
@@ -89,6 +100,11 @@ def reader(steps: int, out: Path) -> None:
     parts = {"vision_tower": tower, "multi_modal_projector": projector}
     state = {f"{part}.{name}": value.half() for part, module in parts.items() for name, value in module.state_dict().items()}
     write(out / READER, state)
+
+
+def features(tower, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What LLaVA hands its projector [n, SIDE * SIDE, hidden]: the last layer's output, before the tower's last norm."""
+    return tower(pixel_values, output_hidden_states=True).hidden_states[-1]
 
 
 def places(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
@@ -153,7 +169,7 @@ def language(steps: int, out: Path, source: Path | None, rank: int = 0) -> None:
             if sight is not None:
                 drawn = [render.draw(one, f"{name} {number}") for number, one in enumerate(document.pages)]
                 seen = images(drawn, return_tensors="pt")["pixel_values"]
-                hidden = sight.multi_modal_projector(sight.vision_tower(seen).last_hidden_state)
+                hidden = sight.multi_modal_projector(features(sight.vision_tower, seen))
                 embeddings[image] = hidden.flatten(0, 1).to(embeddings.dtype)
             elif source is not None:
                 embeddings[image] += place.repeat(len(document.pages), 1)
@@ -219,8 +235,8 @@ def _conversation(tokenizer, document: page.Document, chance: random.Random, tur
     return torch.tensor(ids), torch.tensor(labels), image
 
 
-def _dense(chance: random.Random) -> tuple[page.Page, torch.Tensor]:
-    """Random cells and their classes."""
+def _dense(chance: random.Random) -> page.Page:
+    """Random cells."""
     dense = page.Page()
     for row in range(page.SIDE):
         for column in range(page.SIDE):
@@ -233,7 +249,7 @@ def _dense(chance: random.Random) -> tuple[page.Page, torch.Tensor]:
             }
             blank = words.LINE_END if column == page.SIDE - 1 else words.BLANK
             dense.cells[row][column] = chance.choice(group[kind]) if kind in group else blank
-    return dense, torch.tensor([words.INDEX[cell] for row in dense.cells for cell in row])
+    return dense
 
 
 def _single(tokenizer, text: str) -> int:
