@@ -112,7 +112,8 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Weights in safetensors, with a checksum that `read` asks for."""
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata={"format": "pt", "sha256": checksum({}, tensors)})
+    # One entry: safetensors writes several in any order, and the same weights are to be the same file.
+    save_file(tensors, path, metadata={"sha256": checksum({}, tensors)})
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
