@@ -22,17 +22,31 @@ def whole_rounds(records: list[dict]) -> list[dict]:
 
 def cell(row: dict) -> str:
     """Change of KL with its interval; bold where the interval lies on one side of 0."""
-    text = f"{row['kl_change']:+.0%} [{row['kl_low']:+.0%}, {row['kl_high']:+.0%}]"
-    return f"**{text}**" if row["kl_low"] > 0 or row["kl_high"] < 0 else text
+    return marked(f"{row['kl_change']:+.0%} [{row['kl_low']:+.0%}, {row['kl_high']:+.0%}]", row["kl_low"], row["kl_high"])
+
+
+def marked(text: str, low: float, high: float) -> str:
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def by_budget(rows: list[dict]) -> dict[int | float, dict[tuple[str, str, str], dict]]:
+    """Budget to (method, score, task) to row."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["budget"], {})[row["method"], row["score"], row["task"]] = row
+    return found
+
+
+def print_head(titles: list[str]) -> None:
+    print("| cache | " + " | ".join(titles) + " |\n" + "|---" * (len(titles) + 1) + "|")
 
 
 def print_tables(name: str, rows: list[dict]) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        by = {(row["method"], row["score"], row["task"]): row for row in rows if row["budget"] == budget}
+    for budget, by in by_budget(rows).items():
         print(f"\n{name}, budget {budget}, {next(iter(by.values()))['samples']} samples a task\n")
-        print("| cache | " + " | ".join(tasks) + " |\n" + "|---" * (len(tasks) + 1) + "|")
+        print_head(tasks)
         reference = [by[(*REFERENCE, task)] for task in tasks]
         print(f"| {' '.join(REFERENCE)}: KL | " + " | ".join(f"{row['kl']:.3f}" for row in reference) + " |")
         for cache in caches:
@@ -46,7 +60,7 @@ def print_tables(name: str, rows: list[dict]) -> None:
     by = {(row["method"], row["score"], row["task"], row["budget"]): row for row in rows}
     print(f"\n{name}: right answers of the full cache that stay right, at budgets {' / '.join(map(str, budgets))}\n")
     totals = [f"{task} (of {by[(*caches[0], task, budgets[0])]['answered']})" for task in asked]
-    print("| cache | " + " | ".join(totals) + " |\n" + "|---" * (len(asked) + 1) + "|")
+    print_head(totals)
     for cache in caches:
         kept = [" / ".join(str(by[(*cache, task, budget)]["kept"]) for budget in budgets) for task in asked]
         print(f"| {' '.join(cache)} | " + " | ".join(kept) + " |")
@@ -56,10 +70,9 @@ def print_exact(name: str, rows: list[dict]) -> None:
     """Share of questions about pages answered exactly right, and the paired difference to the reference in points."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        by = {(row["method"], row["score"], row["task"]): row for row in rows if row["budget"] == budget}
+    for budget, by in by_budget(rows).items():
         print(f"\n{name}, budget {budget}: answered exactly, % (difference to {' '.join(REFERENCE)} in points)\n")
-        print("| cache | " + " | ".join(tasks) + " |\n" + "|---" * (len(tasks) + 1) + "|")
+        print_head(tasks)
         # A sample of a page that is read before its questions are known has several.
         questions = {
             task: by[(*caches[0], task)]["samples"] * (pages.LATER_QUESTIONS if "later" in task else 1) for task in tasks
@@ -74,8 +87,7 @@ def print_exact(name: str, rows: list[dict]) -> None:
                 if cache != REFERENCE:
                     scale = 100 * row["samples"] / questions[task]
                     change, low, high = (scale * row[f"kept_{part}"] for part in ("change", "low", "high"))
-                    difference = f"{change:+.0f} [{low:+.0f}, {high:+.0f}]"
-                    text += f" (**{difference}**)" if low > 0 or high < 0 else f" ({difference})"
+                    text += f" ({marked(f'{change:+.0f} [{low:+.0f}, {high:+.0f}]', low, high)})"
                 cells.append(text)
             print(f"| {' '.join(cache)} | " + " | ".join(cells) + " |")
 

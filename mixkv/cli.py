@@ -50,7 +50,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _vision_demo(options: argparse.Namespace) -> None:
     from .evaluation import charts, compare, models, pages
 
-    models.require("PIL", "matplotlib", remedy="pip install 'mixkv[pages]'")
+    models.require(*models.PAGES, remedy=models.INSTALL_PAGES)
     charts.check(options.picture, "--picture")
     kinds = [("snapkv", "attn"), ("snapkv", "mix"), ("global", "mix-output")]
     configs = [config for method, score in kinds for config in compare.grid([method], [score], [48, 96])]
@@ -152,7 +152,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from .evaluation import InputError, evaluate, journal, machine, models, pages, paired, spread, tasks
+    from .evaluation import InputError, evaluate, machine, models, pages, paired, spread, tasks
 
     models.require("rich")
     from .evaluation import tables
@@ -166,7 +166,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.variant not in pages.VARIANTS:
         raise InputError(f"unknown --variant {options.variant!r}; choose from {', '.join(pages.VARIANTS)}")
     if vision:
-        models.require("PIL", "matplotlib", remedy="pip install 'mixkv[pages]'")
+        models.require(*models.PAGES, remedy=models.INSTALL_PAGES)
     configs = _grid(options)
     reference = tuple(options.reference.split("+"))
     with tables.progress_bar() as progress:
@@ -177,27 +177,21 @@ def _eval(options: argparse.Namespace) -> None:
             "dtype": str(loaded.model.dtype),
             "answer_tokens": options.answer_tokens,
             "data": options.data,
-            "variant": options.variant,
+            **({"variant": options.variant} if vision else {}),
             "configs": [config.to_dict() for config in configs],
             "machine": machine.describe(loaded.model.device),
             "versions": machine.versions(),
         }
         book = spread.Book(options.out, header, resume=options.resume)
-        records = list(book.records)
-        done = set(map(journal.name, records))
-        mine = [(name, make) for name, make in samples[spread.rank() :: spread.processes()] if name not in done]
-        found = evaluate.run(
-            loaded.model, loaded.tokenizer, mine, configs, answer_tokens=options.answer_tokens, progress=progress
+        records = spread.carry_out(
+            book,
+            samples,
+            lambda mine: evaluate.run(
+                loaded.model, loaded.tokenizer, mine, configs, answer_tokens=options.answer_tokens, progress=progress
+            ),
         )
-        for record in found:
-            records.append(record)
-            book.add(record)
-        if not book.close():
-            return
-    if spread.processes() > 1:
-        records = book.records
-    names = {name for name, _ in samples}
-    records = [record for record in journal.merge(records) if journal.name(record) in names]
+    if records is None:
+        return
     rows = paired.summary(records, header["configs"], reference)
     console = tables.Console()
     console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
@@ -231,9 +225,9 @@ def _samples(options: argparse.Namespace, loaded) -> list[tuple]:
 
 def _calibrate(options: argparse.Namespace) -> None:
     from . import headprofile
-    from .evaluation import InputError, boxes, calibrate, journal, machine, models, spread
+    from .evaluation import InputError, boxes, calibrate, machine, models, spread
 
-    models.require("rich", "PIL", "matplotlib", remedy="pip install 'mixkv[demo,plot]'")
+    models.require("rich", *models.PAGES, remedy=models.INSTALL_PAGES)
     from .evaluation import tables
 
     _set_threads(options)
@@ -256,20 +250,10 @@ def _calibrate(options: argparse.Namespace) -> None:
             (options.kind[index % len(options.kind)], 0, options.first_seed + index // len(options.kind))
             for index in range(options.pages)
         ]
-        done = set(map(journal.name, book.records))
-        mine = [
-            (name, partial(boxes.make, name[0], name[2], terse=not loaded.knows_pages))
-            for name in names[spread.rank() :: spread.processes()]
-            if name not in done
-        ]
-        records = list(book.records)
-        for record in calibrate.run(loaded, mine, progress=progress):
-            records.append(record)
-            book.add(record)
-        if not book.close():
-            return
-    records = book.records if spread.processes() > 1 else records
-    records = [record for record in journal.merge(records) if journal.name(record) in set(names)]
+        made = [(name, partial(boxes.make, name[0], name[2], terse=not loaded.knows_pages)) for name in names]
+        records = spread.carry_out(book, made, lambda mine: calibrate.run(loaded, mine, progress=progress))
+    if records is None:
+        return
     profile = calibrate.profile(loaded, records)
     counts = {"pages": len(records), **{name: sum(record[name] for record in records) for name in ("boxed", "right")}}
     headprofile.save(profile, options.out, profile.model, {**about, **counts, "kinds": options.kind})

@@ -196,7 +196,7 @@ def rank(
     return Ranking(
         ranks=_ranks(score, (length - longest).tolist() if attention_mask is not None else [0] * batch),
         importance=(output if config.method == "global" else importance).masked_fill(padding, -torch.inf),
-        base=(rows_per_head(config.budget, longest) - config.window).clamp(min=0),
+        base=base_rows(config, longest),
         real=real,
         choosable=(real - window).clamp(min=0),
         window=valid[..., candidates:],
@@ -216,6 +216,11 @@ def quota(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: int
     if config.method == "pyramidkv":
         return budgets.pyramid(base, choosable, layer_idx=layer_idx, num_layers=num_layers, beta=config.pyramid_beta)
     return budgets.from_profile(base, choosable, config.profile, layer_idx=layer_idx, num_layers=num_layers)
+
+
+def base_rows(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
+    """Candidate rows per head on average, window left out, for prompts of ``length`` [B] real tokens."""
+    return (rows_per_head(config.budget, length) - config.window).clamp(min=0)
 
 
 def rows_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:

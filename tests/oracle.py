@@ -101,3 +101,18 @@ def generate(model, prompts, steps, **options):
         **options,
     )
     return out.sequences[:, prompts["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
+
+
+def beams(model, prompts, cache, tokens: int = 8):
+    """Four beams of so many tokens: generate's whole output, where a beam's score is the sum of its log-probabilities."""
+    return model.generate(
+        **prompts,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        num_beams=4,
+        do_sample=False,
+        length_penalty=0.0,
+        past_key_values=cache,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )

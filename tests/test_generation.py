@@ -124,17 +124,7 @@ def test_a_patched_assistant_is_not_compressed():
 def test_beams_equal_rows_followed_one_by_one(name):
     """Beam search's own score of its best beam equals the score of those tokens fed to a fresh compressed cache."""
     model, prompts = build(name), prompts_for(name, 2)
-    out = model.generate(
-        **prompts,
-        max_new_tokens=8,
-        min_new_tokens=8,
-        num_beams=4,
-        do_sample=False,
-        length_penalty=0.0,
-        past_key_values=mixkv.MixKVCache(model, **SMALL),
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
+    out = oracle.beams(model, prompts, mixkv.MixKVCache(model, **SMALL))
     for row in range(2):
         single = {key: value[row : row + 1] for key, value in prompts.items()}
         if name == "qwen2_vl":

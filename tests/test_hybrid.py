@@ -365,17 +365,7 @@ def test_beams_equal_rows_followed_one_by_one(offload, monkeypatch):
 
         monkeypatch.setattr(mixkv.chunks.ChunkStore, "from_plan", classmethod(with_slots))
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
-    out = model.generate(
-        **prompts,
-        max_new_tokens=8,
-        min_new_tokens=8,
-        num_beams=4,
-        do_sample=False,
-        length_penalty=0.0,
-        past_key_values=mixkv.MixKVCache(model, **OPTIONS),
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
+    out = oracle.beams(model, prompts, mixkv.MixKVCache(model, **OPTIONS))
     for row in range(2):
         single = {key: value[row : row + 1] for key, value in prompts.items()}
         cache = mixkv.MixKVCache(model, **OPTIONS)

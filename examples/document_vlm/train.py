@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mixkv.document import page, questions, render, words
-from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, assemble, processor, read, write
+from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, assemble, fill, processor, read, write
 from mixkv.evaluation.models import load
 
 READER_STEPS, TEXT_STEPS, PAGE_STEPS = 3000, 300, 300
@@ -202,11 +202,9 @@ def language(steps: int, out: Path, source: Path | None, rank: int = 0) -> None:
 
 def _sight(source: Path):
     """The reader, with nothing behind it."""
-    sight = assemble(load(None, dtype="float32").model).model
-    parts = read(source / READER)
-    sight.vision_tower.load_state_dict(_below(parts, "vision_tower"))
-    sight.multi_modal_projector.load_state_dict(_below(parts, "multi_modal_projector"))
-    return sight
+    model = assemble(load(None, dtype="float32").model)
+    fill(model, read(source / READER), source / READER)
+    return model.model
 
 
 def _conversation(tokenizer, document: page.Document, chance: random.Random, turns: int, compact: bool):
@@ -257,10 +255,6 @@ def _single(tokenizer, text: str) -> int:
     if len(ids) != 1:
         raise ValueError(f"{text!r} is {len(ids)} tokens: a cell must be one; take it out of mixkv/document/words.py")
     return ids[0]
-
-
-def _below(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    return {name[len(part) + 1 :]: value.float() for name, value in state.items() if name.startswith(part + ".")}
 
 
 def _rate(optimizer, peak: float, step: int, steps: int, warm: int, final: float = 0.02) -> None:

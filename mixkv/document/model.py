@@ -49,7 +49,7 @@ def load(
     language = models.load(None, dtype="float32", device="cpu")
     reader, update = read(Path(weights) / READER), read(Path(weights) / LANGUAGE)
     model = assemble(language.model)
-    _fill(model.model, reader, Path(weights) / READER)
+    fill(model, reader, Path(weights) / READER)
     _merge(language.model, update, Path(weights) / LANGUAGE)
     made = processor(language.tokenizer)
     return models.Loaded(model.to(device, dtype).eval(), made.tokenizer, NAME, made, knows_pages=True)
@@ -136,12 +136,16 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _fill(inner, state: dict[str, torch.Tensor], path: Path) -> None:
-    """The reader's weights into the model's tower and projector."""
+def fill(model: LlavaForConditionalGeneration, state: dict[str, torch.Tensor], path: Path) -> None:
+    """The reader's weights, read from ``path``, into the model's tower and projector.
+
+    Raises:
+        InputError: they are another model's.
+    """
     for part in ("vision_tower", "multi_modal_projector"):
         mine = {name[len(part) + 1 :]: value.float() for name, value in state.items() if name.startswith(f"{part}.")}
         try:
-            getattr(inner, part).load_state_dict(mine)
+            getattr(model.model, part).load_state_dict(mine)
         except RuntimeError as error:
             raise InputError(f"{path} is not of this model: {str(error).splitlines()[-1].strip()}") from error
 

@@ -13,6 +13,7 @@ from ..modality import picture_token_ids
 from ..plot.grid import Patch, locate
 from . import InputError
 from .models import Loaded
+from .prompts import adds_special_tokens
 from .pages import KEYS
 
 # Kinds of pages whose answers stand on them, word by word. (On a screen they are places.)
@@ -149,8 +150,7 @@ def _text(processor, asked: Asked) -> str:
 def _encode(loaded: Loaded, images: list, text: str, start: int) -> tuple[dict, list[int], list[tuple[int, int]]]:
     """What the processor makes of it; and the last tokens, from character ``start`` on, with the characters that each spells."""
     processor, tokenizer = loaded.processor, loaded.tokenizer
-    # A template that writes the first token itself needs no second one.
-    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    special = adds_special_tokens(tokenizer, text)
     _check_sizes(loaded.model.config, images)
     try:
         inputs = dict(processor(text=[text], images=[images], add_special_tokens=special, return_tensors="pt"))

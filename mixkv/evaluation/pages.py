@@ -8,7 +8,7 @@ from functools import partial
 
 from ..document import page, questions
 from ..modality import image_token_ids
-from .prompts import Reading
+from .prompts import Reading, adds_special_tokens
 from .tasks import Sample
 
 # What a page has that training never showed; "fresh": nothing but its seed.
@@ -74,8 +74,7 @@ def demo(loaded) -> Reading:
 def _read(loaded, images: list, question: str) -> dict:
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
     text = loaded.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    # A template that writes the first token itself needs no second one.
-    special = not (loaded.tokenizer.bos_token and text.startswith(loaded.tokenizer.bos_token))
+    special = adds_special_tokens(loaded.tokenizer, text)
     return loaded.processor(images=images, text=text, add_special_tokens=special, return_tensors="pt")
 
 

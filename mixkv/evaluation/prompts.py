@@ -84,6 +84,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = T
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
 
 
+def adds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the tokenizer is to add its own to what a chat template wrote: one that writes the first token needs no second."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
 def filler(tokenizer: PreTrainedTokenizerBase, count: int, batch: int = 1) -> torch.Tensor:
     """``count`` tokens [batch, count] of English text, the same in every row."""
     from pydoc_data.topics import topics

@@ -15,7 +15,7 @@ from ..cache import MixKVCache
 from ..config import MixKVConfig
 from ..layer import MixKVLayer
 from ..ragged import RaggedStore
-from ..selection import Ranking, rows_per_head
+from ..selection import Ranking, base_rows
 from .measure import bind, end_tokens, last_logits_only
 
 
@@ -108,8 +108,7 @@ class _ReplayLayer(MixKVLayer):
         if name not in self.known:
             self.known[name] = super()._rank(key, value, valid, options)
         found = self.known[name]
-        length = found.real.amax(dim=-1)
-        return replace(found, base=(rows_per_head(config.budget, length) - config.window).clamp(min=0))
+        return replace(found, base=base_rows(config, found.real.amax(dim=-1)))
 
 
 class _ReplayCache(MixKVCache):

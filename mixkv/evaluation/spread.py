@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,28 @@ def rank() -> int:
 
 def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def carry_out(
+    book: Book, samples: list[tuple], run: Callable[[list[tuple]], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]] | None:
+    """Does this process's part of what ``book`` lacks.
+
+    Args:
+        samples: (name, how it is made), of all processes.
+        run: takes such samples, and yields a record each.
+
+    Returns: the records of all ``samples``, in their order; None in the processes that do not report.
+    """
+    records = list(book.records)
+    done = set(map(name, records))
+    for record in run([sample for sample in samples[rank() :: processes()] if sample[0] not in done]):
+        records.append(record)
+        book.add(record)
+    if not book.close():
+        return None
+    wanted = {each for each, _ in samples}
+    return [record for record in merge(book.records if processes() > 1 else records) if name(record) in wanted]
 
 
 class Book:

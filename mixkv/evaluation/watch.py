@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..cache import MixKVCache
 from ..layer import MixKVLayer
+from .measure import last_logits_only
 
 
 @torch.no_grad()
@@ -34,9 +34,7 @@ def most_attended(
     layers = [layer for layer in cache.layers if isinstance(layer, _WatchingLayer)]
     for layer in layers:
         layer.columns = at
-    options = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = length - columns[0]
+    options = last_logits_only(model, length - columns[0])
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     logits = model(**inputs, past_key_values=cache, use_cache=True, **options).logits[0]
     return logits[(at - length).to(logits.device)], torch.stack([layer.most.cpu() for layer in layers])
