@@ -4,9 +4,9 @@
     python examples/document_vlm/train.py --out mixkv/document/weights
 
 The reader learns to turn a cell of 36 x 36 pixels into the language model's own embedding of what stands there, and where; at
-the same time, on another core, the language model learns to answer about pages given as plain text; then two processes go on
-with full pages, the last of them as the reader sees them. Step counts, seeds and threads are fixed: on one machine and one set
-of versions the files come out the same.
+the same time, on another core, the language model learns to answer about pages whose blank cells are left out, a third of the
+tokens; then two processes go on, later with whole pages, the last of them as the reader sees them. Step counts, seeds and
+threads are fixed: on one machine and one set of versions the files come out the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,19 +27,20 @@ from mixkv.document import page, questions, render, words
 from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, assemble, fill, processor, read, write
 from mixkv.evaluation.models import load
 
-READER_STEPS, TEXT_STEPS, PAGE_STEPS = 3000, 300, 300
+READER_STEPS, TEXT_STEPS, PAGE_STEPS = 3000, 300, 600
 # Of the reader's pages the first are dense with random cells; then every other one is as pages are, mostly blank.
 DENSE = 2 / 3
-# The last pages are seen with the reader's eyes.
-SEEN = 0.2
+# So much of the last stage goes on without blank cells, at a third of the time a page; its last pages are seen with the reader's
+# eyes.
+BARE, SEEN = 2 / 3, 0.13
 PROCESSES = 2
 RANK = 16
-# The language model's after the pages as text.
+# The language model's after the pages without blanks.
 TEXT = "text.safetensors"
-KEYS, KEY_WEIGHTS = (1, 2, 3, 4), (4, 3, 2, 2)
+KEYS, KEY_WEIGHTS = (1, 2, 3, 4), (2, 3, 2, 2)
 KIND_WEIGHTS = {"form": 3, "table": 6, "receipt": 3, "screen": 5, "two pages": 3}
-# Questions on a page: more cost little beside the page itself.
-TEXT_TURNS, PAGE_TURNS = 8, 14
+# Questions on a page, with blank cells and without: more cost little beside the page itself.
+QUESTIONS = {False: 16, True: 12}
 
 
 def reader(steps: int, out: Path) -> None:
@@ -132,7 +134,8 @@ def places(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
 
 
 def language(steps: int, out: Path, source: Path | None, rank: int = 0) -> None:
-    """Answers about pages: as plain text when ``source`` is None; else as full pages, the last as the reader there sees them."""
+    """Answers about pages: without their blank cells; when ``source`` is given, from what was learned there on to whole pages,
+    the last of them as the reader there sees them."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     torch.manual_seed(1)
@@ -161,9 +164,8 @@ def language(steps: int, out: Path, source: Path | None, rank: int = 0) -> None:
         document = page.make(kind, name)
         if source is not None and sight is None and step >= (1 - SEEN) * steps:
             sight = _sight(source)
-        ids, labels, image = _conversation(
-            tokenizer, document, chance, TEXT_TURNS if source is None else PAGE_TURNS, compact=source is None
-        )
+        asked = _asked(tokenizer, document, chance, bare=source is None or step < BARE * steps)
+        ids, labels, image = asked.ids, asked.labels, asked.image >= 0
         with torch.no_grad():
             embeddings = embed(ids)
             if sight is not None:
@@ -171,9 +173,14 @@ def language(steps: int, out: Path, source: Path | None, rank: int = 0) -> None:
                 seen = images(drawn, return_tensors="pt")["pixel_values"]
                 hidden = sight.multi_modal_projector(features(sight.vision_tower, seen))
                 embeddings[image] = hidden.flatten(0, 1).to(embeddings.dtype)
-            elif source is not None:
-                embeddings[image] += place.repeat(len(document.pages), 1)
-        states = decoder(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
+            else:
+                embeddings[image] += place.repeat(len(document.pages), 1)[asked.image[image]]
+        states = decoder(
+            inputs_embeds=embeddings[None],
+            attention_mask=asked.seen[None, None],
+            position_ids=asked.positions[None],
+            use_cache=False,
+        ).last_hidden_state[0]
         predicted = (labels >= 0).nonzero()[:, 0]
         logits = head(states[predicted - 1]).float()
         loss = nn.functional.cross_entropy(logits, labels[predicted])
@@ -187,8 +194,8 @@ def language(steps: int, out: Path, source: Path | None, rank: int = 0) -> None:
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         hit = logits.argmax(-1) == labels[predicted]
-        turns = torch.cumsum(torch.cat([torch.ones(1, dtype=torch.long), (predicted.diff() > 1).long()]), 0) - 1
-        whole = [bool(hit[turns == turn].all()) for turn in range(int(turns[-1]) + 1)]
+        of = asked.question[predicted]
+        whole = [bool(hit[of == number].all()) for number in of.unique()]
         tally.setdefault(kind, []).extend(whole)
         if (step + 1) % 20 == 0 and rank == 0:
             shares = ", ".join(f"{name} {sum(hits) / len(hits):.2f}" for name, hits in sorted(tally.items()))
@@ -207,30 +214,51 @@ def _sight(source: Path):
     return model.model
 
 
-def _conversation(tokenizer, document: page.Document, chance: random.Random, turns: int, compact: bool):
-    """Token ids, labels (-100: not learned) and which columns are the page's, for so many questions and answers."""
-    cells = []
-    for one in document.pages:
-        for row in one.cells:
-            shown = [cell for cell in row if cell in words.TEXT] if compact and document.kind != "screen" else row
-            cells += [_single(tokenizer, words.as_token(cell)) for cell in shown]
-            if compact and shown and document.kind != "screen":
-                cells.append(_single(tokenizer, "\n"))
+@dataclass(frozen=True)
+class Asked:
+    """A document and questions about it, each of which sees the pages and itself: what was said before answers nothing.
+
+    Attributes:
+        ids, labels: tokens [n] and what is learned of them, -100 elsewhere.
+        image: which cell of the pages, -1 for none [n].
+        question: number of the question, from 1 on; 0 for what all see [n].
+        positions: as if the whole pages and one question were alone [n].
+        seen: [n, n].
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    image: torch.Tensor
+    question: torch.Tensor
+    positions: torch.Tensor
+    seen: torch.Tensor
+
+
+def _asked(tokenizer, document: page.Document, chance: random.Random, bare: bool) -> Asked:
+    cells = [cell for one in document.pages for row in one.cells for cell in row]
+    shown = [index for index, cell in enumerate(cells) if cell in words.TEXT or not bare]
     ids = tokenizer(questions.USER)["input_ids"]
     first = len(ids)
-    ids += cells
-    labels, last = [-100] * len(ids), len(ids)
-    for turn in range(turns):
+    ids += [_single(tokenizer, words.as_token(cells[index])) for index in shown]
+    image = [-1] * first + shown
+    common = len(ids)
+    labels, number = [-100] * common, [0] * common
+    positions = [*range(first), *(first + index for index in shown)]
+    for turn in range(1, QUESTIONS[bare] + 1):
         facts = questions.draw_facts(document, chance, chance.choices(KEYS, KEY_WEIGHTS)[0])
         question = questions.ask(document, facts, chance.randrange(4))
-        asked = tokenizer((questions.USER if turn else "") + question + questions.END + questions.ASSISTANT)["input_ids"]
-        answered = tokenizer(" " + questions.answer(facts) + questions.END)["input_ids"]
-        ids += asked + answered
+        asked = tokenizer(question + questions.END + questions.ASSISTANT)["input_ids"]
         # The line end behind an answer is not the model's to write.
-        labels += [-100] * len(asked) + answered[:-1] + [-100]
-    image = torch.zeros(len(ids), dtype=torch.bool)
-    image[first:last] = True
-    return torch.tensor(ids), torch.tensor(labels), image
+        answered = tokenizer(" " + questions.answer(facts) + questions.END)["input_ids"][:-1]
+        length = len(asked) + len(answered)
+        ids += asked + answered
+        labels += [-100] * len(asked) + answered
+        image += [-1] * length
+        number += [turn] * length
+        positions += range(first + len(cells), first + len(cells) + length)
+    of = torch.tensor(number)
+    seen = ((of == 0) | (of == of[:, None])).tril()
+    return Asked(torch.tensor(ids), torch.tensor(labels), torch.tensor(image), of, torch.tensor(positions), seen)
 
 
 def _dense(chance: random.Random) -> page.Page:

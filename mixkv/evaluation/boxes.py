@@ -13,8 +13,8 @@ from ..modality import picture_token_ids
 from ..plot.grid import Patch, locate
 from . import InputError
 from .models import Loaded
-from .prompts import adds_special_tokens
 from .pages import KEYS
+from .prompts import adds_special_tokens
 
 # Kinds of pages whose answers stand on them, word by word. (On a screen they are places.)
 KINDS = {kind.replace(" ", "-"): kind for kind in page.NAMES if kind != "screen"}
