@@ -1,8 +1,12 @@
 """Head profiles measured on pages: against eager attention and plain loops, resumed, saved, and refused where they do not fit."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -222,15 +226,25 @@ def test_every_token_of_an_answer_is_shown_by_its_cell(reader, kind):
         assert text == f"{asked.question}{questions.END}{questions.ASSISTANT} {asked.answer}"
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """`mixkv calibrate` on a tiny model and small pages: ``command(options) -> exit code``."""
+def use_small_pages(monkeypatch):
+    """A tiny model and small pages in place of the real ones; returns the model."""
     loaded = load("qwen2_vl")
     monkeypatch.setattr(loading, "load", lambda *args, **options: loaded)
     monkeypatch.setattr(boxes, "make", lambda kind, seed, terse: ask(loaded, SIZES[: 1 + seed % 2], seed + 100 * len(kind)))
+    return loaded
+
+
+def arguments(out, *options):
+    return ["calibrate", "--out", str(out), "--pages", "6", "--kind", "form,table", *map(str, options)]
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """`mixkv calibrate` on a tiny model and small pages: ``command(options) -> exit code``."""
+    loaded = use_small_pages(monkeypatch)
 
     def run(*options, out=tmp_path / "profile.safetensors"):
-        return cli.main(["calibrate", "--out", str(out), "--pages", "6", "--kind", "form,table", *map(str, options)])
+        return cli.main(arguments(out, *options))
 
     run.loaded = loaded
     return run
@@ -264,6 +278,35 @@ def test_the_command_and_resuming_it(command, tmp_path, capsys):
     assert out.read_bytes() == whole
     assert command(out=tmp_path / "profile.json") == 0
     assert headprofile.load(tmp_path / "profile.json") == profile
+
+
+def test_two_processes_measure_what_one_does(command, tmp_path):
+    pytest.importorskip("accelerate")
+    assert command() == 0
+    out = tmp_path / "two.safetensors"
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import sys, pytest, test_calibrate\n"
+        "test_calibrate.use_small_pages(pytest.MonkeyPatch())\n"
+        "sys.exit(test_calibrate.cli.main(sys.argv[1:]))\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
+    places = [str(Path(__file__).parent), str(Path(cli.__file__).parents[1]), *sys.path]
+    done = subprocess.run(
+        [*launch, *arguments(out, "--threads", 1)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("6 pages: ") == 1
+    one, two = (torch.tensor(headprofile.load(path)) for path in (tmp_path / "profile.safetensors", out))
+    torch.testing.assert_close(one, two)
+    first, second = (journal.read(f"{path}.jsonl")[1] for path in (tmp_path / "profile.safetensors", out))
+    assert sorted(map(journal.name, first)) == sorted(map(journal.name, second))
+    assert not list(tmp_path.glob("two.safetensors.jsonl.*"))
 
 
 def test_the_profile_decides_who_gets_how_many_rows(command, tmp_path):
