@@ -66,6 +66,11 @@ def print_tables(name: str, rows: list[dict]) -> None:
         print(f"| {' '.join(cache)} | " + " | ".join(kept) + " |")
 
 
+def questions(row: dict) -> int:
+    """Questions about pages; of a page that is read before they are known there are several."""
+    return row["samples"] * (pages.LATER_QUESTIONS if "later" in row["task"] else 1)
+
+
 def print_exact(name: str, rows: list[dict]) -> None:
     """Share of questions about pages answered exactly right, and the paired difference to the reference in points."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -73,19 +78,15 @@ def print_exact(name: str, rows: list[dict]) -> None:
     for budget, by in by_budget(rows).items():
         print(f"\n{name}, budget {budget}: answered exactly, % (difference to {' '.join(REFERENCE)} in points)\n")
         print_head(tasks)
-        # A sample of a page that is read before its questions are known has several.
-        questions = {
-            task: by[(*caches[0], task)]["samples"] * (pages.LATER_QUESTIONS if "later" in task else 1) for task in tasks
-        }
-        full = [100 * by[(*caches[0], task)]["answered"] / questions[task] for task in tasks]
+        full = [100 * row["answered"] / questions(row) for row in (by[(*caches[0], task)] for task in tasks)]
         print("| full cache | " + " | ".join(f"{share:.0f}" for share in full) + " |")
         for cache in caches:
             cells = []
             for task in tasks:
                 row = by[(*cache, task)]
-                text = f"{100 * row['kept'] / questions[task]:.0f}"
+                text = f"{100 * row['kept'] / questions(row):.0f}"
                 if cache != REFERENCE:
-                    scale = 100 * row["samples"] / questions[task]
+                    scale = 100 * row["samples"] / questions(row)
                     change, low, high = (scale * row[f"kept_{part}"] for part in ("change", "low", "high"))
                     text += f" ({marked(f'{change:+.0f} [{low:+.0f}, {high:+.0f}]', low, high)})"
                 cells.append(text)
@@ -93,7 +94,7 @@ def print_exact(name: str, rows: list[dict]) -> None:
 
 
 def draw(models: dict[str, list[dict]], path: str) -> None:
-    """Mean KL over the tasks against the budget, a line a cache, a panel a model."""
+    """Mean over the tasks against the budget, a line a cache, a panel a model: of KL, or for pages of the exact answers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,13 +102,18 @@ def draw(models: dict[str, list[dict]], path: str) -> None:
 
     figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.6), squeeze=False, layout="constrained")
     for ax, (name, rows) in zip(axes[0], models.items()):
+        exact = all(row["task"] in pages.TASKS for row in rows)
         for cache in dict.fromkeys((row["method"], row["score"]) for row in rows):
             mine = [row for row in rows if (row["method"], row["score"]) == cache]
             budgets = sorted({row["budget"] for row in mine})
-            means = [[row["kl"] for row in mine if row["budget"] == budget] for budget in budgets]
+            means = [
+                [row["kept"] / questions(row) if exact else row["kl"] for row in mine if row["budget"] == budget]
+                for budget in budgets
+            ]
             style = {"snapkv": ":", "adakv": "--", "global": "-"}.get(cache[0], "-.")
             ax.plot(budgets, [sum(part) / len(part) for part in means], style, marker="o", markersize=3, label=" ".join(cache))
-        ax.set(title=name, xlabel="budget (rows per KV head)", ylabel="KL to the full cache, mean over tasks", xscale="log")
+        label = "answered exactly, mean over tasks" if exact else "KL to the full cache, mean over tasks"
+        ax.set(title=name, xlabel="budget (rows per KV head)", ylabel=label, xscale="log")
         ax.set_xticks(budgets, map(str, budgets))
         ax.minorticks_off()
     axes[0][-1].legend(fontsize=7)
@@ -124,6 +130,8 @@ def main() -> None:
     for path in given.files:
         header, records = journal.read(path)
         name = header["model"].rstrip("/").split("/")[-1]
+        if header.get("variant", "fresh") != "fresh":
+            name += f", {header['variant']} not shown in training"
         models[name] = paired.summary(whole_rounds(records), header["configs"], REFERENCE)
         print_tables(name, models[name])
     if given.figure:

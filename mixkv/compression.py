@@ -145,13 +145,13 @@ class Compression:
         alike = ranking.real[:, :1].expand(-1, part.total)
         return ranking.over(importance, alike if self.spread is None else self.spread.lengths(ranking.real)), projected
 
-    def _contest(self) -> Contest | None:
+    def _contest(self, patient: bool = False) -> Contest | None:
         """What this layer competes in for its rows."""
         config = self.shared.config
         if config.method != "global":
             return None
         if self.ordinal == 0:
-            self.shared.contest = Contest(self.shared.num_layers, config.global_floor)
+            self.shared.contest = Contest(self.shared.num_layers, config.global_floor, patient=patient)
         return self.shared.contest
 
     def _output_factor(self, value: torch.Tensor) -> dict[str, torch.Tensor | None]:

@@ -18,10 +18,11 @@ class Contest:
     Args:
         num_layers: compressed layers of the model.
         floor: see `mixkv.budgets.Votes`.
+        patient: trims at the end only, where the prompt's keys and values are held anyway.
     """
 
-    def __init__(self, num_layers: int, floor: float):
-        self.num_layers, self.votes = num_layers, Votes(floor)
+    def __init__(self, num_layers: int, floor: float, *, patient: bool = False):
+        self.num_layers, self.votes, self.patient = num_layers, Votes(floor), patient
         # (layer, ranks of its selected rows) in order.
         self.held: list[tuple] = []
 
@@ -47,7 +48,7 @@ class Contest:
         """
         self.held.append((layer, selection.flat_ranks))
         rows = sum(sum(layer.row_totals) for layer, _ in self.held)
-        if rows <= self.total and not self.over:
+        if not self.over and (self.patient or rows <= self.total):
             return
         quota = self.votes.quota()
         needed = quota.sum(dim=(0, 2)).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from statistics import mean
 from typing import Any
@@ -64,7 +65,7 @@ def run(
         recording = Recording(model, context, window=window, inputs=inputs)
         questions = [_question(recording, tokenizer, sample, index, answer_tokens) for index in range(len(sample.follow))]
         results = list(_results(recording, configs, questions))
-        answered = None if sample.expected is None else sum(question.answered(question.reference) for question in questions)
+        answered = None if sample.expected is None else sum(question.answered(question.said) for question in questions)
         yield {
             "task": task,
             "tokens": tokens,
@@ -82,7 +83,7 @@ class _Question:
 
     Attributes:
         answer: the tokens that follow [T].
-        reference: the full cache's logits for each [T, V].
+        reference: the full cache's logits for each [T, V], in float32.
         right: of its own greedy answer, how many tokens a right one takes; None: it is wrong, or nothing can be right.
         truth: ``answer`` is the right one, whole: a cache is held to it, not to what the full cache says.
     """
@@ -93,12 +94,16 @@ class _Question:
     right: int | None
     truth: bool
 
-    def answered(self, logits: torch.Tensor) -> bool:
-        """Whether a cache with these logits [T, V] gives the right answer."""
-        said = logits.argmax(-1)
+    @cached_property
+    def said(self) -> torch.Tensor:
+        """The full cache's likeliest tokens [T]."""
+        return self.reference.argmax(-1)
+
+    def answered(self, said: torch.Tensor) -> bool:
+        """Whether a cache whose likeliest tokens are ``said`` [T] gives the right answer."""
         if self.truth:
             return bool((said == self.answer).all())
-        return self.right is not None and bool((said == self.reference.argmax(-1))[: self.right].all())
+        return self.right is not None and bool((said == self.said)[: self.right].all())
 
 
 def _question(recording: Recording, tokenizer, sample: Sample, index: int, answer_tokens: int) -> _Question:
@@ -108,7 +113,7 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
     else:
         answer = torch.tensor([sample.answer[index]], device=follow.device)
     fed = torch.cat([follow, answer[:, :-1]], dim=1)
-    logits = recording.follow(recording.compressed(None), fed)[0, follow.shape[1] - 1 :]
+    logits = recording.follow(recording.compressed(None), fed)[0, follow.shape[1] - 1 :].float()
     right, truth = None, sample.expected is not None and sample.answer is not None
     if sample.expected is not None:
         texts = (tokenizer.decode(answer[0, : count + 1]) for count in range(answer.shape[1]))
@@ -144,9 +149,10 @@ def _outcome(recording: Recording, batch: MixKVCache, count: int, question: _Que
     reference = question.reference
     fed = question.fed.expand(count, -1)
     found = []
-    for logits in recording.follow(copy.deepcopy(batch), fed)[:, -reference.shape[0] :]:
-        agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean()
-        found.append((float(kl_divergence(reference, logits).mean()), float(agreement), question.answered(logits)))
+    for logits in recording.follow(copy.deepcopy(batch), fed)[:, -reference.shape[0] :].float():
+        said = logits.argmax(-1)
+        agreement = (said == question.said).float().mean()
+        found.append((float(kl_divergence(reference, logits).mean()), float(agreement), question.answered(said)))
     return found
 
 

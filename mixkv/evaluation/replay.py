@@ -101,6 +101,10 @@ class _ReplayLayer(MixKVLayer):
 
     known: dict[str, Ranking] | None = None
 
+    def _contest(self, patient: bool = True):
+        # The recording holds the whole prompt: trimming on the way would save nothing.
+        return super()._contest(patient)
+
     def _rank(self, key, value, valid, options):
         config = self.shared.config
         judged = config.to_dict() | {"budget": None, "profile": None, "method": config.method == "global"}
