@@ -27,20 +27,20 @@ from mixkv.document import page, questions, render, words
 from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, assemble, fill, processor, read, write
 from mixkv.evaluation.models import load
 
-READER_STEPS, TEXT_STEPS, PAGE_STEPS = 3000, 300, 600
+READER_STEPS, TEXT_STEPS, PAGE_STEPS = 3000, 300, 480
 # Of the reader's pages the first are dense with random cells; then every other one is as pages are, mostly blank.
 DENSE = 2 / 3
 # So much of the last stage goes on without blank cells, at a third of the time a page; its last pages are seen with the reader's
 # eyes.
-BARE, SEEN = 2 / 3, 0.13
+BARE, SEEN = 5 / 8, 0.13
 PROCESSES = 2
 RANK = 16
 # The language model's after the pages without blanks.
 TEXT = "text.safetensors"
 KEYS, KEY_WEIGHTS = (1, 2, 3, 4), (2, 3, 2, 2)
 KIND_WEIGHTS = {"form": 3, "table": 6, "receipt": 3, "screen": 5, "two pages": 3}
-# Questions on a page, with blank cells and without: more cost little beside the page itself.
-QUESTIONS = {False: 16, True: 12}
+# On a page: more cost little beside the page itself.
+QUESTIONS = 12
 
 
 def reader(steps: int, out: Path) -> None:
@@ -159,7 +159,8 @@ def language(steps: int, out: Path, source: Path | None, rank: int = 0) -> None:
     for step in range(steps):
         _rate(optimizer, peak, step, steps, warm=30, final=0.3 if source is None else 0.02)
         name = f"{stage} {step * ranks + rank}"
-        chance = random.Random(name)
+        # Alike in all processes: they read pages of one kind at a time, and none waits long for another.
+        chance = random.Random(f"{stage} {step}")
         kind = chance.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
         document = page.make(kind, name)
         if source is not None and sight is None and step >= (1 - SEEN) * steps:
@@ -244,7 +245,7 @@ def _asked(tokenizer, document: page.Document, chance: random.Random, bare: bool
     common = len(ids)
     labels, number = [-100] * common, [0] * common
     positions = [*range(first), *(first + index for index in shown)]
-    for turn in range(1, QUESTIONS[bare] + 1):
+    for turn in range(1, QUESTIONS + 1):
         facts = questions.draw_facts(document, chance, chance.choices(KEYS, KEY_WEIGHTS)[0])
         question = questions.ask(document, facts, chance.randrange(4))
         asked = tokenizer(question + questions.END + questions.ASSISTANT)["input_ids"]
