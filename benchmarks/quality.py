@@ -132,6 +132,8 @@ def main() -> None:
         name = header["model"].rstrip("/").split("/")[-1]
         if header.get("variant", "fresh") != "fresh":
             name += f", {header['variant']} not shown in training"
+        if "keys" in header:
+            name += f", {' or '.join(map(str, header['keys']))} keys a question"
         models[name] = paired.summary(whole_rounds(records), header["configs"], REFERENCE)
         print_tables(name, models[name])
     if given.figure:

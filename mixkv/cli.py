@@ -177,7 +177,7 @@ def _eval(options: argparse.Namespace) -> None:
             "dtype": str(loaded.model.dtype),
             "answer_tokens": options.answer_tokens,
             "data": options.data,
-            **({"variant": options.variant} if vision else {}),
+            **({"variant": options.variant, "keys": options.keys} if vision else {}),
             "configs": [config.to_dict() for config in configs],
             "machine": machine.describe(loaded.model.device),
             "versions": machine.versions(),
@@ -216,7 +216,7 @@ def _samples(options: argparse.Namespace, loaded) -> list[tuple]:
     ]
     # A page's length is its own: no --tokens.
     return texts + [
-        ((task, 0, seed), partial(pages.TASKS[task], loaded, seed, variant=options.variant))
+        ((task, 0, seed), partial(pages.TASKS[task], loaded, seed, variant=options.variant, keys=options.keys))
         for seed in seeds
         for task in options.task
         if task in pages.TASKS
@@ -365,6 +365,13 @@ def _parser() -> argparse.ArgumentParser:
         default="fresh",
         metavar="NAME",
         help="of pages: fresh, or what the document model was never trained with: words, phrasing, layout, font (default fresh)",
+    )
+    evaluation.add_argument(
+        "--keys",
+        type=_list(_positive),
+        default=[2, 3, 4],
+        metavar="N,N",
+        help="of pages: how many things a question asks for, one of these numbers (default 2,3,4)",
     )
     evaluation.add_argument("--data", metavar="FILE", help="JSON lines with context, question, answer, in place of --task")
     evaluation.add_argument("--tokens", type=_list(_positive), default=[1024], metavar="N,N", help="lengths (default 1024)")

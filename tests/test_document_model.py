@@ -39,6 +39,8 @@ def test_samples_are_told_apart_by_when_the_question_comes(loaded):
     patch = loaded.model.config.image_token_index
     assert asked.context.count(patch) == later.context.count(patch) == 2 * 576 and later.context[-1] == patch
     assert loaded.tokenizer.decode(later.answer[0]) == f" {later.expected[0]}<|im_end|>"
+    assert {pages.sample("form", loaded, seed, keys=[1]).expected[0].count(",") for seed in range(3)} == {0}
+    assert {pages.sample("form", loaded, seed, keys=[3]).expected[0].count(",") for seed in range(3)} == {2}
     with pytest.raises(ValueError, match="variant must be one of .*, not 'colour'"):
         pages.sample("form", loaded, 0, variant="colour")
 
@@ -102,7 +104,7 @@ def test_the_commands(tmp_path, capsys):
     assert cli.main(["demo", "--vision", "--picture", str(tmp_path / "page.txt")]) == 2
     assert "--picture" in capsys.readouterr().err
     options = ["--samples", "1", "--budget", "48", "--method", "snapkv", "--score", "mix", "--out", str(results)]
-    assert cli.main(["eval", "--task", "screen,table-later", "--variant", "font", *options]) == 0
+    assert cli.main(["eval", "--task", "screen,table-later", "--variant", "font", "--keys", "2", *options]) == 0
     printed = capsys.readouterr().out
     assert "screen, budget 48" in printed and "table-later, budget 48" in printed and len(results.read_text().splitlines()) == 3
     assert cli.main(["eval", "--task", "form", "--variant", "colour", *options]) == 2

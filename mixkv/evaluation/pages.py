@@ -1,9 +1,9 @@
-"""Tasks over rendered pages: a page, and a question about two to four things on it."""
+"""Tasks over rendered pages: a page, and a question about some things on it."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..document import page, questions
@@ -13,12 +13,13 @@ from .tasks import Sample
 
 # What a page has that training never showed; "fresh": nothing but its seed.
 VARIANTS = ("fresh", "words", "phrasing", "layout", "font")
+# So many things are asked for at once.
 KEYS = (2, 3, 4)
 # Of a page that is read before its questions are known.
 LATER_QUESTIONS = 2
 
 
-def sample(kind: str, loaded, seed: int, *, later: bool = False, variant: str = "fresh") -> Sample:
+def sample(kind: str, loaded, seed: int, *, later: bool = False, variant: str = "fresh", keys: Sequence[int] = KEYS) -> Sample:
     """A page and a question about it, read together; ``later``: the page is read before two questions are known.
 
     Args:
@@ -26,6 +27,7 @@ def sample(kind: str, loaded, seed: int, *, later: bool = False, variant: str = 
         loaded: a vision-language model with its ``processor`` and ``tokenizer``. The document model is held to the true answer
             word by word; another model, whose way of answering is not known, to its own answer with the full cache.
         variant: of `VARIANTS`.
+        keys: how many things a question may ask for.
 
     Raises:
         ValueError: unknown kind or variant.
@@ -39,7 +41,7 @@ def sample(kind: str, loaded, seed: int, *, later: bool = False, variant: str = 
     font = render.HELD_OUT_FONT if variant == "font" else None
     images = [render.draw(one, f"asked {seed} {number}", font=font) for number, one in enumerate(document.pages)]
     chance = random.Random(f"questions {kind} {seed}")
-    facts = [questions.draw_facts(document, chance, chance.choice(KEYS)) for _ in range(LATER_QUESTIONS if later else 1)]
+    facts = [questions.draw_facts(document, chance, chance.choice(keys)) for _ in range(LATER_QUESTIONS if later else 1)]
     phrasings = ["held out" if variant == "phrasing" else chance.randrange(4) for _ in facts]
     asked = [questions.ask(document, some, phrasing) for some, phrasing in zip(facts, phrasings)]
     whole = [_read(loaded, images, question) for question in asked]
