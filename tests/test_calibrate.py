@@ -1,12 +1,8 @@
 """Head profiles measured on pages: against eager attention and plain loops, resumed, saved, and refused where they do not fit."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 import transformers
 import zoo
 import zoo_processors
+from processes import run_two
 from transformers import DynamicCache
 
 from mixkv import MixKVCache, cli, headprofile
@@ -284,24 +281,9 @@ def test_two_processes_measure_what_one_does(command, tmp_path):
     pytest.importorskip("accelerate")
     assert command() == 0
     out = tmp_path / "two.safetensors"
-    script = tmp_path / "small.py"
-    script.write_text(
-        "import sys, pytest, test_calibrate\n"
-        "test_calibrate.use_small_pages(pytest.MonkeyPatch())\n"
-        "sys.exit(test_calibrate.cli.main(sys.argv[1:]))\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
-    places = [str(Path(__file__).parent), str(Path(cli.__file__).parents[1]), *sys.path]
-    done = subprocess.run(
-        [*launch, *arguments(out, "--threads", 1)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("6 pages: ") == 1
+    small = "import pytest, test_calibrate\ntest_calibrate.use_small_pages(pytest.MonkeyPatch())"
+    printed, finished = run_two(tmp_path, arguments(out, "--threads", 1), before=small)
+    assert finished == {0: 3, 1: 3} and printed.count("6 pages: ") == 1
     one, two = (torch.tensor(headprofile.load(path)) for path in (tmp_path / "profile.safetensors", out))
     torch.testing.assert_close(one, two)
     first, second = (journal.read(f"{path}.jsonl")[1] for path in (tmp_path / "profile.safetensors", out))

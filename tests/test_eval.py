@@ -1,16 +1,13 @@
 """mixkv eval: replayed readings, tasks, the results file, paired statistics, the command."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import oracle
 import pytest
 import torch
 import zoo
+from processes import run_two
 from test_evaluation import make_model, make_text, make_tokenizer
 
 import mixkv
@@ -249,13 +246,9 @@ def test_two_processes_give_what_one_gives(folder):
     pytest.importorskip("accelerate")
     one, two = folder / "one.json", folder / "two.json"
     assert cli.main(arguments(folder, "--json", str(one))) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "mixkv"]
     more = ["--json", str(two), "--out", str(folder / "out.jsonl"), "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(mixkv.__file__).parents[1]), *sys.path])}
-    done = subprocess.run([*launch, *arguments(folder, *more)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("global mix-output") == 4
+    printed, finished = run_two(folder, arguments(folder, *more))
+    assert finished == {0: 2, 1: 2} and printed.count("global mix-output") == 4
     first, second = (json.loads(path.read_text()) for path in (one, two))
     for a, b in zip(first["records"], second["records"], strict=True):
         assert (a["seed"], a["answered"]) == (b["seed"], b["answered"])

@@ -1,4 +1,4 @@
-"""Samples over the processes of ``accelerate launch``: each evaluates its part, the first puts all together."""
+"""Samples over the processes of ``accelerate launch`` or torchrun: each evaluates its part, the first puts all together."""
 
 from __future__ import annotations
 
@@ -106,6 +106,11 @@ class Book:
 
 
 def _wait() -> None:
+    import torch
     from accelerate import PartialState
 
-    PartialState().wait_for_everyone()
+    # Without a GPU it must be told, or it takes several processes for one and waits for nobody.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes != processes():
+        raise InputError(f"accelerate sees {state.num_processes} processes where WORLD_SIZE says {processes()}")
+    state.wait_for_everyone()
