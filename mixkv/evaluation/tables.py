@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from .measure import Progress
+
+# Before it is known how much there is to do.
+_STARTING = "{desc} [{elapsed}]"
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on standard error, gone when its block ends."""
-    columns = (
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading the model", total=None)
-        begun = 0
+    """A bar on standard error where that is a terminal, gone when its block ends; of several processes, one below the other."""
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    with tqdm(desc="loading the model", leave=False, disable=None, position=place, bar_format=_STARTING) as bar:
 
         def progress(what: str, total: int) -> None:
-            nonlocal begun
-            bar.update(task, description=what, total=total, completed=begun)
-            begun += 1
+            if bar.total is None:
+                bar.bar_format = None
+                bar.reset(total)
+            else:
+                bar.update()
+            bar.set_description(what)
 
         yield progress
 
