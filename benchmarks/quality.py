@@ -44,7 +44,8 @@ def print_head(titles: list[str]) -> None:
 def print_tables(name: str, rows: list[dict]) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
-    for budget, by in by_budget(rows).items():
+    found = by_budget(rows)
+    for budget, by in found.items():
         print(f"\n{name}, budget {budget}, {next(iter(by.values()))['samples']} samples a task\n")
         print_head(tasks)
         reference = [by[(*REFERENCE, task)] for task in tasks]
@@ -56,13 +57,11 @@ def print_tables(name: str, rows: list[dict]) -> None:
         print_exact(name, rows)
         return
     asked = [task for task in tasks if any(row["task"] == task and row["kept"] is not None for row in rows)]
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    by = {(row["method"], row["score"], row["task"], row["budget"]): row for row in rows}
-    print(f"\n{name}: right answers of the full cache that stay right, at budgets {' / '.join(map(str, budgets))}\n")
-    totals = [f"{task} (of {by[(*caches[0], task, budgets[0])]['answered']})" for task in asked]
+    print(f"\n{name}: right answers of the full cache that stay right, at budgets {' / '.join(map(str, found))}\n")
+    totals = [f"{task} (of {next(iter(found.values()))[(*caches[0], task)]['answered']})" for task in asked]
     print_head(totals)
     for cache in caches:
-        kept = [" / ".join(str(by[(*cache, task, budget)]["kept"]) for budget in budgets) for task in asked]
+        kept = [" / ".join(str(by[(*cache, task)]["kept"]) for by in found.values()) for task in asked]
         print(f"| {' '.join(cache)} | " + " | ".join(kept) + " |")
 
 

@@ -246,12 +246,12 @@ def _calibrate(options: argparse.Namespace) -> None:
         layers, heads = calibrate.shape(loaded)
         about = {"name": loaded.name, "dtype": str(loaded.model.dtype), "versions": machine.versions()}
         book = spread.Book(f"{options.out}.jsonl", {**about, "layers": layers, "heads": heads}, resume=options.resume)
-        names = [
-            (options.kind[index % len(options.kind)], 0, options.first_seed + index // len(options.kind))
-            for index in range(options.pages)
-        ]
-        made = [(name, partial(boxes.make, name[0], name[2], terse=not loaded.knows_pages)) for name in names]
-        records = spread.carry_out(book, made, lambda mine: calibrate.run(loaded, mine, progress=progress))
+        pages = []
+        for index in range(options.pages):
+            turn, place = divmod(index, len(options.kind))
+            kind, seed = options.kind[place], options.first_seed + turn
+            pages.append(((kind, 0, seed), partial(boxes.make, kind, seed, terse=not loaded.knows_pages)))
+        records = spread.carry_out(book, pages, lambda mine: calibrate.run(loaded, mine, progress=progress))
     if records is None:
         return
     profile = calibrate.profile(loaded, records)

@@ -63,8 +63,8 @@ def reader(steps: int, out: Path) -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
     right = {True: [0, 0], False: [0, 0]}
     started = time.perf_counter()
+    first = round(DENSE * steps)
     for step in range(steps):
-        first = round(DENSE * steps)
         if step < first:
             _rate(optimizer, 1e-3, step, first, warm=100)
         else:
