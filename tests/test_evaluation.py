@@ -292,3 +292,14 @@ def test_smollm2_answers_from_a_compressed_cache():
     assert compressed["rows_per_head"] == 128
     assert compressed["bytes_ratio"] < 1.25 * 128 / ids.shape[1]
     assert 0 < compressed["mean_kl"] < 5
+
+
+@pytest.mark.parametrize("rank, gpu", [(None, 0), ("0", 0), ("1", 1), ("5", 1)])
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, rank, gpu):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert loading._device(None) == torch.device("cuda", gpu)
+    assert loading._device("cpu") == torch.device("cpu")

@@ -171,7 +171,10 @@ def _vision(name: str | None, dtype, device: torch.device) -> Loaded:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # torchrun and accelerate number the processes of a machine: each takes a GPU of its own.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

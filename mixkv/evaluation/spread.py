@@ -110,7 +110,7 @@ def _wait() -> None:
     from accelerate import PartialState
 
     # Without a GPU it must be told, or it takes several processes for one and waits for nobody.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != processes():
         raise InputError(f"accelerate sees {state.num_processes} processes where WORLD_SIZE says {processes()}")
     state.wait_for_everyone()
