@@ -1,0 +1,33 @@
+"""What both halves of the training use."""
+
+from __future__ import annotations
+
+import math
+import time
+
+# What the first two stages hand to the third, and where its processes meet; gone at the end.
+READER_PART, TEXT_PART, MEETING = "reader.part", "text.part", "meeting"
+
+
+def single(tokenizer, text: str) -> int:
+    """The one token that ``text`` is."""
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens: a cell must be one; take it out of mixkv/document/words.py")
+    return ids[0]
+
+
+def set_rate(optimizer, share: float) -> None:
+    """Every group's learning rate, as a share of the group's own ``peak``."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["peak"]
+
+
+def cosine(step: int, steps: int, warm: int, first: float = 1.0, final: float = 0.02) -> float:
+    """Linear warm-up, then a cosine from ``first`` down to ``final``."""
+    done = max(step - warm, 0) / max(steps - warm, 1)
+    return min((step + 1) / warm * first, final + (first - final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def log(text: str, started: float) -> None:
+    print(f"{time.perf_counter() - started:6.0f} s  {text}", flush=True)
