@@ -1,4 +1,4 @@
-"""The language model: a LoRA that looks things up on pages; in the second stage with the reader, which learns on."""
+"""The language model: a LoRA that looks things up on pages, as texts with places first and then as the reader sees them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import reading
 import torch
-from asked import ask, attend
-from common import MEETING, READER_PART, TEXT_PART, cosine, log, set_rate
+from asked import Asked, ask, attend
+from common import MEETING, TEXT_PART, cosine, log, set_rate
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import AttentionInterface
@@ -21,11 +21,11 @@ from mixkv.evaluation.models import Loaded, load
 RANK = 16
 PROCESSES = 2
 KIND_WEIGHTS = {"form": 3, "table": 5, "receipt": 4, "screen": 5, "two pages": 4}
-# A page that is whole takes three times as long as one without its blank cells, which teaches most of what there is to learn.
-BARE = 0.7
+# Of the last stage: up to here pages are as in the stage before, from here on as the reader sees them, and then whole. A whole page
+# takes three times as long as one without its blank cells, which teaches most of what there is to learn; and what is learned of
+# exact embeddings is hardly learned of the reader's, but goes over to them.
+SEEN, WHOLE = 0.5, 0.7
 PEAK = 1e-3
-# Every so many steps the reader learns from a page of random cells, so that it forgets no word.
-AGAIN = 4
 
 AttentionInterface.register("asked", attend)
 
@@ -36,18 +36,12 @@ def text(steps: int, out: Path) -> None:
     loaded, model = _language()
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW([{"params": trained, "peak": PEAK}], weight_decay=0.0)
-    embed = loaded.model.get_input_embeddings()
-    place = reading.places(embed.weight.float(), loaded.tokenizer).to(embed.weight.dtype)
-    told = Told("text", steps)
+    place, told = _places(loaded), Told("text", steps)
     for step in range(steps):
         set_rate(optimizer, cosine(step, steps, 30, final=0.5))
         chance = random.Random(f"text {step}")
         document = page.make(_kind(chance), f"text {step}")
-        asked = ask(loaded.tokenizer, document, chance, bare=True)
-        cells = asked.image >= 0
-        embeddings = embed(asked.ids).detach()
-        embeddings[cells] += place.repeat(len(document.pages), 1)[asked.image[cells]]
-        loss, right = _answers(loaded, asked, embeddings)
+        loss, right = _answers(loaded, ask(loaded.tokenizer, document, chance, bare=True), place)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -57,52 +51,39 @@ def text(steps: int, out: Path) -> None:
 
 
 def pages(steps: int, out: Path, rank: int) -> None:
-    """Goes on with pages as the reader sees them, first without their blank cells, then whole. Process ``rank`` of `PROCESSES`:
-    each has its own pages, and gradients are averaged. Writes both parts' weights."""
+    """Goes on, later with pages as the reader sees them, at last with whole ones. Process ``rank`` of `PROCESSES`: each has its own
+    pages, and gradients are averaged."""
     torch.manual_seed(1)
     meeting = f"file://{(out / MEETING).resolve()}"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES)
     loaded, model = _language()
     set_peft_model_state_dict(model, read(out / TEXT_PART))
-    reader = reading.Reader(load(None, dtype="float32").model, loaded.tokenizer).load(out / READER_PART)
-    update = [value for value in model.parameters() if value.requires_grad]
-    # LLaVA takes what stands before the tower's last norm.
-    eyes = [value for name, value in reader.named_parameters() if "post_layernorm" not in name]
-    groups = [{"params": update, "peak": PEAK}, {"params": eyes, "peak": 0.3 * PEAK}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    embed = loaded.model.get_input_embeddings()
-    told = Told("pages", steps)
-    bare = round(BARE * steps)
+    reader = reading.Reader(load(None, dtype="float32").model, loaded.tokenizer).load(out / READER)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": trained, "peak": PEAK}], weight_decay=0.0)
+    place, told = _places(loaded), Told("pages", steps)
+    seen, whole = round(SEEN * steps), round(WHOLE * steps)
     for step in range(steps):
-        whole = step >= bare
-        set_rate(optimizer, cosine(step - bare, steps - bare, 1, first=0.4) if whole else cosine(step, bare, 20, final=0.4))
+        last = step >= whole
+        set_rate(optimizer, cosine(step - whole, steps - whole, 1, first=0.4) if last else cosine(step, whole, 20, final=0.4))
         # Alike in all processes: they read pages of one kind at a time, and none waits long for another.
         chance = random.Random(f"pages {step}")
         name = f"pages {step * PROCESSES + rank}"
         document = page.make(_kind(chance), name)
-        asked = ask(loaded.tokenizer, document, chance, bare=not whole)
-        _, found = reader(document.pages, [f"{name} {number}" for number in range(len(document.pages))])
-        cells = asked.image >= 0
-        embeddings = embed(asked.ids).detach()
-        embeddings[cells] = found.flatten(0, 1)[asked.image[cells]].to(embeddings.dtype)
-        loss, right = _answers(loaded, asked, embeddings)
-        seen = document.pages
-        if step % AGAIN == 0:
-            seen = [reading.dense_page(random.Random(name))]
-            _, found = reader(seen, [name], mixed=True)
-        labels = reading.labels_of(seen)
-        misread = (reader.distance(found, labels) * reading.weights_of(labels)).sum(-1).mean()
+        cells = None
+        if step >= seen:
+            with torch.no_grad():
+                _, cells = reader(document.pages, [f"{name} {number}" for number in range(len(document.pages))])
+        loss, right = _answers(loaded, ask(loaded.tokenizer, document, chance, bare=not last), place, cells)
         optimizer.zero_grad()
-        (loss + 2 * misread).backward()
-        for part in (update, eyes):
-            _average(part)
-            nn.utils.clip_grad_norm_(part, 1.0)
+        loss.backward()
+        _average(trained)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if rank == 0:
             told.add(document.kind, loss, right)
     if rank == 0:
         _save(model, out / LANGUAGE)
-        reader.save(out / READER)
 
 
 def _language() -> tuple[Loaded, nn.Module]:
@@ -116,8 +97,23 @@ def _kind(chance: random.Random) -> str:
     return chance.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
 
 
-def _answers(loaded: Loaded, asked, embeddings: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-    """The loss over all answers, and which are right word by word."""
+def _places(loaded: Loaded) -> torch.Tensor:
+    embeddings = loaded.model.get_input_embeddings().weight
+    return reading.places(embeddings.float(), loaded.tokenizer).to(embeddings.dtype)
+
+
+def _answers(
+    loaded: Loaded, asked: Asked, place: torch.Tensor, cells: torch.Tensor | None = None
+) -> tuple[torch.Tensor, list[bool]]:
+    """The loss over all answers, and which are right word by word. ``cells``: the reader's embeddings of all cells; None: the true
+    ones with ``place``."""
+    embeddings = loaded.model.get_input_embeddings()(asked.ids).detach()
+    image = asked.image >= 0
+    which = asked.image[image]
+    if cells is None:
+        embeddings[image] += place[which % len(place)]
+    else:
+        embeddings[image] = cells.flatten(0, 1)[which].to(embeddings.dtype)
     states = loaded.model.model(
         inputs_embeds=embeddings[None],
         attention_mask=asked.mask(embeddings.dtype),

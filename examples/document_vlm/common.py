@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 
-# What the first two stages hand to the third, and where its processes meet; gone at the end.
-READER_PART, TEXT_PART, MEETING = "reader.part", "text.part", "meeting"
+# What the stage "text" hands to the last one, and where the processes of that meet; gone at the end.
+TEXT_PART, MEETING = "text.part", "meeting"
 
 
 def single(tokenizer, text: str) -> int:

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import torch
-from common import READER_PART, cosine, log, set_rate, single
+from common import cosine, log, set_rate, single
 from torch import nn
 
 from mixkv.document import page, render, words
-from mixkv.document.model import assemble, fill, processor, read, write
+from mixkv.document.model import READER, assemble, fill, processor, read, write
 from mixkv.evaluation.models import load
 
 # Of the pages the first are dense with random cells; then every other one is as pages are, mostly blank.
@@ -104,7 +104,7 @@ def train(steps: int, out: Path) -> None:
             away = distance[is_text(labels[0])].mean()
             log(f"reader {step + 1}/{steps}: text {shares[0]:.4f} right, {away:.3f} away; blank {shares[1]:.4f} right", started)
             right = {True: [0, 0], False: [0, 0]}
-    reader.save(out / READER_PART)
+    reader.save(out / READER)
 
 
 def labels_of(pages: list[page.Page]) -> torch.Tensor:

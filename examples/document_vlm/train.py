@@ -5,7 +5,7 @@
 
 The reader (reading.py) learns to turn a cell into the language model's own embedding of what stands in it, and where; at the
 same time, on another core, the language model (answering.py) learns to answer about pages given as such embeddings; then two
-processes go on with both together. Step counts, seeds and threads are fixed: on one machine and one set of versions the files
+processes go on with it, later on pages as the reader sees them. Step counts, seeds and threads are fixed: on one machine and one set of versions the files
 come out the same.
 """
 
@@ -20,9 +20,9 @@ from pathlib import Path
 import answering
 import reading
 import torch
-from common import MEETING, READER_PART, TEXT_PART, log
+from common import MEETING, TEXT_PART, log
 
-READER_STEPS, TEXT_STEPS, PAGE_STEPS = 4000, 380, 600
+READER_STEPS, TEXT_STEPS, PAGE_STEPS = 4000, 380, 520
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def every_stage(out: Path, options: list[str]) -> None:
     _together([[*again, stage] for stage in ("reader", "text")])
     (out / MEETING).unlink(missing_ok=True)
     _together([[*again, "pages", "--rank", str(rank)] for rank in range(answering.PROCESSES)])
-    for part in (READER_PART, TEXT_PART, MEETING):
+    for part in (TEXT_PART, MEETING):
         (out / part).unlink(missing_ok=True)
     log("all stages done", started)
 
