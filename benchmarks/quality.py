@@ -10,7 +10,7 @@ from collections import Counter
 
 from mixkv.evaluation import journal, pages, paired
 
-REFERENCE = ("snapkv", "mix")
+Cache = tuple[str, str]
 
 
 def whole_rounds(records: list[dict]) -> list[dict]:
@@ -41,20 +41,19 @@ def print_head(titles: list[str]) -> None:
     print("| cache | " + " | ".join(titles) + " |\n" + "|---" * (len(titles) + 1) + "|")
 
 
-def print_tables(name: str, rows: list[dict]) -> None:
+def print_tables(name: str, rows: list[dict], reference: Cache, answers_only: bool) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
     found = by_budget(rows)
-    for budget, by in found.items():
+    for budget, by in () if answers_only else found.items():
         print(f"\n{name}, budget {budget}, {next(iter(by.values()))['samples']} samples a task\n")
         print_head(tasks)
-        reference = [by[(*REFERENCE, task)] for task in tasks]
-        print(f"| {' '.join(REFERENCE)}: KL | " + " | ".join(f"{row['kl']:.3f}" for row in reference) + " |")
+        print(f"| {' '.join(reference)}: KL | " + " | ".join(f"{by[(*reference, task)]['kl']:.3f}" for task in tasks) + " |")
         for cache in caches:
-            if cache != REFERENCE:
+            if cache != reference:
                 print(f"| {' '.join(cache)} | " + " | ".join(cell(by[(*cache, task)]) for task in tasks) + " |")
     if all(task in pages.TASKS for task in tasks):
-        print_exact(name, rows)
+        print_exact(name, rows, reference)
         return
     asked = [task for task in tasks if any(row["task"] == task and row["kept"] is not None for row in rows)]
     print(f"\n{name}: right answers of the full cache that stay right, at budgets {' / '.join(map(str, found))}\n")
@@ -70,12 +69,12 @@ def questions(row: dict) -> int:
     return row["samples"] * (pages.LATER_QUESTIONS if "later" in row["task"] else 1)
 
 
-def print_exact(name: str, rows: list[dict]) -> None:
+def print_exact(name: str, rows: list[dict], reference: Cache) -> None:
     """Share of questions about pages answered exactly right, and the paired difference to the reference in points."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
     for budget, by in by_budget(rows).items():
-        print(f"\n{name}, budget {budget}: answered exactly, % (difference to {' '.join(REFERENCE)} in points)\n")
+        print(f"\n{name}, budget {budget}: answered exactly, % (difference to {' '.join(reference)} in points)\n")
         print_head(tasks)
         full = [100 * row["answered"] / questions(row) for row in (by[(*caches[0], task)] for task in tasks)]
         print("| full cache | " + " | ".join(f"{share:.0f}" for share in full) + " |")
@@ -84,7 +83,7 @@ def print_exact(name: str, rows: list[dict]) -> None:
             for task in tasks:
                 row = by[(*cache, task)]
                 text = f"{100 * row['kept'] / questions(row):.0f}"
-                if cache != REFERENCE:
+                if cache != reference:
                     scale = 100 * row["samples"] / questions(row)
                     change, low, high = (scale * row[f"kept_{part}"] for part in ("change", "low", "high"))
                     text += f" ({marked(f'{change:+.0f} [{low:+.0f}, {high:+.0f}]', low, high)})"
@@ -124,7 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+")
     parser.add_argument("--figure", metavar="FILE")
+    parser.add_argument("--reference", default="snapkv+mix", metavar="METHOD+SCORE", help="default %(default)s")
+    parser.add_argument("--answers", action="store_true", help="only the tables of right answers")
     given = parser.parse_args()
+    reference = tuple(given.reference.split("+"))
     models = {}
     for path in given.files:
         header, records = journal.read(path)
@@ -133,8 +135,8 @@ def main() -> None:
             name += f", {header['variant']} not shown in training"
         if "keys" in header:
             name += f", {' or '.join(map(str, header['keys']))} keys a question"
-        models[name] = paired.summary(whole_rounds(records), header["configs"], REFERENCE)
-        print_tables(name, models[name])
+        models[name] = paired.summary(whole_rounds(records), header["configs"], reference)
+        print_tables(name, models[name], reference, given.answers)
     if given.figure:
         draw(models, given.figure)
 
