@@ -46,7 +46,7 @@ class MixKVConfig:
         pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
         ada_floor: the share of adakv's budget that every head gets for certain.
         global_floor: the share of global's budget that every head gets for certain.
-        hybrid_threshold: hybridkv's heads are pruned if at least this share of the keys hardly matters to them.
+        hybrid_threshold: hybridkv's heads are pruned if at least this share of the keys hardly matters to them; 1: none is.
         hybrid_floor: the share of what hybridkv leaves its pruned heads that they get in equal parts.
         offload: whether hybridkv's chunks lie in the host's memory and cross over when they are chosen; False: they stay on
             the model's device, and only what is read of them a step is saved.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .selection import Ranking
 
 CHUNK = 32
+# The prompt's first rows, which dynamic heads always hold: whatever a query looks for, much of its weight rests on them.
+FIRST = 4
 # A key matters to a query if it gets this share of what the query's most attended key gets.
 _MATTERS = 0.01
 # Queries whose attention is held at once.
@@ -30,16 +32,19 @@ class Split(NamedTuple):
 
     Attributes:
         dynamic: bool, whether the head's chunks are chosen step by step.
-        rows: int64, resident rows beside the window. A dynamic head's are those of its slots, of its first chunk, and the ones
-            just before the window.
+        rows: int64, resident rows beside the window. A dynamic head's are those of its slots, its first rows, and the ones just
+            before the window.
         slots: int64, chunks attended in a step; 0 for static heads.
-        first: int64, rows at the prompt's beginning that are always resident, of dynamic heads: the first chunk or none.
     """
 
     dynamic: torch.Tensor
     rows: torch.Tensor
     slots: torch.Tensor
-    first: torch.Tensor
+
+    @property
+    def first(self) -> torch.Tensor:
+        """Rows at the prompt's beginning [B, Hkv] that are always resident, of dynamic heads."""
+        return FIRST * self.dynamic.long()
 
     @property
     def fixed(self) -> torch.Tensor:
@@ -174,10 +179,10 @@ def sparsity(
 def divide(sparse: torch.Tensor, base: torch.Tensor, choosable: torch.Tensor, *, threshold: float, floor: float) -> Split:
     """Divides a layer's ``Hkv * base`` rows, exactly.
 
-    Every dynamic head gets ``base`` rows, rounded down to whole chunks. What is left belongs to the static heads: a share
-    ``floor`` in equal parts, the rest in proportion to the share of keys that matter to them. Where no static head can take
-    it, the rows just before a dynamic head's window stay resident. Heads that can be kept whole, or whose budget is less than
-    a chunk, are static.
+    Every dynamic head gets ``base`` rows, rounded down to its first rows and whole chunks. What is left belongs to the static
+    heads: a share ``floor`` in equal parts, the rest in proportion to the share of keys that matter to them. Where no static
+    head can take it, the rows just before a dynamic head's window stay resident. Heads that can be kept whole, or whose budget
+    has no room for a chunk, are static.
 
     Args:
         sparse: [B, Hkv], of `sparsity`.
@@ -188,8 +193,8 @@ def divide(sparse: torch.Tensor, base: torch.Tensor, choosable: torch.Tensor, *,
     """
     mean = base.unsqueeze(-1)
     total = (base * sparse.shape[-1]).minimum(choosable.sum(dim=-1))
-    dynamic = (sparse < threshold) & (mean >= CHUNK) & (mean < choosable)
-    whole = dynamic * (mean - mean % CHUNK)
+    dynamic = (sparse < threshold) & (mean >= FIRST + CHUNK) & (mean < choosable)
+    whole = dynamic * (mean - (mean - FIRST) % CHUNK)
     rest = total - whole.sum(dim=-1)
     room = torch.where(dynamic, 0, choosable)
     pruned = rest.minimum(room.sum(dim=-1))
@@ -201,10 +206,7 @@ def divide(sparse: torch.Tensor, base: torch.Tensor, choosable: torch.Tensor, *,
     over = rest - pruned
     equal = dynamic.double() / dynamic.sum(dim=-1, keepdim=True).clamp(min=1)
     rows = rows + apportion(over.unsqueeze(-1) * equal, over, torch.where(dynamic, choosable - whole, 0))
-    chunks = torch.where(dynamic, rows // CHUNK, 0)
-    # With a single slot nothing could be chosen if the first chunk took it.
-    first = (chunks >= 2).long()
-    return Split(dynamic, rows, chunks - first, CHUNK * first)
+    return Split(dynamic, rows, torch.where(dynamic, (rows - FIRST) // CHUNK, 0))
 
 
 def text_first(ranks: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 import mixkv
 from mixkv import hybrid
-from mixkv.hybrid import CHUNK
+from mixkv.hybrid import CHUNK, FIRST
 
 LENGTH = 300
 # Between the sparsities of the zoo's heads, so that most layers have both kinds.
@@ -92,14 +92,15 @@ def test_rows_are_divided_exactly(heads, base, candidates, threshold, floor, see
     assert torch.equal(split.rows.sum(1), (bases * heads).minimum(choosable.sum(1)))
     assert ((split.rows >= 0) & (split.rows <= choosable)).all()
     assert not (split.dynamic & (sparse >= threshold)).any()
-    assert ((split.slots > 0) == (split.dynamic & (split.rows // CHUNK > 0))).all()
+    assert torch.equal(split.slots > 0, split.dynamic)
     assert (split.fixed >= split.first).all()
+    assert torch.equal(split.first, FIRST * split.dynamic.long())
     assert ((split.fixed - split.first) < CHUNK)[split.dynamic].all()
     for row in range(2):
         dynamic = split.dynamic[row]
         static_full = (split.rows[row] == choosable[row])[~dynamic].all()
         if dynamic.any() and not static_full:
-            assert (split.rows[row][dynamic] == bases[row] // CHUNK * CHUNK).all()
+            assert (split.rows[row][dynamic] == FIRST + (bases[row] - FIRST) // CHUNK * CHUNK).all()
         # Every chunk that is chosen exists.
         chunks = (choosable[row] - split.fixed[row] + CHUNK - 1) // CHUNK
         assert (split.slots[row] <= chunks).all()
@@ -109,7 +110,7 @@ def test_sparser_static_heads_get_fewer_rows():
     sparse = torch.tensor([[0.99, 0.92, 0.5, 0.95]])
     split = hybrid.divide(sparse, torch.tensor([70]), torch.full((1, 4), 500), threshold=0.9, floor=0.2)
     assert split.dynamic.tolist() == [[False, False, True, False]]
-    assert split.rows[0, 2] == 64 and split.slots[0, 2] == 1 and split.first[0, 2] == 32
+    assert split.rows[0, 2] == 68 and split.slots[0, 2] == 2 and split.first[0, 2] == 4
     assert split.rows[0, 0] < split.rows[0, 3] < split.rows[0, 1] and split.rows.sum() == 280
 
 
@@ -295,7 +296,7 @@ def test_resident_rows_are_exact(budget, threshold):
         assert told["chosen"] == sum(int(layer.chunks.slots.sum()) for layer in chunked_layers(cache))
         assert numbers["bytes_outside"] == sum(layer.chunks.pool.nbytes for layer in chunked_layers(cache))
         assert numbers["bytes_resident"] + numbers["bytes_outside"] == numbers["bytes"]
-    assert (numbers["chunks"] is None) == (threshold == 0.0 or rows < 6 + CHUNK)
+    assert (numbers["chunks"] is None) == (threshold == 0.0 or rows < 6 + FIRST + CHUNK)
 
 
 def test_a_padded_batch_equals_its_rows_alone():
