@@ -34,18 +34,14 @@ def text(steps: int, out: Path) -> None:
     """Pages without their blank cells, of true embeddings and places."""
     torch.manual_seed(1)
     loaded, model = _language()
-    trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": trained, "peak": PEAK}], weight_decay=0.0)
+    optimizer = _optimizer(model)
     place, told = _places(loaded), Told("text", steps)
     for step in range(steps):
-        set_rate(optimizer, cosine(step, steps, 30, final=0.5))
+        set_rate(optimizer, PEAK * cosine(step, steps, 30, final=0.5))
         chance = random.Random(f"text {step}")
         document = page.make(_kind(chance), f"text {step}")
         loss, right = _answers(loaded, ask(loaded.tokenizer, document, chance, bare=True), place)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        _learn(optimizer, loss)
         told.add(document.kind, loss, right)
     _save(model, out / TEXT_PART)
 
@@ -59,13 +55,13 @@ def pages(steps: int, out: Path, rank: int) -> None:
     loaded, model = _language()
     set_peft_model_state_dict(model, read(out / TEXT_PART))
     reader = reading.Reader(load(None, dtype="float32").model, loaded.tokenizer).load(out / READER)
-    trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": trained, "peak": PEAK}], weight_decay=0.0)
+    optimizer = _optimizer(model)
     place, told = _places(loaded), Told("pages", steps)
     seen, whole = round(SEEN * steps), round(WHOLE * steps)
     for step in range(steps):
         last = step >= whole
-        set_rate(optimizer, cosine(step - whole, steps - whole, 1, first=0.4) if last else cosine(step, whole, 20, final=0.4))
+        share = cosine(step - whole, steps - whole, 1, first=0.4) if last else cosine(step, whole, 20, final=0.4)
+        set_rate(optimizer, PEAK * share)
         # Alike in all processes: they read pages of one kind at a time, and none waits long for another.
         chance = random.Random(f"pages {step}")
         name = f"pages {step * PROCESSES + rank}"
@@ -75,11 +71,7 @@ def pages(steps: int, out: Path, rank: int) -> None:
             with torch.no_grad():
                 _, cells = reader(document.pages, [f"{name} {number}" for number in range(len(document.pages))])
         loss, right = _answers(loaded, ask(loaded.tokenizer, document, chance, bare=not last), place, cells)
-        optimizer.zero_grad()
-        loss.backward()
-        _average(trained)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        _learn(optimizer, loss, together=True)
         if rank == 0:
             told.add(document.kind, loss, right)
     if rank == 0:
@@ -126,6 +118,21 @@ def _answers(
     hit = logits.argmax(-1) == asked.labels[predicted]
     of = asked.question[predicted]
     return nn.functional.cross_entropy(logits, asked.labels[predicted]), [bool(hit[of == one].all()) for one in of.unique()]
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=PEAK, weight_decay=0.0)
+
+
+def _learn(optimizer: torch.optim.Optimizer, loss: torch.Tensor, together: bool = False) -> None:
+    """One step; ``together``: of gradients averaged over the processes."""
+    trained = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward()
+    if together:
+        _average(trained)
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
 
 
 def _average(parameters: list[nn.Parameter]) -> None:

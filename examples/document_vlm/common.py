@@ -17,10 +17,9 @@ def single(tokenizer, text: str) -> int:
     return ids[0]
 
 
-def set_rate(optimizer, share: float) -> None:
-    """Every group's learning rate, as a share of the group's own ``peak``."""
+def set_rate(optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = share * group["peak"]
+        group["lr"] = rate
 
 
 def cosine(step: int, steps: int, warm: int, first: float = 1.0, final: float = 0.02) -> float:

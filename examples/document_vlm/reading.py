@@ -12,12 +12,12 @@ from common import cosine, log, set_rate, single
 from torch import nn
 
 from mixkv.document import page, render, words
-from mixkv.document.model import READER, assemble, fill, processor, read, write
+from mixkv.document.model import PARTS, READER, assemble, fill, processor, read, write
 from mixkv.evaluation.models import load
 
 # Of the pages the first are dense with random cells; then every other one is as pages are, mostly blank.
 DENSE = 2 / 3
-PARTS = ("vision_tower", "multi_modal_projector")
+PEAK = 1e-3
 
 
 class Reader(nn.Module):
@@ -49,7 +49,7 @@ class Reader(nn.Module):
         return hidden.float(), found.float()
 
     def distance(self, found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Square distance from what is wanted, in units of a token's [pages, SIDE * SIDE]."""
+        """Square distance of a page's embeddings [SIDE * SIDE, hidden] from what is wanted, in units of a token's [SIDE * SIDE]."""
         return (found - self.targets[labels] - self.place).square().sum(-1) / self.targets.square().sum(-1).mean()
 
     def load(self, path: Path) -> Reader:
@@ -73,53 +73,42 @@ def train(steps: int, out: Path) -> None:
     reader.vision_tower.get_parameter("embeddings.position_embedding.weight").data = (rows[:, None] + columns).flatten(0, 1)
     head = nn.Linear(width, len(words.CLASSES))
     trained = [*reader.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW([{"params": trained, "peak": 1e-3}], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.01)
     right = {True: [0, 0], False: [0, 0]}
     started = time.perf_counter()
     first = round(DENSE * steps)
     for step in range(steps):
         dense = step < first
         share = cosine(step, first, 100) if dense else cosine(step - first, steps - first, 50, first=0.5, final=0.01)
-        set_rate(optimizer, share)
+        set_rate(optimizer, PEAK * share)
         chance = random.Random(f"reader {step}")
         real = not dense and step % 2 == 1
         shown = page.make(chance.choice(list(page.KINDS)), f"reader {step}").pages[0] if real else dense_page(chance)
         hidden, found = reader([shown], [f"reader {step}"], mixed=not real and step % 3 > 0)
-        labels = labels_of([shown])
-        misread = nn.functional.cross_entropy(head(hidden)[0], labels[0], reduction="none")
-        distance = reader.distance(found, labels)[0]
-        weight = weights_of(labels)[0]
+        labels = torch.tensor([words.INDEX[cell] for row in shown.cells for cell in row])
+        text = torch.tensor([cell in words.TEXT for row in shown.cells for cell in row])
+        misread = nn.functional.cross_entropy(head(hidden)[0], labels, reduction="none")
+        distance = reader.distance(found[0], labels)
+        weight = torch.where(text, 3.3, 0.3)
+        weight = weight / weight.sum()
         optimizer.zero_grad()
         ((misread + 2 * distance) * weight).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         with torch.no_grad():
-            nearest = torch.cdist(found[0] - reader.place, reader.targets).argmin(-1) == labels[0]
+            nearest = torch.cdist(found[0] - reader.place, reader.targets).argmin(-1) == labels
         for kind in right:
-            of = is_text(labels[0]) == kind
+            of = text == kind
             right[kind][0] += int(nearest[of].sum())
             right[kind][1] += int(of.sum())
         if (step + 1) % 50 == 0:
             shares = [hits / max(of, 1) for hits, of in (right[True], right[False])]
-            away = distance[is_text(labels[0])].mean()
-            log(f"reader {step + 1}/{steps}: text {shares[0]:.4f} right, {away:.3f} away; blank {shares[1]:.4f} right", started)
+            log(
+                f"reader {step + 1}/{steps}: text {shares[0]:.4f} right, {distance[text].mean():.3f} away; blank {shares[1]:.4f} right",
+                started,
+            )
             right = {True: [0, 0], False: [0, 0]}
     reader.save(out / READER)
-
-
-def labels_of(pages: list[page.Page]) -> torch.Tensor:
-    """The class of each cell [pages, SIDE * SIDE]."""
-    return torch.tensor([[words.INDEX[cell] for row in one.cells for cell in row] for one in pages])
-
-
-def is_text(labels: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([name in words.TEXT for name in words.CLASSES])[labels]
-
-
-def weights_of(labels: torch.Tensor) -> torch.Tensor:
-    """How much each cell counts: those with text eleven times as much as others; together 1 a page."""
-    weight = torch.where(is_text(labels), 3.3, 0.3)
-    return weight / weight.sum(-1, keepdim=True)
 
 
 def dense_page(chance: random.Random) -> page.Page:

@@ -28,6 +28,8 @@ NAME = "document-vlm"
 MEAN, STD = 0.9, 0.25
 WEIGHTS = Path(__file__).parent / "weights"
 READER, LANGUAGE = "reader.safetensors", "language.safetensors"
+# Of the reader, as LLaVA names them.
+PARTS = ("vision_tower", "multi_modal_projector")
 # The strength of the low-rank update: alpha / rank.
 LORA_SCALE = 2.0
 
@@ -142,7 +144,7 @@ def fill(model: LlavaForConditionalGeneration, state: dict[str, torch.Tensor], p
     Raises:
         InputError: they are another model's.
     """
-    for part in ("vision_tower", "multi_modal_projector"):
+    for part in PARTS:
         mine = {name[len(part) + 1 :]: value.float() for name, value in state.items() if name.startswith(f"{part}.")}
         try:
             getattr(model.model, part).load_state_dict(mine)
