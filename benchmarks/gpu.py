@@ -254,7 +254,7 @@ class Checks:
             self.verdict(f"move_rows N{columns} {dtype} {size}/{value_size}", all(map(same, to, wanted)))
 
     def chunks(self, dtype, size, value_size) -> None:
-        batch, heads, groups, chunk = 2, 3, random.choice((1, 4, 7)), 32
+        batch, heads, groups, chunk = 2, 3, random.choice((1, 4, 7)), random.choice((8, 32))
         lengths = [0, 1, 64, 700, 17, 5]
         buffers, starts, counts = make_store(batch, heads, size, value_size, lengths, dtype)
         clean = tuple(b.nan_to_num(0.0) for b in buffers[:2])
@@ -281,11 +281,11 @@ class Checks:
             self.compare(f"attend_chunks {what}", dtype, found, *self.zeroed(outputs, counts + rows.sum(1), groups))
         counts = ints([0, 1, 7, 400, 1024, 2])
         starts = (counts.cumsum(0) - counts).int()
-        sides = torch.randn(2, int(counts.sum()), size, device="cuda").sort(dim=0, descending=True).values
-        bounds = torch.cat([sides[0], sides[1]], dim=-1).to(dtype)
+        low, high = torch.randint(16, (2, int(counts.sum()), size), dtype=torch.uint8, device="cuda").sort(dim=0).values
+        codes, grid = 16 * high + low, torch.rand(counts.numel(), 2, size, device="cuda") - 0.25
         poison()
-        found = native.chunk_scores(query, bounds, starts, counts, longest=1030)
-        exact = plain.chunk_scores(query.double(), bounds, starts, counts, longest=1030).double()
+        found = native.chunk_scores(query, codes, grid, starts, counts, longest=1030)
+        exact = plain.chunk_scores(query.double(), codes, grid, starts, counts, longest=1030).double()
         real = exact.isfinite()
         good = (
             torch.equal(real, found.isfinite()) and (found.double() - exact)[real].abs().max() < 1e-5 * exact[real].abs().max()

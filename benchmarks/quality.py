@@ -64,6 +64,27 @@ def print_tables(name: str, rows: list[dict], reference: Cache, answers_only: bo
         print(f"| {' '.join(cache)} | " + " | ".join(kept) + " |")
 
 
+def print_equal(name: str, rows: list[dict], reference: Cache, method: str) -> None:
+    """A method's caches against the reference with at least as many bytes resident."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    mine = [row for row in rows if row["method"] == method]
+    print(
+        f"\n{name}: {method} against {' '.join(reference)} with as many bytes resident, {mine[0]['samples']} samples a task\n"
+    )
+    print_head(["resident, %", *(f"{task}: KL, change" for task in tasks), *(f"{task}: right, change" for task in tasks)])
+    for found in dict.fromkeys((row["score"], row["budget"]) for row in mine):
+        by = {row["task"]: row for row in mine if (row["score"], row["budget"]) == found}
+        resident = " ".join(f"{100 * by[task]['resident']:.1f}" for task in tasks)
+        changes = [f"{by[task]['kl']:.3f}, {cell(by[task])}" for task in tasks]
+        for row in map(by.get, tasks):
+            scale = 100 * row["samples"] / max(row["answered"] or 0, 1)
+            change, low, high = (scale * (row[f"kept_{part}"] or 0.0) for part in ("change", "low", "high"))
+            changes.append(
+                f"{row['kept']} of {row['answered']}, {marked(f'{change:+.0f} [{low:+.0f}, {high:+.0f}]', low, high)}"
+            )
+        print(f"| {method} {found[0]} {found[1]} | " + " | ".join([resident, *changes]) + " |")
+
+
 def questions(row: dict) -> int:
     """Questions about pages; of a page that is read before they are known there are several."""
     return row["samples"] * (pages.LATER_QUESTIONS if "later" in row["task"] else 1)
@@ -125,6 +146,7 @@ def main() -> None:
     parser.add_argument("--figure", metavar="FILE")
     parser.add_argument("--reference", default="snapkv+mix", metavar="METHOD+SCORE", help="default %(default)s")
     parser.add_argument("--answers", action="store_true", help="only the tables of right answers")
+    parser.add_argument("--equal-bytes", metavar="METHOD", help="only this method, against the reference with as many bytes")
     given = parser.parse_args()
     reference = tuple(given.reference.split("+"))
     models = {}
@@ -135,8 +157,12 @@ def main() -> None:
             name += f", {header['variant']} not shown in training"
         if "keys" in header:
             name += f", {' or '.join(map(str, header['keys']))} keys a question"
-        models[name] = paired.summary(whole_rounds(records), header["configs"], reference)
-        print_tables(name, models[name], reference, given.answers)
+        records, equal = whole_rounds(records), given.equal_bytes
+        models[name] = paired.summary(records, header["configs"], reference, equal_bytes=equal is not None)
+        if equal is None:
+            print_tables(name, models[name], reference, given.answers)
+        else:
+            print_equal(name, models[name], reference, equal)
     if given.figure:
         draw(models, given.figure)
 

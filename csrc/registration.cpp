@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, Tensor key, Tensor value, int column, " MIXKV_LOGITS
         ") -> Tensor");
   m.def("attend_extend(Tensor query, " MIXKV_STORE "Tensor key, Tensor value, Tensor? mask, " MIXKV_LOGITS ") -> Tensor");
-  m.def("chunk_scores(Tensor query, Tensor bounds, Tensor starts, Tensor counts, int longest) -> Tensor");
+  m.def("chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor starts, Tensor counts, int longest) -> Tensor");
   m.def("attend_chunks(Tensor query, " MIXKV_STORE "Tensor chunk_key, Tensor chunk_value, Tensor blocks, Tensor block_rows, int chunk, "
         MIXKV_LOGITS ") -> Tensor");
   m.def("fetch_chunks(Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor from_key, Tensor from_value, Tensor from_rows, "

@@ -110,11 +110,11 @@ struct Chosen {
   }
 };
 
-// Query heads over the bounds [chunks, 2 D] of S sequences' chunks.
+// Query heads over the bounds of S sequences' chunks: codes [chunks, D], grid [S, 2, D].
 struct BoundsShape {
   int64_t batch, query_heads, groups, sequences, chunks, size;
 
-  BoundsShape(const Tensor& query, const Tensor& bounds, const Tensor& starts, const Tensor& counts) {
+  BoundsShape(const Tensor& query, const Tensor& codes, const Tensor& grid, const Tensor& starts, const Tensor& counts) {
     check_ints(starts, -1, "starts");
     check_ints(counts, starts.numel(), "counts");
     STD_TORCH_CHECK(query.dim() == 4 && query.size(2) == 1, "query must be [B, Hq, 1, D]");
@@ -123,11 +123,14 @@ struct BoundsShape {
     size = query.size(3);
     sequences = starts.numel();
     STD_TORCH_CHECK(size > 0 && size % 16 == 0 && size <= 256, "the head size must be a multiple of 16 up to 256, is ", size);
-    STD_TORCH_CHECK(bounds.dim() == 2 && bounds.is_contiguous() && bounds.size(1) == 2 * size, "bounds must be contiguous [chunks, 2 D]");
-    STD_TORCH_CHECK(bounds.scalar_type() == query.scalar_type(), "bounds must have the query's dtype");
+    STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() && codes.size(1) == size,
+                    "codes must be a contiguous uint8 [chunks, D] tensor");
+    STD_TORCH_CHECK(grid.scalar_type() == ScalarType::Float && grid.dim() == 3 && grid.is_contiguous() && grid.size(0) == sequences &&
+                        grid.size(1) == 2 && grid.size(2) == size,
+                    "grid must be a contiguous float32 [S, 2, D] tensor");
     STD_TORCH_CHECK(sequences > 0 && batch * query_heads % sequences == 0, "the query heads do not divide into ", sequences, " sequences");
     groups = batch * query_heads / sequences;
-    chunks = bounds.size(0);
+    chunks = codes.size(0);
   }
 };
 

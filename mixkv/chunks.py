@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from . import hybrid, kernels, plain
-from .hybrid import CHUNK, Plan
+from . import bounds, kernels, plain
+from .hybrid import Plan
 from .ragged import RaggedStore
+from .slots import Slots
 
 # Rows of keys that a block of queries may read at once, each query its own.
 _READ_ROWS = 1 << 20
@@ -39,7 +41,8 @@ class ChunkStore:
     Attributes:
         pool: all rows, sequence after sequence, in the host's memory (pinned) where the model is on a GPU and they are to be
             offloaded, else where the model is.
-        bounds: [chunks, 2 D], `hybrid.bounds` of all chunks, where the model is.
+        chunk: rows of a chunk; a sequence's last may have fewer.
+        codes, grid: `bounds.of_chunks` of all chunks, where the model is.
         starts, rows: int32 [S], each sequence's first row in the pool and how many it has there. Sequences may share rows.
         bound_starts, counts: int32 [S], its first chunk and how many it has.
         slots: int64 [S], how many of them a step attends to.
@@ -49,15 +52,24 @@ class ChunkStore:
             had chosen too (all sequences together; ``chosen`` on the host, ``reused`` an int64 tensor).
     """
 
-    def __init__(self, backend: str, pool: Pool, bounds: torch.Tensor, layout: dict[str, torch.Tensor], batch: int):
-        self.backend, self.pool, self.bounds, self.batch = backend, pool, bounds, batch
+    def __init__(
+        self,
+        backend: str,
+        pool: Pool,
+        chunk: int,
+        told: tuple[torch.Tensor, torch.Tensor],
+        layout: dict[str, torch.Tensor],
+        batch: int,
+    ):
+        self.backend, self.pool, self.chunk, self.batch = backend, pool, chunk, batch
+        self.codes, self.grid = told
         self.starts, self.rows, self.columns, self.slots = (layout[name] for name in ("starts", "rows", "columns", "slots"))
         self.bound_starts, self.counts = layout["bound_starts"], layout["counts"]
         self.steps = self.chosen = 0
-        self.reused = torch.zeros((), dtype=torch.int64, device=bounds.device)
+        self.reused = torch.zeros((), dtype=torch.int64, device=self.codes.device)
         self.cached: Slots | None = None
         self._measure()
-        if pool.key.device != bounds.device:
+        if pool.key.device != self.codes.device:
             self.fetch_to_slots()
 
     @classmethod
@@ -73,7 +85,8 @@ class ChunkStore:
         columns = plain.flat_rows(plan.columns.flatten(), rows, total)
         batch, heads = key.shape[:2]
         taken = [part.detach()[sequence // heads, sequence % heads, columns] for part in (key, value)]
-        return cls.from_rows(*taken, rows, plan.columns.flatten(), plan.slots.flatten(), batch, backend, offload=offload)
+        layout = (rows, plan.columns.flatten(), plan.slots.flatten())
+        return cls.from_rows(*taken, *layout, batch, backend, chunk=plan.chunk, offload=offload)
 
     @classmethod
     def from_rows(
@@ -86,16 +99,18 @@ class ChunkStore:
         batch: int,
         backend: str = "auto",
         *,
+        chunk: int,
         offload: bool = True,
     ) -> ChunkStore:
         """Takes key [rows, D], value [rows, Dv], sequence after sequence; rows, columns, slots int [S]: see the attributes."""
-        counts = (rows + CHUNK - 1) // CHUNK
+        counts = (rows + chunk - 1) // chunk
         starts, bound_starts = rows.cumsum(0) - rows, counts.cumsum(0) - counts
         chunks = int(counts.sum())
         number = plain.flat_rows(torch.zeros_like(counts), counts, chunks)
         sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(counts, output_size=chunks)
-        at = CHUNK * number
-        bounds = hybrid.bounds(key, starts[sequence] + at, (rows[sequence] - at).clamp(max=CHUNK))
+        at = chunk * number
+        lengths = (rows[sequence] - at).clamp(max=chunk)
+        told = bounds.of_chunks(key, starts[sequence] + at, lengths, sequence, rows.numel(), chunk)
         layout = {
             "starts": starts,
             "rows": rows,
@@ -108,11 +123,42 @@ class ChunkStore:
         backend = kernels.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1])
         if offload and key.is_cuda:
             key, value = (torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part) for part in (key, value))
-        return cls(backend, Pool(key, value), bounds, layout, batch)
+        return cls(backend, Pool(key, value), chunk, told, layout, batch)
+
+    @classmethod
+    def joined(cls, stores: Sequence[ChunkStore | None], batches: Sequence[int]) -> ChunkStore | None:
+        """The stores of several caches of one model, unused ones, as one of their batches' rows; None has no chunks.
+
+        Raises:
+            ValueError: their chunks have different numbers of rows.
+        """
+        some = next((store for store in stores if store is not None), None)
+        if some is None:
+            return None
+        if any(store is not None and store.chunk != some.chunk for store in stores):
+            raise ValueError("caches whose chunks have different numbers of rows (hybrid_chunk) do not make one batch")
+        heads = some.starts.numel() // some.batch
+        parts, rows, chunks = [], 0, 0
+        for store, batch in zip(stores, batches):
+            if store is None:
+                none = some.starts.new_zeros(batch * heads)
+                layout = dict.fromkeys(("starts", "rows", "columns", "bound_starts", "counts", "slots"), none)
+                parts.append((layout, some.grid.new_zeros(batch * heads, *some.grid.shape[1:])))
+                continue
+            names = ("rows", "columns", "counts", "slots")
+            layout = {name: getattr(store, name) for name in names}
+            layout |= {"starts": store.starts + rows, "bound_starts": store.bound_starts + chunks}
+            parts.append((layout, store.grid))
+            rows, chunks = rows + store.pool.key.shape[0], chunks + store.codes.shape[0]
+        held = [store for store in stores if store is not None]
+        pool = Pool(*(torch.cat([getattr(store.pool, name) for store in held]) for name in ("key", "value")))
+        layout = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
+        told = (torch.cat([store.codes for store in held]), torch.cat([grid for _, grid in parts]))
+        return cls(some.backend, pool, some.chunk, told, layout, sum(batches))
 
     def fetch_to_slots(self) -> None:
         """From now on attends to copies of chunks, which are fetched when they are chosen."""
-        self.cached = Slots(self.slots, self.most, self.pool, self.bounds.device)
+        self.cached = Slots(self.slots, self.most, self.chunk, self.pool, self.codes.device)
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the rows in chunks, sequence after sequence: key [rows, D], value [rows, Dv]."""
@@ -135,13 +181,18 @@ class ChunkStore:
     def nbytes(self) -> int:
         """Bytes held, those outside included."""
         ints = (self.starts, self.rows, self.bound_starts, self.counts, self.slots, self.columns, self.last)
-        own = sum(part.untyped_storage().nbytes() for part in (self.bounds, *ints))
-        return self.pool.nbytes + own + (self.cached.nbytes if self.cached else 0)
+        own = sum(part.untyped_storage().nbytes() for part in ints)
+        return self.pool.nbytes + self.bound_bytes + own + (self.cached.nbytes if self.cached else 0)
+
+    @property
+    def bound_bytes(self) -> int:
+        """Bytes of the bounds by which chunks are chosen."""
+        return self.codes.untyped_storage().nbytes() + self.grid.untyped_storage().nbytes()
 
     @property
     def chunk_bytes(self) -> int:
         """Of a whole chunk's keys and values."""
-        return CHUNK * (self.pool.key[:1].nbytes + self.pool.value[:1].nbytes)
+        return self.chunk * (self.pool.key[:1].nbytes + self.pool.value[:1].nbytes)
 
     @property
     def moved(self) -> int:
@@ -151,7 +202,7 @@ class ChunkStore:
     def take_rows(self, rows: list[int]) -> None:
         """Makes batch row i a copy of former batch row ``rows[i]``; nothing in the pool is copied."""
         index = torch.tensor(rows, device=self.starts.device)
-        for name in ("starts", "rows", "bound_starts", "counts", "slots", "columns", "last"):
+        for name in ("starts", "rows", "bound_starts", "counts", "slots", "columns", "last", "grid"):
             part = getattr(self, name)
             setattr(self, name, part.unflatten(0, (self.batch, -1))[index].flatten(0, 1))
         if self.cached is not None:
@@ -173,7 +224,7 @@ class ChunkStore:
         if self.cached is not None:
             block = 1
         else:
-            block = max(1, _READ_ROWS // (self.starts.numel() * (store.max_length + CHUNK * self.most)))
+            block = max(1, _READ_ROWS // (self.starts.numel() * (store.max_length + self.chunk * self.most)))
         query = query.detach().transpose(1, 2)
         if new <= block:
             return self._attend_block(store, query, lengths, logits)
@@ -186,10 +237,12 @@ class ChunkStore:
     def choose(self, query: torch.Tensor) -> torch.Tensor:
         """The chunks for queries [B, n, Hq, D]: int64 [B, n, Hkv, most slots], -1 beyond a head's slots."""
         batch, new, query_heads, size = query.shape
-        starts, counts, slots = (self._each(part, new) for part in (self.bound_starts, self.counts, self.slots))
+        grid, starts, counts, slots = (
+            self._each(part, new) for part in (self.grid, self.bound_starts, self.counts, self.slots)
+        )
         folded = query.reshape(batch * new, query_heads, 1, size)
-        scores = kernels.chunk_scores(self.backend, folded, self.bounds, starts, counts, longest=self.longest)
-        return hybrid.choose(scores, slots, self.most).view(batch, new, -1, self.most)
+        scores = kernels.chunk_scores(self.backend, folded, self.codes, grid, starts, counts, longest=self.longest)
+        return bounds.choose(scores, slots, self.most).view(batch, new, -1, self.most)
 
     def _attend_block(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, logits: dict) -> torch.Tensor:
         batch, new, query_heads, size = query.shape
@@ -197,8 +250,8 @@ class ChunkStore:
         self._tally(chosen)
         chosen = chosen.flatten(0, 2)
         starts, rows = self._each(self.starts, new).unsqueeze(1), self._each(self.rows, new).unsqueeze(1)
-        blocks, pool = starts + CHUNK * chosen, self.pool
-        block_rows = (rows - CHUNK * chosen).clamp(max=CHUNK).masked_fill(chosen < 0, 0)
+        blocks, pool = starts + self.chunk * chosen, self.pool
+        block_rows = (rows - self.chunk * chosen).clamp(max=self.chunk).masked_fill(chosen < 0, 0)
         if self.cached is not None:
             blocks, block_rows = self.cached.fetch(self.backend, chosen, blocks, block_rows, self.pool)
             pool = self.cached
@@ -213,17 +266,18 @@ class ChunkStore:
             pool.value,
             blocks.to(torch.int32),
             block_rows.to(torch.int32),
-            chunk=CHUNK,
+            chunk=self.chunk,
             max_length=store.max_length,
             **logits,
         )
         return out.view(batch, new, query_heads, -1)
 
     def _each(self, part: torch.Tensor, new: int) -> torch.Tensor:
-        """Numbers [S] of sequences as those of ``new`` positions of each batch row: [B * new * Hkv]."""
+        """What is told of sequences [S, ...] as of ``new`` positions of each batch row: [B * new * Hkv, ...]."""
         if new == 1:
             return part
-        return part.view(self.batch, 1, -1).expand(-1, new, -1).flatten()
+        each = part.view(self.batch, 1, -1, *part.shape[1:])
+        return each.expand(-1, new, *each.shape[2:]).flatten(0, 2)
 
     def _tally(self, chosen: torch.Tensor) -> None:
         """Counts what positions [B, n, Hkv, most slots] chose."""
@@ -239,88 +293,8 @@ class ChunkStore:
 
     def _measure(self) -> None:
         self.longest, self.most = int(self.counts.max()), int(self.slots.max())
-        self.last = torch.zeros(self.starts.numel(), self.longest, dtype=torch.bool, device=self.bounds.device)
+        self.last = torch.zeros(self.starts.numel(), self.longest, dtype=torch.bool, device=self.codes.device)
         self._count_slots()
 
     def _count_slots(self) -> None:
         self.in_slots = int(self.slots.sum())
-
-
-class Slots:
-    """Copies of chunks where the model is: each sequence has room for as many as it attends to.
-
-    Attributes:
-        key, value: [slots * CHUNK, D], [.., Dv].
-        slots, starts: int32 [S], how many slots each sequence has, and its first.
-        chunk: int64 [S, most], the chunk that each slot holds, -1 for none.
-        rows: int64 [S, most], how many rows that one has.
-    """
-
-    def __init__(self, slots: torch.Tensor, most: int, pool: Pool, device: torch.device):
-        self.slots, self.starts = slots, slots.cumsum(0) - slots
-        size = CHUNK * int(slots.sum())
-        self.key, self.value = (part.new_zeros(size, part.shape[1], device=device) for part in (pool.key, pool.value))
-        self.chunk = torch.full((slots.numel(), most), -1, device=device)
-        self.rows = torch.zeros_like(self.chunk)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.untyped_storage().nbytes() for part in (self.key, self.value, self.chunk, self.rows))
-
-    def take_rows(self, index: torch.Tensor, batch: int, slots: torch.Tensor) -> None:
-        """As `ChunkStore.take_rows`; ``slots`` [S] are the new sequences'."""
-        starts = self.starts.view(batch, -1)[index].flatten()
-        self.chunk, self.rows = (part.unflatten(0, (batch, -1))[index].flatten(0, 1) for part in (self.chunk, self.rows))
-        total = int(slots.sum())
-        old = plain.flat_rows(starts, slots, total)
-        rows = (CHUNK * old.unsqueeze(1) + torch.arange(CHUNK, device=old.device)).flatten()
-        self.key, self.value = self.key[rows], self.value[rows]
-        self.slots, self.starts = slots, slots.cumsum(0) - slots
-
-    def fetch(
-        self, backend: str, chosen: torch.Tensor, blocks: torch.Tensor, block_rows: torch.Tensor, pool: Pool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes the slots hold the chosen chunks, copying those that they do not hold yet.
-
-        Args:
-            chosen: int64 [S, most], -1 for none.
-            blocks, block_rows: where each lies in the pool, and how many rows it has.
-
-        Returns: where the slots' chunks lie in ``key`` and ``value``, and how many rows they have: int [S, most].
-        """
-        there = (chosen.unsqueeze(2) == self.chunk.unsqueeze(1)) & (chosen >= 0).unsqueeze(2)
-        slot = torch.arange(chosen.shape[1], device=chosen.device)
-        missing = (chosen >= 0) & ~there.any(dim=2)
-        free = (slot < self.slots.unsqueeze(1)) & ~there.any(dim=1)
-        # The i-th missing chunk goes to the i-th free slot; there are at least as many.
-        source, target = (part.long().argsort(dim=1, descending=True, stable=True) for part in (missing, free))
-        moving = slot < missing.sum(dim=1, keepdim=True)
-        rows = block_rows.gather(1, source)
-        for held, new in ((self.chunk, chosen.gather(1, source)), (self.rows, rows)):
-            held.scatter_(1, target, torch.where(moving, new.to(held.dtype), held.gather(1, target)))
-        first = self.starts.unsqueeze(1)
-        arguments = (
-            (self.key, self.value),
-            (pool.key, pool.value),
-            blocks.gather(1, source).to(torch.int32),
-            (CHUNK * (first + target)).to(torch.int32),
-            rows.masked_fill(~moving, 0).to(torch.int32),
-        )
-        if self.key.is_cuda:
-            main, side = torch.cuda.current_stream(self.key.device), _side_stream(self.key.device)
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                kernels.fetch_chunks(backend, *arguments, chunk=CHUNK)
-            main.wait_stream(side)
-        else:
-            kernels.fetch_chunks(backend, *arguments, chunk=CHUNK)
-        return CHUNK * (first + slot), self.rows.masked_fill(slot >= self.slots.unsqueeze(1), 0)
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]

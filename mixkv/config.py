@@ -46,8 +46,11 @@ class MixKVConfig:
         pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
         ada_floor: the share of adakv's budget that every head gets for certain.
         global_floor: the share of global's budget that every head gets for certain.
-        hybrid_threshold: hybridkv's heads are pruned if at least this share of the keys hardly matters to them; 1: none is.
+        hybrid_threshold: hybridkv's heads are pruned if at least this share of their attention rests on the prompt's first rows
+            and the window; 1: none is.
         hybrid_floor: the share of what hybridkv leaves its pruned heads that they get in equal parts.
+        hybrid_chunk: rows of the chunks that hybridkv's other heads choose from. Small ones find more with as many rows, but each has
+            bounds that stay resident, a byte for every element of a key: at 8 rows in float16 a 32nd of the prompt in all.
         offload: whether hybridkv's chunks lie in the host's memory and cross over when they are chosen; False: they stay on
             the model's device, and only what is read of them a step is saved.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a file with
@@ -76,6 +79,7 @@ class MixKVConfig:
     global_floor: float = 0.2
     hybrid_threshold: float = 0.9
     hybrid_floor: float = 0.2
+    hybrid_chunk: int = 8
     offload: bool = True
     profile: Table | str | None = None
     decode_budget: int | None = None
@@ -94,6 +98,7 @@ class MixKVConfig:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, so that pooling keeps positions in place")
         _positive_int("pyramid_beta", self.pyramid_beta)
         _positive_int("decode_slack", self.decode_slack)
+        _positive_int("hybrid_chunk", self.hybrid_chunk)
         for name in ("ada_floor", "global_floor", "hybrid_floor", "hybrid_threshold"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:

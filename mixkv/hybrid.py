@@ -1,8 +1,8 @@
 """HybridKV-style heads (arXiv 2604.05887), a reconstruction: static ones are pruned, dynamic ones keep all rows in chunks.
 
-Pure functions on tensors: how sparse a head is, how many rows it gets, which of them are always resident, which chunks a query
-chooses. Shapes as in `mixkv.scores`; M = N - W candidates. The chunks of a head are cut from its candidates in order, `CHUNK`
-rows each, the last one perhaps shorter.
+Pure functions on tensors: how sparse a head is, how many rows it gets, which of them are always resident. Shapes as in
+`mixkv.scores`; M = N - W candidates. A dynamic head's chunks are cut from all of the prompt between its first rows and its
+last, in order; the last chunk may be shorter.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from .config import MixKVConfig
     from .selection import Ranking
 
-CHUNK = 32
 # The prompt's first rows, which dynamic heads always hold: whatever a query looks for, much of its weight rests on them.
 FIRST = 4
-# A key matters to a query if it gets this share of what the query's most attended key gets.
-_MATTERS = 0.01
+# The prompt's last rows, which they always hold, of a window that is not shorter. The others can be chosen like any.
+LAST = 8
 # Queries whose attention is held at once.
 _QUERIES = 8
 
@@ -32,14 +31,16 @@ class Split(NamedTuple):
 
     Attributes:
         dynamic: bool, whether the head's chunks are chosen step by step.
-        rows: int64, resident rows beside the window. A dynamic head's are those of its slots, its first rows, and the ones just
-            before the window.
+        rows: int64, resident rows beside the last `LAST`. A dynamic head's are those of its slots, its first rows, and the ones
+            just before the last.
         slots: int64, chunks attended in a step; 0 for static heads.
+        chunk: rows of a chunk.
     """
 
     dynamic: torch.Tensor
     rows: torch.Tensor
     slots: torch.Tensor
+    chunk: int
 
     @property
     def first(self) -> torch.Tensor:
@@ -48,8 +49,8 @@ class Split(NamedTuple):
 
     @property
     def fixed(self) -> torch.Tensor:
-        """Candidate rows [B, Hkv] that are always resident."""
-        return self.rows - CHUNK * self.slots
+        """Rows [B, Hkv] beside the last that are always resident."""
+        return self.rows - self.chunk * self.slots
 
 
 class Plan(NamedTuple):
@@ -61,6 +62,7 @@ class Plan(NamedTuple):
         sparsity: float32 [B, Hkv].
         dynamic, slots: as in `Split`.
         columns, chunked: int64 [B, Hkv], the first column that lies in chunks, and how many do.
+        chunk: rows of a chunk.
     """
 
     ranking: Ranking
@@ -70,6 +72,7 @@ class Plan(NamedTuple):
     slots: torch.Tensor
     columns: torch.Tensor
     chunked: torch.Tensor
+    chunk: int
 
 
 def plan(
@@ -98,11 +101,21 @@ def plan(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = judges(query.shape[0], window, image, valid, key.device)
     sparse = sparsity(query, key, rows, valid, scaling=scaling, softcap=softcap, sinks=sinks)
-    split = divide(sparse, ranking.base, ranking.choosable, threshold=config.hybrid_threshold, floor=config.hybrid_floor)
     ranks, padding = ranking.ranks, key.shape[2] - ranking.real
     if image is not None:
         ranks = text_first(ranks, image[:, : ranks.shape[-1]])
-    ranks = torch.where(split.dynamic.unsqueeze(-1), fixed_ranks(split, ranking.choosable, padding, ranks.shape[-1]), ranks)
+    ranking = narrowed(dataclasses.replace(ranking, ranks=ranks))
+    split = divide(
+        sparse,
+        ranking.base,
+        ranking.choosable,
+        window=ranking.choosable - (ranking.real - window).clamp(min=0),
+        chunk=config.hybrid_chunk,
+        threshold=config.hybrid_threshold,
+        floor=config.hybrid_floor,
+    )
+    fixed = fixed_ranks(split, ranking.choosable, padding, ranking.ranks.shape[-1])
+    ranks = torch.where(split.dynamic.unsqueeze(-1), fixed, ranking.ranks)
     return Plan(
         ranking=dataclasses.replace(ranking, ranks=ranks.to(torch.int32)),
         rows=split.fixed,
@@ -111,6 +124,25 @@ def plan(
         slots=split.slots,
         columns=padding + split.first,
         chunked=torch.where(split.dynamic, ranking.choosable - split.fixed, 0),
+        chunk=config.hybrid_chunk,
+    )
+
+
+def narrowed(ranking: Ranking) -> Ranking:
+    """The same candidates behind the window's own rows, so that only the `LAST` of these are kept whatever is asked for.
+
+    ``base`` stays what a head keeps on average beside its whole window.
+    """
+    batch, heads, length = ranking.ranks.shape
+    window = ranking.window[..., : max(ranking.window.shape[-1] - LAST, 0)].expand(batch, heads, -1)
+    count, whole = window.sum(dim=-1, keepdim=True), length + window.shape[-1]
+    before = torch.where(ranking.ranks < length, ranking.ranks + count, whole)
+    within = torch.where(window, window.cumsum(dim=-1) - 1, whole)
+    return dataclasses.replace(
+        ranking,
+        ranks=torch.cat([before, within], dim=-1),
+        choosable=ranking.choosable + count.squeeze(-1),
+        window=ranking.window[..., window.shape[-1] :],
     )
 
 
@@ -139,16 +171,16 @@ def sparsity(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The share of visible keys that a head hardly attends to: with less than a hundredth of the largest weight.
+    """The share of a head's attention that rests on few tokens which stay whatever is pruned: the first rows, and the window's.
 
-    Weights are softmax attention, averaged over the G query heads of a KV head; the share is averaged over the queries.
+    Of the query heads that share a KV head the one counts that attends to the others most.
 
     Args:
         query: [B, Hq, W, D], the last ones.
         key: [B, Hkv, N, D].
         rows: bool [B, W], the queries that count, at least one a batch row.
         valid: bool [B, N], False for padding on the left.
-        scaling, softcap, sinks: as in the model.
+        scaling, softcap, sinks: as in the model; what goes to a sink rests there.
 
     Returns: float32 [B, Hkv], from 0 to 1.
     """
@@ -156,7 +188,9 @@ def sparsity(
     heads, length = key.shape[1], key.shape[2]
     keys = key.float().transpose(-1, -2)
     places = torch.arange(length, device=key.device)
-    shares = []
+    real = torch.ones(1, length, dtype=torch.bool, device=key.device) if valid is None else valid
+    others = (real.cumsum(dim=-1) > FIRST) & (places < length - window)
+    found = []
     for first in range(0, window, _QUERIES):
         part = query[:, :, first : first + _QUERIES].float() * scaling
         count = part.shape[2]
@@ -164,49 +198,61 @@ def sparsity(
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         seen = places <= (length - window + first + torch.arange(count, device=key.device)).unsqueeze(-1)
-        seen = seen.expand(batch, -1, -1) if valid is None else seen & valid.unsqueeze(1)
+        seen = seen & real.unsqueeze(1)
         logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
         if sinks is not None:
             column = sinks.float().view(1, heads, -1, 1, 1).expand(batch, -1, -1, count, 1)
             logits = torch.cat([logits, column], dim=-1)
-        weights = logits.softmax(dim=-1)[..., :length].mean(dim=2)
-        small = (weights < _MATTERS * weights.amax(dim=-1, keepdim=True)) & seen.unsqueeze(1)
-        shares.append(small.sum(dim=-1) / seen.sum(dim=-1).clamp(min=1).unsqueeze(1))
-    counted = rows.unsqueeze(1).float()
-    return (torch.cat(shares, dim=-1) * counted).sum(dim=-1) / counted.sum(dim=-1)
+        weights = logits.softmax(dim=-1)[..., :length]
+        found.append((weights * others[:, None, None, None]).sum(dim=-1).amax(dim=2))
+    counted = rows.unsqueeze(1)
+    drawn = torch.cat(found, dim=-1).masked_fill(~counted, 0.0)
+    return 1 - drawn.sum(dim=-1) / counted.sum(dim=-1)
 
 
-def divide(sparse: torch.Tensor, base: torch.Tensor, choosable: torch.Tensor, *, threshold: float, floor: float) -> Split:
-    """Divides a layer's ``Hkv * base`` rows, exactly.
+def divide(
+    sparse: torch.Tensor,
+    base: torch.Tensor,
+    choosable: torch.Tensor,
+    *,
+    window: torch.Tensor,
+    chunk: int,
+    threshold: float,
+    floor: float,
+) -> Split:
+    """Divides a layer's ``Hkv * (base + window)`` rows, exactly.
 
-    Every dynamic head gets ``base`` rows, rounded down to its first rows and whole chunks. What is left belongs to the static
-    heads: a share ``floor`` in equal parts, the rest in proportion to the share of keys that matter to them. Where no static
-    head can take it, the rows just before a dynamic head's window stay resident. Heads that can be kept whole, or whose budget
-    has no room for a chunk, are static.
+    Every dynamic head gets an equal share of them, rounded down to its first rows and whole chunks. What is left belongs to the
+    static heads: to each its window, then a share ``floor`` of the rest in equal parts, and what remains in proportion to the
+    attention that they give to what is not kept for certain. Where no static head can take it, the rows just before a dynamic head's last stay
+    resident. Heads that can be kept whole, or whose budget has no room for a chunk, are static.
 
     Args:
         sparse: [B, Hkv], of `sparsity`.
-        base: [B] int, candidate rows per head on average.
-        choosable: [B, Hkv] int, candidates.
-        threshold: heads at least so sparse are static.
+        base: [B] int, rows per head on average, beside the window.
+        choosable: [B, Hkv] int, rows of the prompt but for its last, those of the window included.
+        window: [B, Hkv] int, how many of them are the window's.
+        chunk: rows of a chunk.
+        threshold: heads at least so sparse are static; 1: none is.
         floor: see above.
     """
-    mean = base.unsqueeze(-1)
-    total = (base * sparse.shape[-1]).minimum(choosable.sum(dim=-1))
-    dynamic = (sparse < threshold) & (mean >= FIRST + CHUNK) & (mean < choosable)
-    whole = dynamic * (mean - (mean - FIRST) % CHUNK)
-    rest = total - whole.sum(dim=-1)
-    room = torch.where(dynamic, 0, choosable)
+    candidates, mean = choosable - window, base.unsqueeze(-1)
+    share = mean + window
+    total = (base * sparse.shape[-1]).minimum(candidates.sum(dim=-1))
+    dynamic = ((sparse < threshold) | (threshold == 1)) & (share >= FIRST + chunk) & (mean < candidates)
+    whole = dynamic * (share - (share - FIRST) % chunk)
+    rest = total - (whole - dynamic * window).sum(dim=-1)
+    room = torch.where(dynamic, 0, candidates)
     pruned = rest.minimum(room.sum(dim=-1))
     weight = (1 - sparse.double() + 1e-6) * ~dynamic
     equal = (~dynamic).double()
     weight, equal = (part / part.sum(dim=-1, keepdim=True).clamp(min=1e-30) for part in (weight, equal))
     shares = pruned.unsqueeze(-1) * (floor * equal + (1 - floor) * weight)
-    rows = whole + apportion(shares, pruned, room)
+    static = ~dynamic * window + apportion(shares, pruned, room)
     over = rest - pruned
     equal = dynamic.double() / dynamic.sum(dim=-1, keepdim=True).clamp(min=1)
-    rows = rows + apportion(over.unsqueeze(-1) * equal, over, torch.where(dynamic, choosable - whole, 0))
-    return Split(dynamic, rows, torch.where(dynamic, (rows - FIRST) // CHUNK, 0))
+    rows = whole + static + apportion(over.unsqueeze(-1) * equal, over, torch.where(dynamic, choosable - whole, 0))
+    return Split(dynamic, rows, torch.where(dynamic, (rows - FIRST) // chunk, 0), chunk)
 
 
 def text_first(ranks: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -221,40 +267,12 @@ def text_first(ranks: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 
 
 def fixed_ranks(split: Split, choosable: torch.Tensor, padding: torch.Tensor, length: int) -> torch.Tensor:
-    """Ranks [B, Hkv, M] in which what a dynamic head always holds comes first: its first rows, and those before the window.
+    """Ranks [B, Hkv, M] in which what a dynamic head always holds comes first: its first rows, and those before the last.
 
-    ``padding`` [B, Hkv]: columns on the left that are none; ``length``: M.
+    ``padding`` [B, Hkv]: columns on the left that are none; ``length``: M, all columns but the last.
     """
     place = torch.arange(length, device=padding.device) - padding.unsqueeze(-1)
-    first, before_window = split.first.unsqueeze(-1), (choosable - split.fixed + split.first).unsqueeze(-1)
+    first, before_last = split.first.unsqueeze(-1), (choosable - split.fixed + split.first).unsqueeze(-1)
     ranks = torch.where(place < first, place, length)
-    ranks = torch.where(place >= before_window, first + place - before_window, ranks)
+    ranks = torch.where(place >= before_last, first + place - before_last, ranks)
     return ranks.masked_fill(place < 0, length)
-
-
-def bounds(key: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The element-wise bounds of chunks of keys: the largest, then the smallest elements.
-
-    Args:
-        key: [rows, D].
-        starts, rows: int [chunks], where each begins and how many rows it has, 1 to `CHUNK`.
-
-    Returns: [chunks, 2 D], in key's dtype.
-    """
-    offset = torch.arange(CHUNK, device=key.device).minimum(rows.unsqueeze(-1) - 1)
-    chunks = key[starts.unsqueeze(-1) + offset]
-    return torch.cat([chunks.amax(dim=1), chunks.amin(dim=1)], dim=-1)
-
-
-def choose(scores: torch.Tensor, slots: torch.Tensor, most: int) -> torch.Tensor:
-    """The chunks with the highest scores.
-
-    Args:
-        scores: [S, C], -inf where there is no chunk.
-        slots: int [S], how many each sequence chooses; no more than it has.
-        most: the largest of them (host).
-
-    Returns: int64 [S, most], -1 beyond a sequence's slots.
-    """
-    best = scores.topk(most, dim=-1).indices
-    return best.masked_fill(torch.arange(most, device=scores.device) >= slots.unsqueeze(-1), -1)

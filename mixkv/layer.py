@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from . import hybrid
 from .attention import MARK, check_caller
 from .compression import Compression
 from .ragged import RaggedStore
@@ -272,7 +271,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
     def lengths(self) -> torch.Tensor:
         """Rows resident, those of slots for chunks included: int64 [B, Hkv], on the CPU."""
         if self.store is not None:
-            rows = self.store.lengths if self.chunks is None else self.store.lengths + hybrid.CHUNK * self.chunks.slots
+            rows = self.store.lengths if self.chunks is None else self.store.lengths + self.chunks.chunk * self.chunks.slots
             return rows.view(self.store.batch, self.store.heads).long().cpu()
         return torch.full((self.batch, self.shape[0] if self.shape else 0), self.seen)
 

@@ -139,9 +139,9 @@ def attend_extend(
     )
 
 
-def chunk_scores(query, bounds, starts, counts, *, longest) -> torch.Tensor:
+def chunk_scores(query, codes, grid, starts, counts, *, longest) -> torch.Tensor:
     """`plain.chunk_scores`."""
-    return _ops().chunk_scores.default(query, bounds, starts, counts, longest)
+    return _ops().chunk_scores.default(query, codes, grid, starts, counts, longest)
 
 
 def attend_chunks(
@@ -477,7 +477,7 @@ def _register_fakes() -> None:
         "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "attend_extend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
-        "chunk_scores": lambda query, bounds, starts, counts, longest: query.new_empty(
+        "chunk_scores": lambda query, codes, grid, starts, counts, longest: query.new_empty(
             starts.numel(), longest, dtype=torch.float32
         ),
         "attend_chunks": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),

@@ -95,25 +95,29 @@ def attend(
 
 
 def chunk_scores(
-    query: torch.Tensor, bounds: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, *, longest: int
+    query: torch.Tensor, codes: torch.Tensor, grid: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, *, longest: int
 ) -> torch.Tensor:
     """What no key of a chunk can exceed: ``sum_d max(q_d low_d, q_d high_d)``, the largest over the G query heads.
 
     Args:
         query: [B, Hq, 1, D].
-        bounds: [chunks, 2 D], `hybrid.bounds`: the largest elements of each chunk's keys, then the smallest.
+        codes: uint8 [chunks, D], `bounds.of_chunks`: the levels of the largest (upper half) and the smallest elements.
+        grid: float32 [S, 2, D], each sequence's lowest level and the width of a step.
         starts, counts: int32 [S], each sequence's first chunk and how many it has.
         longest: at least ``counts.max()``.
 
     Returns: float32 [S, longest], -inf beyond a sequence's chunks.
     """
     sequences, size = starts.numel(), query.shape[-1]
-    folded = query.reshape(sequences, -1, size).float()
+    folded = query.reshape(sequences, -1, size).to(torch.promote_types(query.dtype, torch.float32))
     places = torch.arange(longest, device=starts.device)
     seen = places < counts.unsqueeze(1)
-    chunks = (starts.unsqueeze(1) + places).clamp_(max=bounds.shape[0] - 1)
-    sides = torch.cat([folded.clamp(min=0), folded.clamp(max=0)], dim=-1)
-    found = sides @ bounds[chunks].float().transpose(-1, -2)
+    chunks = (starts.unsqueeze(1) + places).clamp_(max=codes.shape[0] - 1)
+    held = codes[chunks]
+    steps = folded * grid[:, 1:]
+    sides = torch.cat([steps.clamp(min=0), steps.clamp(max=0)], dim=-1)
+    levels = torch.cat([held >> 4, held & 15], dim=-1).to(sides.dtype)
+    found = sides @ levels.transpose(-1, -2) + (folded * grid[:, :1]).sum(dim=-1, keepdim=True)
     return found.amax(dim=1).masked_fill(~seen, -torch.inf)
 
 

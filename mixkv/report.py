@@ -15,6 +15,7 @@ def stats(cache) -> dict[str, Any]:
         bytes_resident: those of resident rows: all but bytes_outside;
         bytes_outside: those of chunks outside the resident rows (``hybridkv`` with ``offload``; on a GPU they lie in the host's
             memory), else 0;
+        bytes_bounds: of the resident ones, those of the bounds by which ``hybridkv`` chooses chunks;
         bytes_full: what an uncompressed cache holds after the same tokens;
         ratio: bytes / bytes_full;
         seen: tokens seen, padding included;
@@ -48,6 +49,7 @@ def stats(cache) -> dict[str, Any]:
         "bytes": held,
         "bytes_resident": held - outside,
         "bytes_outside": outside,
+        "bytes_bounds": sum(layer.chunks.bound_bytes for layer in layers if _ours(layer) and layer.chunks is not None),
         "bytes_full": full,
         "ratio": held / full if full else 1.0,
         "seen": max((layer.seen for layer in layers if _ours(layer)), default=0),

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import binding, compat, parallel, savefile, stockstate
-from .chunks import CHUNK, ChunkStore
+from .chunks import ChunkStore
 from .config import MixKVConfig
 from .layer import MixKVLayer
 from .ragged import RaggedStore
 
-FORMAT = 1
+FORMAT = 2
 _FIELDS = {"mixkv", "model", "dtype", "batch", "recording", "moved", "config", "layers"}
 _NUMBERS = {"heads", "key_size", "value_size", "seen", "tail", "bound", "scaling", "softcap", "share"}
 _CHUNK_NUMBERS = ("chunk_rows", "chunk_columns", "chunk_slots")
@@ -215,7 +215,9 @@ def _fill(
     if "chunk_key" in copies:
         parts = [copies[name] for name in ("chunk_key", "chunk_value")]
         parts += [copies[name].flatten() for name in ("chunk_rows", "chunk_columns", "chunk_slots")]
-        layer.chunks = ChunkStore.from_rows(*parts, store.batch, config.backend, offload=config.offload)
+        layer.chunks = ChunkStore.from_rows(
+            *parts, store.batch, config.backend, chunk=config.hybrid_chunk, offload=config.offload
+        )
     layer.modal_redundancy = copies.get("modal_redundancy")
 
 
@@ -300,9 +302,9 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
     if "chunk_key" not in held:
         return
     rows, columns, slots = (held[name] for name in _CHUNK_NUMBERS)
-    wrong = (
-        (rows < 0) | (columns < 0) | (rows + columns > numbers["seen"]) | (slots < 0) | (slots > (rows + CHUNK - 1) // CHUNK)
-    )
+    chunk = saved.config.hybrid_chunk
+    most = (rows + chunk - 1) // chunk
+    wrong = (rows < 0) | (columns < 0) | (rows + columns > numbers["seen"]) | (slots < 0) | (slots > most)
     if wrong.any() or not slots.any() or any(part.dtype != torch.int32 for part in (rows, columns, slots)):
         raise ValueError(f"{saved.path} is damaged (layer {index} has chunk_rows {rows.tolist()}): save the cache again")
 

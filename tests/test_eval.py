@@ -59,6 +59,33 @@ def test_caches_joined_into_a_batch_answer_as_each_does(name):
         torch.testing.assert_close(batch[index : index + 1], recording.follow(cache, follow), atol=1e-5, rtol=0)
 
 
+def test_caches_with_chunks_joined_into_a_batch_answer_as_each_does():
+    model = zoo.build("llama", "sdpa")
+    ids = zoo.inputs("llama", 150)["input_ids"][:1]
+    recording = Recording(model, ids)
+    options = dict(method="hybridkv", window=6)
+    kinds = [dict(budget=40, hybrid_threshold=share) for share in (0.0, 0.035, 1.0)] + [dict(budget=80, hybrid_threshold=1.0)]
+    caches = [recording.compressed(MixKVConfig(**options, **kind)) for kind in kinds]
+    assert [sum(layer.chunks is not None for layer in cache.layers) > 0 for cache in caches] == [False, True, True, True]
+    follow = ids[:, :5]
+    batch = recording.follow(joined(caches), follow.expand(len(caches), -1))
+    for index, cache in enumerate(caches):
+        torch.testing.assert_close(batch[index : index + 1], recording.follow(cache, follow), atol=1e-5, rtol=0)
+    other = recording.compressed(MixKVConfig(budget=80, hybrid_chunk=5, hybrid_threshold=1.0, **options))
+    with pytest.raises(ValueError, match="hybrid_chunk"):
+        joined([caches[2], other])
+
+
+def test_configurations_are_compared_at_equal_bytes():
+    configs = [dict(method=method, score="mix", budget=budget) for method in ("snapkv", "hybridkv") for budget in (0.1, 0.2)]
+    resident, kl = [0.1, 0.2, 0.13, 0.23], [4.0, 2.0, 1.0, 0.5]
+    results = [dict(kl=loss, top1=0.5, kept=0, resident=share) for loss, share in zip(kl, resident)]
+    records = [dict(task="prose", tokens=8, seed=seed, answered=None, results=results) for seed in range(3)]
+    changes = [row["kl_change"] for row in paired.summary(records, configs, ("snapkv", "mix"), equal_bytes=True)]
+    assert changes == [0.0, 0.0, -0.5, None]
+    assert [row["kl_change"] for row in paired.summary(records, configs, ("snapkv", "mix"))] == [0.0, 0.0, -0.75, -0.75]
+
+
 def test_a_known_ranking_serves_every_budget_and_no_other_score():
     model = zoo.build("llama", "sdpa")
     ids = zoo.inputs("llama", 90)["input_ids"][:1]

@@ -1,6 +1,7 @@
 """hybridkv: how heads are told apart, who gets which rows, which chunks are chosen, and every way of generating."""
 
 import copy
+import functools
 import pickle
 
 import oracle
@@ -13,18 +14,32 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import mixkv
-from mixkv import hybrid
-from mixkv.hybrid import CHUNK, FIRST
+from mixkv import bounds, hybrid
+from mixkv.hybrid import FIRST, LAST
 
 LENGTH = 300
-# Between the sparsities of the zoo's heads, so that most layers have both kinds.
-OPTIONS = dict(method="hybridkv", budget=110, window=6, hybrid_threshold=0.6)
+OPTIONS = dict(method="hybridkv", budget=110, window=14)
+CHUNK = mixkv.MixKVConfig().hybrid_chunk
 ALL_DYNAMIC = OPTIONS | dict(hybrid_threshold=1.0)
 FAMILIES = ("llama", "gemma2", "gemma3", "gpt_oss", "qwen2_vl")
 
 
 def build(name):
     return zoo.build(name, zoo.FAMILIES[name].attn[-1])
+
+
+@functools.cache
+def threshold(name, window=OPTIONS["window"]):
+    """Between the sparsities of a model's heads, so that there are both kinds."""
+    model = build(name)
+    cache = mixkv.MixKVCache(model, **OPTIONS | dict(window=window))
+    with torch.no_grad():
+        model(**zoo.inputs(name, LENGTH), past_key_values=cache)
+    return float(torch.cat([part.flatten() for part in cache.stats()["sparsity"] if part is not None]).median()) + 1e-6
+
+
+def empty(model, name, **changes):
+    return mixkv.MixKVCache(model, **OPTIONS | dict(hybrid_threshold=threshold(name)) | changes)
 
 
 def chunked_layers(cache):
@@ -43,16 +58,17 @@ def naive_sparsity(query, key, rows, valid, scaling, softcap, sinks):
                 if not rows[b, w]:
                     continue
                 seen = [n for n in range(length - window + w + 1) if valid is None or valid[b, n]]
-                weights = torch.zeros(len(seen), dtype=torch.float64)
+                others = torch.tensor([place >= FIRST and n < length - window for place, n in enumerate(seen)])
+                most = 0.0
                 for q in range(h * groups, (h + 1) * groups):
                     logits = key[b, h, seen].double() @ query[b, q, w].double() * scaling
                     if softcap is not None:
                         logits = softcap * torch.tanh(logits / softcap)
                     if sinks is not None:
                         logits = torch.cat([logits, sinks[q].double().view(1)])
-                    weights += logits.softmax(0)[: len(seen)] / groups
-                shares.append((weights < 0.01 * weights.max()).double().mean())
-            found[b, h] = torch.stack(shares).mean()
+                    most = max(most, float(logits.softmax(0)[: len(seen)][others].sum()))
+                shares.append(1 - most)
+            found[b, h] = sum(shares) / len(shares)
     return found
 
 
@@ -84,34 +100,57 @@ def test_judges_are_the_text_after_the_last_image():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 6), st.integers(0, 300), st.integers(0, 300), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6))
-def test_rows_are_divided_exactly(heads, base, candidates, threshold, floor, seed):
+@given(
+    st.integers(1, 6),
+    st.integers(0, 300),
+    st.integers(0, 300),
+    st.integers(0, 40),
+    st.integers(1, 40),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 10**6),
+)
+def test_rows_are_divided_exactly(heads, base, candidates, window, chunk, threshold, floor, seed):
     sparse = torch.rand(2, heads, generator=torch.Generator().manual_seed(seed))
-    bases, choosable = torch.tensor([base, base // 2]), torch.tensor([candidates, candidates // 3]).view(2, 1).expand(2, heads)
-    split = hybrid.divide(sparse, bases, choosable, threshold=threshold, floor=floor)
-    assert torch.equal(split.rows.sum(1), (bases * heads).minimum(choosable.sum(1)))
+    bases, candidates = torch.tensor([base, base // 2]), torch.tensor([candidates, candidates // 3]).view(2, 1).expand(2, heads)
+    windows = torch.full((2, heads), window)
+    choosable = candidates + window
+    split = hybrid.divide(sparse, bases, choosable, window=windows, chunk=chunk, threshold=threshold, floor=floor)
+    assert torch.equal(split.rows.sum(1), (bases * heads).minimum(candidates.sum(1)) + heads * window)
     assert ((split.rows >= 0) & (split.rows <= choosable)).all()
-    assert not (split.dynamic & (sparse >= threshold)).any()
+    assert (split.rows >= window)[~split.dynamic].all()
+    assert threshold == 1 or not (split.dynamic & (sparse >= threshold)).any()
     assert torch.equal(split.slots > 0, split.dynamic)
     assert (split.fixed >= split.first).all()
     assert torch.equal(split.first, FIRST * split.dynamic.long())
-    assert ((split.fixed - split.first) < CHUNK)[split.dynamic].all()
+    assert ((split.fixed - split.first) < chunk)[split.dynamic].all()
     for row in range(2):
         dynamic = split.dynamic[row]
         static_full = (split.rows[row] == choosable[row])[~dynamic].all()
         if dynamic.any() and not static_full:
-            assert (split.rows[row][dynamic] == FIRST + (bases[row] - FIRST) // CHUNK * CHUNK).all()
+            assert (split.rows[row][dynamic] == FIRST + (bases[row] + window - FIRST) // chunk * chunk).all()
         # Every chunk that is chosen exists.
-        chunks = (choosable[row] - split.fixed[row] + CHUNK - 1) // CHUNK
+        chunks = (choosable[row] - split.fixed[row] + chunk - 1) // chunk
         assert (split.slots[row] <= chunks).all()
 
 
 def test_sparser_static_heads_get_fewer_rows():
     sparse = torch.tensor([[0.99, 0.92, 0.5, 0.95]])
-    split = hybrid.divide(sparse, torch.tensor([70]), torch.full((1, 4), 500), threshold=0.9, floor=0.2)
+    windows = torch.full((1, 4), 24)
+    split = hybrid.divide(
+        sparse, torch.tensor([70]), torch.full((1, 4), 524), window=windows, chunk=32, threshold=0.9, floor=0.2
+    )
     assert split.dynamic.tolist() == [[False, False, True, False]]
     assert split.rows[0, 2] == 68 and split.slots[0, 2] == 2 and split.first[0, 2] == 4
-    assert split.rows[0, 0] < split.rows[0, 3] < split.rows[0, 1] and split.rows.sum() == 280
+    assert split.rows[0, 0] < split.rows[0, 3] < split.rows[0, 1] and split.rows.sum() == 4 * 94
+
+
+def test_a_threshold_of_one_prunes_no_head():
+    sparse, windows = torch.tensor([[1.0, 0.2]]), torch.zeros(1, 2, dtype=torch.int64)
+    split = hybrid.divide(
+        sparse, torch.tensor([70]), torch.full((1, 2), 500), window=windows, chunk=8, threshold=1.0, floor=0.2
+    )
+    assert split.dynamic.all()
 
 
 def test_text_comes_before_images():
@@ -136,28 +175,44 @@ def test_static_heads_keep_text_before_images():
         assert (image[length <= text] == 0).all()
 
 
+def levels(codes, grid):
+    """The bounds [chunks, D] of one sequence, largest and smallest, as they are told."""
+    lowest, step = grid.double()
+    return lowest + step * (codes >> 4).double(), lowest + step * (codes & 15).double()
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_no_key_exceeds_its_chunks_score(dtype):
+def test_no_key_exceeds_its_chunks_score(dtype, shift):
     torch.manual_seed(0)
-    keys, starts, rows = torch.randn(150, 16).to(dtype), torch.tensor([0, 32, 64, 90]), torch.tensor([32, 32, 26, 1])
-    bounds = hybrid.bounds(keys, starts, rows)
+    keys, starts, rows = torch.randn(150, 16) + shift * torch.randn(16), torch.tensor([0, 32, 64, 90]), [32, 32, 26, 1]
+    keys[:, 3] = -2.5
+    keys = keys.to(dtype)
+    sequence = torch.tensor([0, 0, 0, 2])
+    codes, grid = bounds.of_chunks(keys, starts, torch.tensor(rows), sequence, 3, 32)
+    assert codes.shape == (4, 16) and grid.shape == (3, 2, 16) and torch.isfinite(grid).all()
     query = torch.randn(1, 6, 1, 16).to(dtype)
-    layout = [torch.tensor(part, dtype=torch.int32) for part in ([0, 3], [3, 1])]
-    scores = mixkv.plain.chunk_scores(query, bounds, *layout, longest=4)
-    assert scores.isneginf().tolist() == [[False] * 3 + [True], [False] + [True] * 3]
+    layout = [torch.tensor(part, dtype=torch.int32) for part in ([0, 3, 3], [3, 0, 1])]
+    scores = mixkv.plain.chunk_scores(query, codes, grid, *layout, longest=4)
+    assert scores.isneginf().tolist() == [[False] * 3 + [True], [True] * 4, [False] + [True] * 3]
     for chunk in range(4):
-        sequence = chunk // 3
+        s = int(sequence[chunk])
         part = keys[starts[chunk] : starts[chunk] + rows[chunk]].double()
-        mine = query[0, 3 * sequence : 3 * sequence + 3, 0].double()
-        exact = torch.maximum(mine.unsqueeze(1) * part.amax(0), mine.unsqueeze(1) * part.amin(0)).sum(-1).max()
-        score = scores[sequence, chunk % 3].double()
-        assert abs(score - exact) < 1e-5
-        assert score >= (mine @ part.T).max() - 1e-5
+        high, low = levels(codes[chunk], grid[s])
+        lowest, step = grid[s].double()
+        slack = 1e-6 * (1 + part.abs().max())
+        assert (high >= part.amax(0) - slack).all() and (low <= part.amin(0) + slack).all()
+        assert (high - part.amax(0) <= 1.001 * step + slack).all() and (part.amin(0) - low <= 1.001 * step + slack).all()
+        mine = query[0, 2 * s : 2 * s + 2, 0].double()
+        bound = torch.maximum(mine.unsqueeze(1) * high, mine.unsqueeze(1) * low).sum(-1).max()
+        score = scores[s, chunk % 3].double()
+        assert abs(score - bound) < 1e-5 * (1 + shift)
+        assert score >= (mine @ part.T).max() - 1e-5 * (1 + shift)
 
 
 def test_no_chosen_chunk_is_below_one_not_chosen():
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    cache = empty(model, "llama")
     seen = []
     with torch.no_grad():
         logits = model(**prompts, past_key_values=cache).logits
@@ -176,11 +231,14 @@ def test_no_chosen_chunk_is_below_one_not_chosen():
                 heads = query_heads // groups
                 mine = query[s // heads, 0, s % heads * groups : (s % heads + 1) * groups]
                 parts = keys[start : start + rows].split(CHUNK)
-                bound = [torch.maximum(mine * p.amax(0), mine * p.amin(0)).sum(-1).max().item() for p in parts]
+                first = int(store.bound_starts[s])
+                sides = levels(store.codes[first : first + len(parts)], store.grid[s])
+                highest = torch.maximum(*(mine.double().unsqueeze(1) * side for side in sides)).sum(-1).amax(0).tolist()
+                assert all((mine @ part.T).max() <= most + 1e-4 for part, most in zip(parts, highest))
                 picked = set(chosen.flatten(0, 2)[s].tolist()) - {-1}
                 assert len(picked) == store.slots[s] > 0
-                others = [b for index, b in enumerate(bound) if index not in picked]
-                assert min(bound[index] for index in picked) >= max(others) - 1e-4
+                others = [b for index, b in enumerate(highest) if index not in picked]
+                assert min(highest[index] for index in picked) >= max(others) - 1e-4
                 seen.append(len(others))
             return chosen
 
@@ -219,7 +277,7 @@ def test_with_every_chunk_chosen_logits_are_the_full_caches(name, offload):
 @pytest.mark.parametrize("offload", ["in place", "slots"])
 def test_decoding_equals_a_full_cache_masked_to_resident_and_chosen_rows(name, offload):
     model, prompts = build(name), zoo.inputs(name, LENGTH, batch=2)
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    cache = empty(model, name)
     with torch.no_grad():
         logits = [model(**prompts, past_key_values=cache).logits[:, -1]]
         resident, steps = {}, []
@@ -273,11 +331,14 @@ def watch(layer, index, chosen):
     store.choose = watched
 
 
-@pytest.mark.parametrize("budget", [0.4, 110, 64, 39])
-@pytest.mark.parametrize("threshold", [0.0, 0.6, 1.0])
-def test_resident_rows_are_exact(budget, threshold):
+@pytest.mark.parametrize(
+    "budget, window, chunk", [(0.4, 14, 8), (110, 6, 32), (64, 14, 5), (39, 6, 32), (39, 32, 8), (17, 1, 1)]
+)
+@pytest.mark.parametrize("prune", ["all", "half", "none"])
+def test_resident_rows_are_exact(budget, window, chunk, prune):
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
-    cache = mixkv.MixKVCache(model, **OPTIONS | dict(budget=budget, hybrid_threshold=threshold))
+    least = {"all": 0.0, "half": threshold("llama", window), "none": 1.0}[prune]
+    cache = empty(model, "llama", budget=budget, window=window, hybrid_chunk=chunk, hybrid_threshold=least)
     oracle.generate(model, prompts, 4, past_key_values=cache)
     numbers = cache.stats()
     rows = round(budget * LENGTH) if isinstance(budget, float) else budget
@@ -296,17 +357,22 @@ def test_resident_rows_are_exact(budget, threshold):
         assert told["chosen"] == sum(int(layer.chunks.slots.sum()) for layer in chunked_layers(cache))
         assert numbers["bytes_outside"] == sum(layer.chunks.pool.nbytes for layer in chunked_layers(cache))
         assert numbers["bytes_resident"] + numbers["bytes_outside"] == numbers["bytes"]
-    assert (numbers["chunks"] is None) == (threshold == 0.0 or rows < 6 + FIRST + CHUNK)
+        dynamic = sum(int(layer.chunks.counts.sum()) for layer in chunked_layers(cache))
+        size = cache.layers[0].shape[1]
+        assert numbers["bytes_bounds"] == size * (
+            dynamic + 8 * sum(layer.chunks.counts.numel() for layer in chunked_layers(cache))
+        )
+    assert (numbers["chunks"] is None) == (prune == "all" or rows < min(window, LAST) + FIRST + chunk)
 
 
 def test_a_padded_batch_equals_its_rows_alone():
     for name in FAMILIES:
         model = build(name)
         batch, rows = zoo.ragged(name, [LENGTH, LENGTH - 37, LENGTH - 150])
-        cache = mixkv.MixKVCache(model, **OPTIONS)
+        cache = empty(model, name)
         tokens, logits = oracle.generate(model, batch, 5, past_key_values=cache)
         for index, prompt in enumerate(rows):
-            alone = mixkv.MixKVCache(model, **OPTIONS)
+            alone = empty(model, name)
             row_tokens, row_logits = oracle.generate(model, prompt, 5, past_key_values=alone)
             assert torch.equal(tokens[index], row_tokens[0])
             assert (logits[index] - row_logits[0]).abs().max() < 1e-4
@@ -316,7 +382,7 @@ def test_a_padded_batch_equals_its_rows_alone():
 @pytest.mark.parametrize("offload", ["in place", "slots"])
 def test_several_tokens_at_once_choose_each_for_itself(offload):
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    cache = empty(model, "llama")
     more = torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model(**prompts, past_key_values=cache)
@@ -342,12 +408,12 @@ def test_turns_with_padding_in_both():
     block = torch.cat([torch.nn.functional.pad(part, (6 - part.shape[1], 0)) for part in added])
     mask = torch.cat([batch["attention_mask"], (block > 0).long()], 1)
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    together = mixkv.MixKVCache(model, **OPTIONS)
+    together = empty(model, "llama")
     with torch.no_grad():
         model(**batch, past_key_values=together, position_ids=places[:, :LENGTH])
         logits = model(input_ids=block, attention_mask=mask, past_key_values=together, position_ids=places[:, LENGTH:]).logits
         for row in range(2):
-            alone = mixkv.MixKVCache(model, **OPTIONS)
+            alone = empty(model, "llama")
             model(**rows[row], past_key_values=alone)
             expected = model(input_ids=added[row], past_key_values=alone).logits[0]
             assert (logits[row, -added[row].shape[1] :] - expected).abs().max() < 1e-4
@@ -366,10 +432,10 @@ def test_beams_equal_rows_followed_one_by_one(offload, monkeypatch):
 
         monkeypatch.setattr(mixkv.chunks.ChunkStore, "from_plan", classmethod(with_slots))
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
-    out = oracle.beams(model, prompts, mixkv.MixKVCache(model, **OPTIONS))
+    out = oracle.beams(model, prompts, empty(model, "llama"))
     for row in range(2):
         single = {key: value[row : row + 1] for key, value in prompts.items()}
-        cache = mixkv.MixKVCache(model, **OPTIONS)
+        cache = empty(model, "llama")
         answer = out.sequences[row, LENGTH:]
         with torch.no_grad():
             logits = [model(**single, past_key_values=cache).logits[:, -1]]
@@ -385,17 +451,17 @@ def test_assisted_decoding_gives_the_greedy_tokens(name):
         pytest.skip("transformers up to 5.17 cannot take rejected drafts back from sliding-window layers")
     model, prompts = build(name), zoo.inputs(name, LENGTH)
     prompts["input_ids"][:, -12:] = prompts["input_ids"][:, :12]
-    greedy, _ = oracle.generate(model, prompts, 12, past_key_values=mixkv.MixKVCache(model, **OPTIONS))
+    greedy, _ = oracle.generate(model, prompts, 12, past_key_values=empty(model, name))
     for extra in (dict(prompt_lookup_num_tokens=5), dict(assistant_model=build(name))):
-        cache = mixkv.MixKVCache(model, **OPTIONS)
+        cache = empty(model, name)
         tokens = model.generate(**prompts, max_new_tokens=12, do_sample=False, past_key_values=cache, **extra)
         assert torch.equal(tokens[:, LENGTH:], greedy)
 
 
 def test_chunked_prefill_is_compressed_once():
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
-    _, expected = oracle.generate(model, prompts, 4, past_key_values=mixkv.MixKVCache(model, **OPTIONS))
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    _, expected = oracle.generate(model, prompts, 4, past_key_values=empty(model, "llama"))
+    cache = empty(model, "llama")
     _, logits = oracle.generate(model, prompts, 4, past_key_values=cache, prefill_chunk_size=64)
     assert (logits - expected).abs().max() < 1e-4
 
@@ -403,7 +469,7 @@ def test_chunked_prefill_is_compressed_once():
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen2_vl"])
 def test_copies_and_files_go_on_alike(name, tmp_path):
     model, prompts = build(name), zoo.inputs(name, LENGTH, batch=2)
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    cache = empty(model, name)
     more = torch.randint(4, 100, (2, 5), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         model(**prompts, past_key_values=cache)
@@ -425,7 +491,7 @@ def test_copies_and_files_go_on_alike(name, tmp_path):
 
 def test_a_damaged_file_is_refused(tmp_path):
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH)
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    cache = empty(model, "llama")
     with torch.no_grad():
         model(**prompts, past_key_values=cache)
     chunked_layers(cache)[0].chunks.columns.add_(LENGTH)
@@ -437,7 +503,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 def test_rows_are_taken_and_tokens_taken_back():
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=3)
     step = torch.tensor([[7], [8], [9]])
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    cache = empty(model, "llama")
     with torch.no_grad():
         model(**prompts, past_key_values=cache)
         other = copy.deepcopy(cache)
@@ -459,7 +525,7 @@ def test_rows_are_taken_and_tokens_taken_back():
 
 def test_slots_fetch_only_what_they_lack():
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    cache = empty(model, "llama")
     fetched = []
     fetch = mixkv.kernels.fetch_chunks
     with torch.no_grad():
@@ -483,7 +549,7 @@ def test_slots_fetch_only_what_they_lack():
 def test_a_prompt_within_its_budget_is_kept_whole():
     model, prompts = build("llama"), zoo.inputs("llama", 60)
     _, expected = oracle.generate(model, prompts, 5)
-    cache = mixkv.MixKVCache(model, **OPTIONS)
+    cache = empty(model, "llama")
     _, logits = oracle.generate(model, prompts, 5, past_key_values=cache)
     assert (logits - expected).abs().max() < 1e-4 and not chunked_layers(cache)
     assert cache.stats()["dynamic"][0].any().logical_not() and cache.stats()["bytes_outside"] == 0
@@ -491,7 +557,7 @@ def test_a_prompt_within_its_budget_is_kept_whole():
 
 def test_offload_false_counts_everything_as_resident():
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH)
-    cache = mixkv.MixKVCache(model, offload=False, **OPTIONS)
+    cache = empty(model, "llama", offload=False)
     oracle.generate(model, prompts, 2, past_key_values=cache)
     numbers = cache.stats()
     assert chunked_layers(cache) and numbers["bytes_outside"] == 0 and numbers["bytes_resident"] == numbers["bytes"]
@@ -502,6 +568,7 @@ def test_offload_false_counts_everything_as_resident():
     [
         (dict(decode_budget=64), "decode_budget=64 does not go with method='hybridkv'"),
         (dict(hybrid_threshold=1.5), "hybrid_threshold=1.5 must be a number from 0 to 1"),
+        (dict(hybrid_chunk=0), "hybrid_chunk=0 must be a positive int"),
         (dict(hybrid_floor=-1), "hybrid_floor=-1 must be"),
         (dict(offload="no"), "offload='no' must be True or False"),
     ],

@@ -51,19 +51,19 @@ def oracle_chunks(query, buffers, starts, lengths, chunks, scaling, softcap, sin
 
 @needs_library
 @pytest.mark.parametrize("size, value_size, groups", [(16, 16, 1), (64, 64, 3), (80, 48, 2), (128, 128, 7), (256, 256, 5)])
-@pytest.mark.parametrize("softcap, with_sinks", [(None, False), (5.0, True)])
+@pytest.mark.parametrize("softcap, with_sinks, chunk", [(None, False, 8), (5.0, True, 32), (None, True, 5)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attend_chunks_equals_oracle(dtype, softcap, with_sinks, size, value_size, groups, threads):
+def test_attend_chunks_equals_oracle(dtype, softcap, with_sinks, chunk, size, value_size, groups, threads):
     torch.manual_seed(size + groups)
     lengths = [0, 1, 300, 3, 129, 128, 17, 0]
     buffers, starts, counts = make_store(lengths, size, value_size, dtype)
-    chunks = make_chunks(8, 5, 2048, 32, size, value_size, dtype)
+    chunks = make_chunks(8, 5, 2048, chunk, size, value_size, dtype)
     query = strided(2, 4 * groups, 1, size, dtype)
     sinks = torch.randn(4 * groups) if with_sinks else None
     logits = dict(scaling=size**-0.5, softcap=softcap, sinks=sinks)
-    result = native.attend_chunks(query, *buffers[:2], starts, counts, *chunks, chunk=32, max_length=300, **logits)
+    result = native.attend_chunks(query, *buffers[:2], starts, counts, *chunks, chunk=chunk, max_length=300, **logits)
     held = [*clean(chunks[:2]), *chunks[2:]]
-    twin = plain.attend_chunks(query, *clean(buffers)[:2], starts, counts, *held, chunk=32, max_length=300, **logits)
+    twin = plain.attend_chunks(query, *clean(buffers)[:2], starts, counts, *held, chunk=chunk, max_length=300, **logits)
     exact = oracle_chunks(query, buffers, starts, counts, chunks, *logits.values())
     twin.view(2, 4, groups, value_size)[0, 0] = 0.0  # the twin has no answer for a sequence without rows
     assert result.shape == exact.shape and result.dtype == dtype
@@ -77,17 +77,18 @@ def test_chunk_scores_equal_their_twin(dtype, size, groups, threads):
     torch.manual_seed(size + groups)
     counts = torch.tensor([0, 1, 7, 400, 33, 2], dtype=torch.int32)
     starts = (counts.cumsum(0) - counts + 2).to(torch.int32)
-    low, high = torch.randn(2, int(counts.sum()) + 4, size).sort(dim=0).values
-    bounds = torch.cat([high, low], dim=-1).to(dtype)
+    low, high = torch.randint(16, (2, int(counts.sum()) + 4, size), dtype=torch.uint8).sort(dim=0).values
+    codes, grid = 16 * high + low, torch.rand(6, 2, size) - torch.tensor([[0.5], [0.0]])
     query = strided(2, 3 * groups, 1, size, dtype)
-    found = native.chunk_scores(query, bounds, starts, counts, longest=401)
-    twin = plain.chunk_scores(query, bounds, starts, counts, longest=401)
+    found = native.chunk_scores(query, codes, grid, starts, counts, longest=401)
+    twin = plain.chunk_scores(query, codes, grid, starts, counts, longest=401)
     assert torch.equal(found.isneginf(), twin.isneginf()) and found.isneginf()[:, 400].all()
     exact = torch.full_like(found, -torch.inf, dtype=torch.float64)
     for s in range(6):
         mine = query.reshape(6, groups, 1, size)[s].double()
-        part = bounds[starts[s] : starts[s] + counts[s]].double()
-        exact[s, : counts[s]] = torch.maximum(mine * part[:, :size], mine * part[:, size:]).sum(-1).amax(0)
+        span, (lowest, step) = slice(int(starts[s]), int(starts[s] + counts[s])), grid[s].double()
+        sides = [mine * (lowest + step * level[span].double()) for level in (high, low)]
+        exact[s, : counts[s]] = torch.maximum(*sides).sum(-1).amax(0)
     real = ~found.isneginf()
     for scores in (found, twin):
         assert (scores.double() - exact)[real].abs().max() < 1e-5 * exact[real].abs().max()
@@ -118,8 +119,10 @@ def test_chunks_beyond_their_buffers_are_refused():
         attend([[0], [0]], [[1], [1]], key=torch.randn(64, 32))
     with pytest.raises(RuntimeError, match="the store's dtype"):
         attend([[0], [0]], [[1], [1]], key=torch.randn(64, 16).half())
-    bounds, ints = torch.randn(4, 32), torch.tensor([0, 2], dtype=torch.int32)
+    codes, grid, ints = torch.zeros(4, 16, dtype=torch.uint8), torch.ones(2, 2, 16), torch.tensor([0, 2], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="beyond 4 chunks"):
-        native.chunk_scores(query, bounds, ints, ints + 3, longest=9)
-    with pytest.raises(RuntimeError, match="2 D"):
-        native.chunk_scores(query, bounds[:, :16].contiguous(), ints, ints, longest=9)
+        native.chunk_scores(query, codes, grid, ints, ints + 3, longest=9)
+    with pytest.raises(RuntimeError, match="uint8 .chunks, D."):
+        native.chunk_scores(query, codes[:, :8].contiguous(), grid, ints, ints, longest=9)
+    with pytest.raises(RuntimeError, match="float32 .S, 2, D."):
+        native.chunk_scores(query, codes, grid[:1], ints, ints, longest=9)

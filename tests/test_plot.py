@@ -61,7 +61,7 @@ def test_heat_maps_show_the_numbers_of_stats(name, row):
 
 def test_sparsity_shows_the_map_of_heads():
     model, prompts = zoo.build("gemma3"), zoo.inputs("gemma3", 300, batch=2)
-    cache = MixKVCache(model, method="hybridkv", budget=110, window=6, hybrid_threshold=0.6)
+    cache = MixKVCache(model, method="hybridkv", budget=110, window=6, hybrid_threshold=0.0125)
     with torch.no_grad():
         model(**prompts, past_key_values=cache)
     ax = plot.sparsity(cache, row=1)

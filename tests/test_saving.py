@@ -215,7 +215,7 @@ def same_modality(first, second):
 def test_a_damaged_image_mask(tmp_path):
     model = zoo.build("gemma3_vision")
     filled(model, zoo.inputs("gemma3_vision", 40))[0].save(tmp_path / "whole")
-    header, tensors = savefile.read(tmp_path / "whole", range(1, 2))
+    header, tensors = savefile.read(tmp_path / "whole", range(saving.FORMAT, saving.FORMAT + 1))
     savefile.write(tmp_path / "forged", header, tensors | {"image_mask": tensors["image_mask"][0]})
     with pytest.raises(ValueError, match="image mask"):
         MixKVCache.load(tmp_path / "forged", model)
@@ -399,7 +399,7 @@ def test_other_layer_kinds(tmp_path):
 
 def forged(saved, tmp_path, change):
     """The file with its header and tensors changed, and a checksum that fits them."""
-    header, tensors = savefile.read(saved[1], range(1, 2))
+    header, tensors = savefile.read(saved[1], range(saving.FORMAT, saving.FORMAT + 1))
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(header, tensors)
     savefile.write(tmp_path / "forged", header, tensors)
@@ -414,8 +414,8 @@ def shift(header, tensors):
     "change, message",
     [
         (
-            lambda header, _: header.update(format=2, mixkv="9.0"),
-            r"format 2 \(saved by mixkv 9.0\), and this mixkv reads format 1",
+            lambda header, _: header.update(format=saving.FORMAT + 1, mixkv="9.0"),
+            rf"format {saving.FORMAT + 1} \(saved by mixkv 9.0\), and this mixkv reads format {saving.FORMAT}",
         ),
         (lambda header, _: header.pop("config"), r"its header lacks \['config'\]"),
         (lambda header, _: header["config"].update(colour="red"), "unknown option colour='red'.*load it with that version"),

@@ -21,7 +21,9 @@ def draw(batch, heads, groups, length, window, size=16, seed=0, offset=1.0):
 
 
 def config_for(method, **options):
-    return MixKVConfig(method=method, profile=((1.0, 2.0), (3.0, 1.0)) if method == "sparsemm" else None, **options)
+    """Under hybridkv every head is static: what `select` gives is all that it keeps."""
+    profile = ((1.0, 2.0), (3.0, 1.0)) if method == "sparsemm" else None
+    return MixKVConfig(method=method, profile=profile, hybrid_threshold=0.0, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

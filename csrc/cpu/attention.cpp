@@ -197,13 +197,13 @@ static Tensor attend_chunks(Tensor query, Tensor key_buffer, Tensor value_buffer
   return attend_runs(query, store, heads, element_of(key_buffer), runs, scaling, softcap, sinks);
 }
 
-static Tensor chunk_scores(Tensor query, Tensor bounds, Tensor starts, Tensor counts, int64_t longest) {
-  const BoundsShape shape(query, bounds, starts, counts);
+static Tensor chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor starts, Tensor counts, int64_t longest) {
+  const BoundsShape shape(query, codes, grid, starts, counts);
   query = torch::stable::contiguous(query);
   Tensor out = torch::stable::new_empty(query, {shape.sequences, longest}, ScalarType::Float);
   const Kernels& set = kernels();
-  const ElementKernels& kernel = set.of[element_of(bounds)];
-  const int64_t bytes = bounds.element_size(), row_bytes = shape.size * bytes;
+  const ElementKernels& kernel = set.of[element_of(query)];
+  const int64_t row_bytes = shape.size * query.element_size();
   const int32_t* first = data<int32_t>(starts);
   const int32_t* count = data<int32_t>(counts);
   int64_t most = 1;
@@ -221,8 +221,9 @@ static Tensor chunk_scores(Tensor query, Tensor bounds, Tensor starts, Tensor co
       std::fill(to + count[s], to + longest, -std::numeric_limits<float>::infinity());
       if (count[s] == 0) continue;
       for (int64_t g = 0; g < shape.groups; ++g) rows[g] = data<char>(query) + (s * shape.groups + g) * row_bytes;
-      kernel.bounds({rows.data(), int(shape.groups), int(shape.size), data<char>(bounds) + first[s] * 2 * row_bytes, count[s]}, to,
-                    memory.get());
+      kernel.bounds({rows.data(), int(shape.groups), int(shape.size), data<uint8_t>(codes) + first[s] * shape.size,
+                     data<float>(grid) + s * 2 * shape.size, count[s]},
+                    to, memory.get());
     }
   });
   return out;

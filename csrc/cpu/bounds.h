@@ -8,16 +8,30 @@ namespace {
 
 using mixkv::Bounds;
 
-template <class T, int Q>
-static void bound_group(const typename QueryOf<T>::Type* query, const Bounds& bounds, bool fresh, float* out) {
+// Levels of a chunk's largest elements, then of its smallest.
+MIXKV_INLINE void unpack(const uint8_t* codes, int size, float* to) {
+  for (int d = 0; d < size; d += kLanes) {
+    ByteVec x;
+    memcpy(&x, codes + d, sizeof x);
+    store(to + d, __builtin_convertvector(__builtin_convertvector(x >> 4, IntVec), Vec));
+    store(to + size + d, __builtin_convertvector(__builtin_convertvector(x & 15, IntVec), Vec));
+  }
+}
+
+template <int Q>
+static void bound_group(const float* query, const float* base, const Bounds& bounds, bool fresh, float* levels, float* out) {
   constexpr int R = kRows<Q>;
   const int size = 2 * bounds.size;
   for (int64_t n = 0; n < bounds.chunks; n += R) {
     const int count = bounds.chunks - n < R ? int(bounds.chunks - n) : R;
-    const Vec x = dots<T, Q>(query, size, (const T*)bounds.of + n * size, size, count - 1);
+    for (int r = 0; r < count; ++r) unpack(bounds.codes + (n + r) * bounds.size, bounds.size, levels + r * size);
+    const Vec x = dots<float, Q>(query, size, levels, size, count - 1);
     for (int r = 0; r < count; ++r) {
-      float most = fresh ? x[r] : out[n + r];
-      for (int i = 0; i < Q; ++i) most = x[i * R + r] > most ? x[i * R + r] : most;
+      float most = fresh ? base[0] + x[r] : out[n + r];
+      for (int i = 0; i < Q; ++i) {
+        const float bound = base[i] + x[i * R + r];
+        most = bound > most ? bound : most;
+      }
       out[n + r] = most;
     }
   }
@@ -25,31 +39,30 @@ static void bound_group(const typename QueryOf<T>::Type* query, const Bounds& bo
 
 template <class T>
 static void chunk_scores(const Bounds& bounds, float* out, float* scratch) {
-  typedef typename QueryOf<T>::Type Query;
   const int size = bounds.size, padded = padded_size(2 * size);
-  T* sides = (T*)scratch;
-  Query* query = (Query*)(scratch + int64_t(kGroup) * 2 * size);
+  float *query = scratch, *levels = scratch + kGroup * padded;
+  const float *lowest = bounds.grid, *step = bounds.grid + size;
+  memset(query, 0, kGroup * padded * sizeof *query);
   for (int first = 0; first < bounds.count; first += kGroup) {
     const int count = bounds.count - first < kGroup ? bounds.count - first : kGroup;
-    const void* rows[kGroup];
+    float base[kGroup] = {};
     for (int i = 0; i < count; ++i) {
       const T* from = (const T*)bounds.rows[first + i];
-      T* to = sides + i * 2 * size;
+      float* to = query + i * padded;
       for (int d = 0; d < size; ++d) {
-        const float x = get(from + d);
-        put(to + d, x > 0.0f ? x : 0.0f);
-        put(to + size + d, x < 0.0f ? x : 0.0f);
+        const float x = get(from + d), scaled = x * step[d];
+        base[i] += x * lowest[d];
+        to[d] = scaled > 0.0f ? scaled : 0.0f;
+        to[size + d] = scaled < 0.0f ? scaled : 0.0f;
       }
-      rows[i] = to;
     }
-    prepare<T>({rows, count, 2 * size, 0, 1.0f, 0.0f}, query);
-    if (count == 4) bound_group<T, 4>(query, bounds, first == 0, out);
-    if (count == 3) bound_group<T, 3>(query, bounds, first == 0, out);
-    if (count == 2) bound_group<T, 2>(query, bounds, first == 0, out);
-    if (count == 1) bound_group<T, 1>(query, bounds, first == 0, out);
+    if (count == 4) bound_group<4>(query, base, bounds, first == 0, levels, out);
+    if (count == 3) bound_group<3>(query, base, bounds, first == 0, levels, out);
+    if (count == 2) bound_group<2>(query, base, bounds, first == 0, levels, out);
+    if (count == 1) bound_group<1>(query, base, bounds, first == 0, levels, out);
   }
 }
 
-static int64_t bounds_scratch(int size) { return int64_t(kGroup) * (2 * size + padded_size(2 * size)); }
+static int64_t bounds_scratch(int size) { return int64_t(kGroup) * padded_size(2 * size) + int64_t(kLanes) * 2 * size; }
 
 }  // namespace

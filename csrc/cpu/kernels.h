@@ -67,12 +67,14 @@ struct Projection {
   int size;  // D
 };
 
-// Query rows of one KV head, and the bounds of its chunks of keys: for each the largest elements, then the smallest.
+// Query rows of one KV head, and the bounds of its chunks of keys: the largest element's level in the upper half of a code, the
+// smallest's in the lower.
 struct Bounds {
   const void* const* rows;
   int count;
   int size;  // D
-  const void* of;  // [chunks, 2 D]
+  const uint8_t* codes;  // [chunks, D]
+  const float* grid;  // [2, D]: the lowest level, and a step
   int64_t chunks;
 };
 

@@ -18,9 +18,12 @@ __device__ inline float get(__half x) { return __half2float(x); }
 __device__ inline float get(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 struct Scores {
-  // [S, G, D]; [chunks, 2 D]: the largest elements of each chunk's keys, then the smallest.
+  // [S, G, D]
   const void* query;
-  const void* bounds;
+  // [chunks, D]: the level of the largest element of each chunk's keys in the upper half of a code, the smallest's in the lower.
+  const uint8_t* codes;
+  // [S, 2, D]: a sequence's lowest level, and a step.
+  const float* grid;
   const int32_t* starts;
   const int32_t* counts;
   // [S, longest]
@@ -36,20 +39,22 @@ __global__ void __launch_bounds__(kScoreWarps * 32) score_chunks(const Scores a)
   const int sequence = blockIdx.x / a.blocks, block = blockIdx.x % a.blocks;
   const int width = a.groups * a.size;
   const T* query = static_cast<const T*>(a.query) + int64_t(sequence) * width;
+  float* grid = queries + width;
   for (int i = threadIdx.x; i < width; i += blockDim.x) queries[i] = get(query[i]);
+  for (int i = threadIdx.x; i < 2 * a.size; i += blockDim.x) grid[i] = a.grid[int64_t(sequence) * 2 * a.size + i];
   __syncthreads();
   const int lane = threadIdx.x % 32, count = a.counts[sequence];
   for (int chunk = block * kScoreWarps + threadIdx.x / 32; chunk < a.longest; chunk += a.blocks * kScoreWarps) {
     const int64_t at = int64_t(a.starts[sequence]) + chunk;
     float most = negative_infinity();
     if (chunk < count && at < a.chunks) {
-      const T* high = static_cast<const T*>(a.bounds) + at * 2 * a.size;
-      const T* low = high + a.size;
+      const uint8_t* codes = a.codes + at * a.size;
       for (int g = 0; g < a.groups; ++g) {
         float total = 0.0f;
         for (int d = lane; d < a.size; d += 32) {
-          const float q = queries[g * a.size + d];
-          total += fmaxf(q * get(high[d]), q * get(low[d]));
+          const float q = queries[g * a.size + d], lowest = grid[d], step = grid[a.size + d];
+          const int code = codes[d];
+          total += fmaxf(q * (lowest + step * float(code >> 4)), q * (lowest + step * float(code & 15)));
         }
         for (int distance = 16; distance > 0; distance /= 2) total += across(total, distance);
         most = fmaxf(most, total);
@@ -61,20 +66,21 @@ __global__ void __launch_bounds__(kScoreWarps * 32) score_chunks(const Scores a)
 
 template <class T>
 static void launch_scores(const Scores& a, const Place& place) {
-  const int64_t memory = int64_t(a.groups) * a.size * sizeof(float);
+  const int64_t memory = (int64_t(a.groups) + 2) * a.size * sizeof(float);
   STD_TORCH_CHECK(memory <= place.device().block_memory, a.groups, " query heads a KV head need more shared memory than this GPU has");
   launch<score_chunks<T>>(place.device(), place.stream(), a.sequences * a.blocks, kScoreWarps * 32, memory, a);
 }
 
-static Tensor chunk_scores(Tensor query, Tensor bounds, Tensor starts, Tensor counts, int64_t longest) {
+static Tensor chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor starts, Tensor counts, int64_t longest) {
   const Place place(query);
-  place.check({&bounds, &starts, &counts});
-  const BoundsShape shape(query, bounds, starts, counts);
+  place.check({&codes, &grid, &starts, &counts});
+  const BoundsShape shape(query, codes, grid, starts, counts);
   query = torch::stable::contiguous(query);
   Tensor out = place.empty({shape.sequences, longest}, ScalarType::Float);
   Scores a{};
   a.query = data<void>(query);
-  a.bounds = data<void>(bounds);
+  a.codes = data<uint8_t>(codes);
+  a.grid = data<float>(grid);
   a.starts = data<int32_t>(starts);
   a.counts = data<int32_t>(counts);
   a.out = data<float>(out);
@@ -87,7 +93,7 @@ static Tensor chunk_scores(Tensor query, Tensor bounds, Tensor starts, Tensor co
   const int64_t wanted = (4 * int64_t(place.device().multiprocessors) + shape.sequences - 1) / shape.sequences;
   a.blocks = narrow(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, (longest + kScoreWarps - 1) / kScoreWarps)));
   if (longest == 0) return out;
-  switch (bounds.scalar_type()) {
+  switch (query.scalar_type()) {
     case ScalarType::Float: launch_scores<float>(a, place); break;
     case ScalarType::Half: launch_scores<__half>(a, place); break;
     case ScalarType::BFloat16: launch_scores<__nv_bfloat16>(a, place); break;

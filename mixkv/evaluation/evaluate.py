@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import groupby, islice
 from statistics import mean
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import MixKVCache
 from ..config import MixKVConfig
+from ..layer import MixKVLayer
 from . import InputError
 from .measure import held, kl_divergence, no_progress, warm_up
 from .prompts import check_length
@@ -44,7 +45,8 @@ def run(
         cache answers right (None: nothing to be right about); and under ``results`` one dict a configuration, in order: kl
         (mean over tokens and questions, in nats, from the full cache's distributions), top1 (share of tokens for which the
         likeliest is the full cache's), kept (of those answered right, how many stay so; of samples that give both an answer and
-        what is expected, how many of this cache's own answers are exactly that), rows_per_head.
+        what is expected, how many of this cache's own answers are exactly that), rows_per_head, resident (bytes of resident rows
+        and of bounds of chunks, as a share of the full cache's).
 
     Raises:
         InputError: a context that a budget does not compress, or that does not fit the model; a profile of another model.
@@ -124,24 +126,30 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
 def _results(
     recording: Recording, configs: list[MixKVConfig], questions: list[_Question], together: int = 16
 ) -> Iterator[dict[str, Any]]:
-    """One dict a configuration; so many caches at once are the rows of a batch. Those that keep chunks are fed alone."""
-    first = 0
-    while first < len(configs):
-        group = list(takewhile(lambda config: config.method != "hybridkv", configs[first : first + together]))
-        group = group or configs[first : first + 1]
-        first += len(group)
-        caches = [recording.compressed(config) for config in group]
-        rows = [held(cache).rows_per_head for cache in caches]
-        batch = caches[0] if len(caches) == 1 else joined(caches)
-        outcomes = [_outcome(recording, batch, len(caches), question) for question in questions]
-        for index, per_head in enumerate(rows):
-            mine = [outcome[index] for outcome in outcomes]
-            yield {
-                "kl": round(mean(kl for kl, _, _ in mine), 6),
-                "top1": round(mean(top1 for _, top1, _ in mine), 4),
-                "kept": sum(kept for _, _, kept in mine),
-                "rows_per_head": round(per_head, 2),
-            }
+    """One dict a configuration; so many caches at once are the rows of a batch. Those that keep chunks have their own."""
+    for _, alike in groupby(configs, key=lambda config: config.method == "hybridkv" and config.hybrid_chunk):
+        while group := list(islice(alike, together)):
+            caches = [recording.compressed(config) for config in group]
+            sizes = [(held(cache).rows_per_head, _resident(cache)) for cache in caches]
+            batch = caches[0] if len(caches) == 1 else joined(caches)
+            outcomes = [_outcome(recording, batch, len(caches), question) for question in questions]
+            for index, (rows, resident) in enumerate(sizes):
+                mine = [outcome[index] for outcome in outcomes]
+                yield {
+                    "kl": round(mean(kl for kl, _, _ in mine), 6),
+                    "top1": round(mean(top1 for _, top1, _ in mine), 4),
+                    "kept": sum(kept for _, _, kept in mine),
+                    "rows_per_head": round(rows, 2),
+                    "resident": round(resident, 5),
+                }
+
+
+def _resident(cache: MixKVCache) -> float:
+    """The bytes of resident rows and of bounds of chunks, as a share of what the full cache has in the same layers."""
+    layers = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
+    rows = sum(int(layer.lengths().sum()) * sum(layer.shape[1:]) * layer.dtype.itemsize for layer in layers)
+    bounds = sum(layer.chunks.bound_bytes for layer in layers if layer.chunks is not None)
+    return (rows + bounds) / sum(layer.nbytes_full for layer in layers)
 
 
 def _outcome(recording: Recording, batch: MixKVCache, count: int, question: _Question) -> list[tuple[float, float, bool]]:

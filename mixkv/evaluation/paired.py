@@ -26,15 +26,19 @@ def difference(values: list[float], reference: list[float], seed: int = 0) -> tu
     return float(change.mean()), *_interval(change[_draws(len(change), seed)].mean(dim=-1))
 
 
-def summary(records: list[dict[str, Any]], configs: list[dict[str, Any]], reference: tuple[str, str]) -> list[dict[str, Any]]:
+def summary(
+    records: list[dict[str, Any]], configs: list[dict[str, Any]], reference: tuple[str, str], *, equal_bytes: bool = False
+) -> list[dict[str, Any]]:
     """One dict per task, length and configuration, against the configuration of the same budget named by ``reference``.
 
     Args:
         records: of `evaluate.run`.
         configs: their configurations, as dicts, in order.
         reference: method and score; where it was not evaluated the ``change`` keys are None.
+        equal_bytes: against the smallest budget under which the reference has as many bytes resident, to half a percent of the
+            full cache's, on average.
 
-    Returns: dicts with task, tokens, method, score, budget, samples; kl; kl_change, kl_low, kl_high (relative, with its
+    Returns: dicts with task, tokens, method, score, budget, samples; resident (None in older files); kl; kl_change, kl_low, kl_high (relative, with its
         interval); top1; answered and kept (sums; None where nothing can be right); kept_change, kept_low, kept_high (in
         answers a sample).
     """
@@ -42,14 +46,7 @@ def summary(records: list[dict[str, Any]], configs: list[dict[str, Any]], refere
     for task, tokens in sorted({(record["task"], record["tokens"]) for record in records}):
         mine = [record for record in records if (record["task"], record["tokens"]) == (task, tokens)]
         for index, config in enumerate(configs):
-            against = next(
-                (
-                    other
-                    for other, found in enumerate(configs)
-                    if (found["method"], found["score"]) == reference and found["budget"] == config["budget"]
-                ),
-                None,
-            )
+            against = _against(mine, configs, index, reference, equal_bytes)
             results = [record["results"][index] for record in mine]
             others = None if against is None else [record["results"][against] for record in mine]
             right = mine[0]["answered"] is not None
@@ -58,6 +55,7 @@ def summary(records: list[dict[str, Any]], configs: list[dict[str, Any]], refere
                 "tokens": tokens,
                 **{name: config[name] for name in ("method", "score", "budget")},
                 "samples": len(mine),
+                "resident": _mean(results, "resident") if "resident" in results[0] else None,
                 "kl": _mean(results, "kl"),
                 "top1": _mean(results, "top1"),
                 "answered": sum(record["answered"] for record in mine) if right else None,
@@ -73,6 +71,18 @@ def summary(records: list[dict[str, Any]], configs: list[dict[str, Any]], refere
             row |= dict(zip(("kept_change", "kept_low", "kept_high"), change))
             out.append(row)
     return out
+
+
+def _against(
+    records: list[dict[str, Any]], configs: list[dict[str, Any]], index: int, reference: tuple[str, str], equal_bytes: bool
+) -> int | None:
+    """The configuration that one is compared with; None: it was not evaluated."""
+    found = [other for other, config in enumerate(configs) if (config["method"], config["score"]) == reference]
+    if not equal_bytes:
+        return next((other for other in found if configs[other]["budget"] == configs[index]["budget"]), None)
+    resident = {other: _mean([record["results"][other] for record in records], "resident") for other in [*found, index]}
+    enough = [other for other in found if resident[other] >= resident[index] - 0.005]
+    return min(enough, key=resident.get, default=None)
 
 
 def _draws(count: int, seed: int) -> torch.Tensor:

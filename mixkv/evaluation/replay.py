@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..cache import MixKVCache
+from ..chunks import ChunkStore
 from ..config import MixKVConfig
 from ..layer import MixKVLayer
 from ..ragged import RaggedStore
@@ -80,7 +81,11 @@ class Recording:
 
 
 def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
-    """Caches of one prompt of batch size 1, under whatever budgets, as the rows of one batch, for forwards at a common cost."""
+    """Caches of one prompt of batch size 1, under whatever budgets, as the rows of one batch, for forwards at a common cost.
+
+    Raises:
+        ValueError: they keep chunks of different numbers of rows.
+    """
     together = copy.deepcopy(caches[0])
     for index, layer in enumerate(together.layers):
         if not isinstance(layer, MixKVLayer):
@@ -90,6 +95,8 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
         rows = tuple(torch.cat(part) for part in zip(*(part.store.held() for part in parts)))
         lengths = torch.cat([part.store.lengths.view(1, -1) for part in parts])
         layer.store = RaggedStore.from_rows(rows, lengths, layer.store.backend)
+        layer.chunks = ChunkStore.joined([part.chunks for part in parts], [part.store.batch for part in parts])
+        layer.sparsity = layer.dynamic = None
         layer.redundancy = torch.cat([part.redundancy for part in parts])
         layer.share = layer.query_tail = layer.modal_redundancy = None
     together._batch = len(caches)
