@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def _demo(options: argparse.Namespace) -> None:
         print(
             "sparsemm is left out: it needs a head profile of the model; with one: mixkv compare --method sparsemm --profile FILE"
         )
-        configs = compare.grid([method for method in METHODS if method != "sparsemm"], list(SCORES), [64, 128, 256])
+        configs = compare.grid(list(product([method for method in METHODS if method != "sparsemm"], SCORES)), [64, 128, 256])
     else:
         kinds = [("snapkv", "attn"), ("adakv", "mix"), ("adakv", "mix-output"), ("global", "mix-output")]
-        configs = [config for method, score in kinds for config in compare.grid([method], [score], [64, 128])]
+        configs = [config for kind in kinds for config in compare.grid([kind], [64, 128])]
     _comparison(options, partial(_text, options, prompts.demo()), configs)
 
 
@@ -53,7 +54,7 @@ def _vision_demo(options: argparse.Namespace) -> None:
     models.require(*models.PAGES, remedy=models.INSTALL_PAGES)
     charts.check(options.picture, "--picture")
     kinds = [("snapkv", "attn"), ("snapkv", "mix"), ("global", "mix-output")]
-    configs = [config for method, score in kinds for config in compare.grid([method], [score], [48, 96])]
+    configs = [config for kind in kinds for config in compare.grid([kind], [48, 96])]
     shown = [config for config in configs if config.budget == 48]
     loaded, reading = _comparison(options, pages.demo, configs, vision=True)
     charts.patches(loaded.model, reading, shown, options.picture)
@@ -64,7 +65,8 @@ def _grid(options: argparse.Namespace) -> list:
     from .evaluation import compare
 
     profile = {"profile": options.profile} if options.profile else {}
-    return compare.grid(options.method, options.score, options.budget, **profile)
+    kinds = options.cache or list(product(options.method, options.score))
+    return compare.grid(kinds, options.budget, **profile)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -168,7 +170,6 @@ def _eval(options: argparse.Namespace) -> None:
     if vision:
         models.require(*models.PAGES, remedy=models.INSTALL_PAGES)
     configs = _grid(options)
-    reference = tuple(options.reference.split("+"))
     with tables.progress_bar() as progress:
         loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=vision)
         samples = _samples(options, loaded)
@@ -192,10 +193,10 @@ def _eval(options: argparse.Namespace) -> None:
         )
     if records is None:
         return
-    rows = paired.summary(records, header["configs"], reference)
+    rows = paired.summary(records, header["configs"], options.reference)
     console = tables.Console()
     console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
-    tables.evaluation(console, rows, reference)
+    tables.evaluation(console, rows, options.reference)
     _write(options, loaded, None, {"summary": rows, "records": records, "configs": header["configs"]})
 
 
@@ -382,7 +383,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--answer-tokens", type=_positive, default=16, metavar="N", help="longest answer (default 16)")
     evaluation.add_argument(
-        "--reference", default="snapkv+mix", metavar="METHOD+SCORE", help="compared with (default snapkv+mix)"
+        "--reference",
+        type=_kind,
+        default=("snapkv", "mix"),
+        metavar="METHOD+SCORE",
+        help="compared with (default snapkv+mix)",
     )
     evaluation.add_argument("--out", metavar="FILE", help="samples are written there as they are finished (JSON lines)")
     evaluation.add_argument("--resume", action="store_true", help="go on with the samples that --out lacks")
@@ -427,6 +432,12 @@ def _add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[
         parser.add_argument(
             f"--{name}", type=_list(str), default=default, metavar="NAME,NAME", help=f"default {','.join(default)}"
         )
+    parser.add_argument(
+        "--cache",
+        type=_list(_kind),
+        metavar="METHOD+SCORE,...",
+        help="these methods each with its score, in place of every --method with every --score",
+    )
     parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm, from mixkv calibrate or as JSON")
 
 
@@ -443,6 +454,13 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     _add_threads(parser)
     parser.add_argument("--json", metavar="FILE", help="write the results there")
+
+
+def _kind(text: str) -> tuple[str, str]:
+    method, plus, score = text.partition("+")
+    if not plus:
+        raise argparse.ArgumentTypeError(f"{text!r} is not METHOD+SCORE, as snapkv+mix is")
+    return method, score
 
 
 def _list(item: Callable[[str], Any]) -> Callable[[str], list]:

@@ -316,6 +316,24 @@ def test_profiles(folder, capsys):
         assert "sparsemm mix" in printed.out if message is None else message in printed.err
 
 
+def test_kinds_of_caches_in_place_of_every_combination(folder, capsys):
+    out = folder / "out.jsonl"
+    assert cli.main(arguments(folder, "--cache", "snapkv+mix,hybridkv+attn", "--budget", "0.4,50", "--out", str(out))) == 0
+    capsys.readouterr()
+    header, records = journal.read(out)
+    found = [(config["method"], config["score"], config["budget"]) for config in header["configs"]]
+    kinds = [("snapkv", "mix"), ("hybridkv", "attn")]
+    assert found == [(*kind, budget) for budget in (0.4, 50) for kind in kinds]
+    for record in records:
+        pruned, chunked = record["results"][2:]
+        assert pruned["rows_per_head"] == chunked["rows_per_head"] == 50
+        assert pruned["resident"] == pytest.approx(50 / record["context_tokens"], abs=1e-4)
+        assert pruned["resident"] + 0.02 < chunked["resident"] < pruned["resident"] + 0.2
+    with pytest.raises(SystemExit):
+        cli.main(arguments(folder, "--cache", "snapkv"))
+    assert "'snapkv' is not METHOD+SCORE" in capsys.readouterr().err
+
+
 def test_bad_commands(folder, capsys):
     assert cli.main(["eval", "--model", str(folder), "--task", "riddles"]) == 2
     assert "riddles" in capsys.readouterr().err

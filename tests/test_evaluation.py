@@ -256,8 +256,8 @@ def test_the_demo_text_is_whole():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda model, tokenizer, ids: compare.grid(["snap"], ["mix"], [64]), "unknown method 'snap'"),
-        (lambda model, tokenizer, ids: compare.grid(["sparsemm"], ["mix"], [64]), "needs profile="),
+        (lambda model, tokenizer, ids: compare.grid([("snap", "mix")], [64]), "unknown method 'snap'"),
+        (lambda model, tokenizer, ids: compare.grid([("sparsemm", "mix")], [64]), "needs profile="),
         (lambda model, tokenizer, ids: compare.run(model, tokenizer, ids, [], repeats=1), "--repeats 1"),
         (lambda model, tokenizer, ids: compare.run(model, tokenizer, ids, [], max_new_tokens=500), "context of 512"),
         (lambda model, tokenizer, ids: bench.run(model, tokenizer, prompt_tokens=[600], methods=[]), "context of 512"),

@@ -23,18 +23,15 @@ FULL = "full"
 Plan = dict[int, MixKVConfig | None]
 
 
-def grid(methods: list[str], scores: list[str], budgets: list[int | float], **options: Any) -> list[MixKVConfig]:
-    """Every combination as a config, ``options`` being further fields of all of them.
+def grid(kinds: list[tuple[str, str]], budgets: list[int | float], **options: Any) -> list[MixKVConfig]:
+    """Every kind of cache (method, score) with every budget as a config, ``options`` being further fields of all of them.
 
     Raises:
         InputError: one is not valid; the message names the value.
     """
     try:
         return [
-            MixKVConfig(method=method, score=score, budget=budget, **options)
-            for budget in budgets
-            for method in methods
-            for score in scores
+            MixKVConfig(method=method, score=score, budget=budget, **options) for budget in budgets for method, score in kinds
         ]
     except ValueError as error:
         raise InputError(str(error)) from error

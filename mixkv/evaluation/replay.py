@@ -19,6 +19,18 @@ from ..ragged import RaggedStore
 from ..selection import Ranking, base_rows
 from .measure import bind, end_tokens, last_logits_only
 
+# Options by which heads get more or fewer rows, but no other ones.
+_SHARING = (
+    "budget",
+    "profile",
+    "pyramid_beta",
+    "ada_floor",
+    "global_floor",
+    "hybrid_threshold",
+    "hybrid_floor",
+    "hybrid_chunk",
+)
+
 
 class Recording:
     """A prompt [B, N] read once by ``model``.
@@ -54,9 +66,10 @@ class Recording:
             ValueError: ``config.window`` exceeds the recorded window.
         """
         cache = _ReplayCache(self.model, config or self.cache.config)
+        name = _name(cache.config)
         for index, (layer, recorded) in enumerate(zip(cache.layers, self._inputs)):
             if isinstance(layer, MixKVLayer):
-                layer.known = self._rankings[index]
+                layer.known, layer.name = self._rankings[index], name
                 layer.adopt(*recorded)
                 layer.known = None
             else:
@@ -103,23 +116,27 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
     return together
 
 
+def _name(config: MixKVConfig) -> str:
+    """The same for configurations that differ only in who gets how many rows."""
+    judged = config.to_dict() | dict.fromkeys(_SHARING) | {"method": config.method == "global"}
+    return json.dumps(judged, sort_keys=True)
+
+
 class _ReplayLayer(MixKVLayer):
-    """Ranks candidates once for all configurations that differ in who gets how many rows."""
+    """Ranks candidates once for all configurations of one name."""
 
     known: dict[str, Ranking] | None = None
+    name: str
 
     def _contest(self, patient: bool = True):
         # The recording holds the whole prompt: trimming on the way would save nothing.
         return super()._contest(patient)
 
     def _rank(self, key, value, valid, options):
-        config = self.shared.config
-        judged = config.to_dict() | {"budget": None, "profile": None, "method": config.method == "global"}
-        name = json.dumps(judged, sort_keys=True)
-        if name not in self.known:
-            self.known[name] = super()._rank(key, value, valid, options)
-        found = self.known[name]
-        return replace(found, base=base_rows(config, found.real.amax(dim=-1)))
+        if self.name not in self.known:
+            self.known[self.name] = super()._rank(key, value, valid, options)
+        found = self.known[self.name]
+        return replace(found, base=base_rows(self.shared.config, found.real.amax(dim=-1)))
 
 
 class _ReplayCache(MixKVCache):
