@@ -226,9 +226,13 @@ def _samples(options: argparse.Namespace, loaded) -> list[tuple]:
 
 def _calibrate(options: argparse.Namespace) -> None:
     from . import headprofile
-    from .evaluation import InputError, boxes, calibrate, machine, models, spread
+    from .evaluation import InputError, boxes, calibrate, machine, models, spans, spread
 
-    models.require("rich", *models.PAGES, remedy=models.INSTALL_PAGES)
+    texts = all(kind in spans.KINDS for kind in options.kind)
+    if texts:
+        models.require("rich")
+    else:
+        models.require("rich", *models.PAGES, remedy=models.INSTALL_PAGES)
     from .evaluation import tables
 
     _set_threads(options)
@@ -237,21 +241,25 @@ def _calibrate(options: argparse.Namespace) -> None:
         raise InputError(f"--out {options.out} must end in {headprofile.CHECKED} or .json")
     if Path(options.out).exists() and not options.resume:
         raise InputError(f"--out {options.out} exists: add pages to it with --resume, or name another file")
-    unknown = [kind for kind in options.kind if kind not in boxes.KINDS]
+    unknown = [kind for kind in options.kind if kind not in boxes.KINDS and not texts]
     if unknown:
         raise InputError(
-            f"--kind {unknown[0]!r} is none of the pages on which answers stand; choose from {', '.join(boxes.KINDS)}"
+            f"--kind {unknown[0]!r} is none of the pages on which answers stand; choose from {', '.join(boxes.KINDS)}, or all "
+            f"from texts: {', '.join(spans.KINDS)}"
         )
     with tables.progress_bar() as progress:
-        loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=True)
+        loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=not texts)
         layers, heads = calibrate.shape(loaded)
         about = {"name": loaded.name, "dtype": str(loaded.model.dtype), "versions": machine.versions()}
         book = spread.Book(f"{options.out}.jsonl", {**about, "layers": layers, "heads": heads}, resume=options.resume)
         pages = []
         for index in range(options.pages):
             turn, place = divmod(index, len(options.kind))
-            kind, seed = options.kind[place], options.first_seed + turn
-            pages.append(((kind, 0, seed), partial(boxes.make, kind, seed, terse=not loaded.knows_pages)))
+            kind, seed = options.kind[place], options.first_seed + turn * options.seed_step
+            if texts:
+                pages.append(((kind, options.tokens, seed), partial(spans.align, loaded, kind, options.tokens, seed)))
+            else:
+                pages.append(((kind, 0, seed), partial(_boxed, loaded, kind, seed)))
         records = spread.carry_out(book, pages, lambda mine: calibrate.run(loaded, mine, progress=progress))
     if records is None:
         return
@@ -262,6 +270,12 @@ def _calibrate(options: argparse.Namespace) -> None:
     console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
     tables.heads(console, profile, counts)
     console.print(f'Written: {options.out}, for method="sparsemm", profile="{options.out}"')
+
+
+def _boxed(loaded, kind: str, seed: int):
+    from .evaluation import boxes
+
+    return boxes.align(loaded, boxes.make(kind, seed, terse=not loaded.knows_pages))
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -396,21 +410,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(evaluation)
     evaluation.set_defaults(run=_eval)
 
-    calibrate = commands.add_parser("calibrate", help="the head profile that method sparsemm needs, measured on pages of text")
+    calibrate = commands.add_parser("calibrate", help="the head profile that method sparsemm needs, measured on pages or texts")
     calibrate.add_argument(
         "--out", required=True, metavar="FILE", help=".safetensors, or .json; the pages read are kept beside it, in FILE.jsonl"
     )
-    calibrate.add_argument("--pages", type=_positive, default=100, metavar="N", help="default 100")
+    calibrate.add_argument("--pages", type=_positive, default=100, metavar="N", help="pages, or texts (default 100)")
     calibrate.add_argument(
         "--kind",
         type=_list(str),
         default=["form", "table", "receipt"],
         metavar="NAME,NAME",
-        help="of pages, in turn: form, table, receipt, two-pages (default form,table,receipt)",
+        help="of pages, in turn: form, table, receipt, two-pages (default form,table,receipt); of texts: codes, lookup, several",
     )
+    calibrate.add_argument("--tokens", type=_positive, default=1024, metavar="N", help="length of texts (default 1024)")
     calibrate.add_argument("--first-seed", type=_natural, default=0, metavar="N", help="of the first page (default 0)")
+    calibrate.add_argument(
+        "--seed-step", type=_positive, default=1, metavar="N", help="2: one half of the texts only (default 1)"
+    )
     calibrate.add_argument("--resume", action="store_true", help="go on with the pages that FILE.jsonl lacks")
-    _add_model(calibrate, "the small document model")
+    _add_model(calibrate, "the small document model; for texts SmolLM2-135M-Instruct")
     _add_threads(calibrate)
     calibrate.set_defaults(run=_calibrate)
 

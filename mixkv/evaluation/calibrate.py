@@ -1,8 +1,8 @@
-"""SparseMM's head scores (arXiv 2506.05344): which query heads look at what is being read off a page.
+"""SparseMM's head scores (arXiv 2506.05344): which query heads look at what is being read off a page, or out of a text.
 
 A head scores at an answer token when the key it attends to most, of the whole prompt, shows the very characters that the token
-spells: 1 / (image columns that show them). Tokens count that the model itself gets right, fed the answer up to there. A page's
-scores are summed, and averaged over pages.
+spells: 1 / (columns of the image, or of the text, that show them). Tokens count that the model itself gets right, fed the answer up
+to there. A page's scores are summed, and averaged over pages.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from .. import binding
 from ..headprofile import Profile
 from . import InputError
-from .boxes import Aligned, Asked, align
+from .boxes import Aligned
 from .measure import no_progress
 from .models import Loaded
 from .prompts import check_length
 from .watch import most_attended
 
-# Names a page: kind, 0, seed; as samples are named in `journal`.
+# Names a page: kind, tokens (of a text; else 0), seed; as samples are named in `journal`.
 Name = tuple[str, int, int]
 
 
@@ -38,10 +38,12 @@ def shape(loaded: Loaded) -> tuple[int, int]:
     return layers, loaded.model.config.get_text_config(decoder=True).num_attention_heads
 
 
-def run(loaded: Loaded, pages: Iterable[tuple[Name, Callable[[], Asked]]], *, progress=no_progress) -> Iterator[dict[str, Any]]:
-    """Reads page by page.
+def run(
+    loaded: Loaded, pages: Iterable[tuple[Name, Callable[[], Aligned]]], *, progress=no_progress
+) -> Iterator[dict[str, Any]]:
+    """Reads page by page, or text by text: `boxes.align`, `spans.align`.
 
-    Yields: a dict each page, with task (its kind), tokens (0), seed; prompt_tokens; boxed: answer tokens that stand on it; right:
+    Yields: a dict each page, with task (its kind), tokens, seed; prompt_tokens; boxed: answer tokens that stand on it; right:
         those that the model gets right; scores: ``"layer-head"`` to the sum over these, heads that never scored left out.
 
     Raises:
@@ -50,7 +52,7 @@ def run(loaded: Loaded, pages: Iterable[tuple[Name, Callable[[], Asked]]], *, pr
     pages = list(pages)
     for (kind, tokens, seed), make in pages:
         progress(f"{kind}, page {seed}", len(pages))
-        aligned = align(loaded, make())
+        aligned = make()
         check_length(loaded.model, aligned.inputs["input_ids"].shape[1], 0)
         right, found = scores(loaded, aligned)
         heads = found.nonzero().tolist()
