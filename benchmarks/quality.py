@@ -1,6 +1,8 @@
 """Tables and the figure of docs/results.md, from the samples that `mixkv eval --out` wrote.
 
 python benchmarks/quality.py benchmarks/results/eval_smollm2.jsonl [more.jsonl] [--figure docs/figures/quality.svg]
+
+Files of the same model and options, whose samples were read by different caches, make one table.
 """
 
 from __future__ import annotations
@@ -18,6 +20,25 @@ def whole_rounds(records: list[dict]) -> list[dict]:
     tasks = {record["task"] for record in records}
     seeds = Counter(record["seed"] for record in records)
     return [record for record in records if seeds[record["seed"]] == len(tasks)]
+
+
+def merged(runs: list[tuple[dict, list[dict]]]) -> tuple[list[dict], list[dict]]:
+    """Configurations and records of runs over the same samples, those of later runs behind the earlier ones'; each once."""
+    configs, records = list(runs[0][0]["configs"]), {journal.name(record): record for record in runs[0][1]}
+    for header, more in runs[1:]:
+        new = [index for index, config in enumerate(header["configs"]) if kind(config) not in map(kind, configs)]
+        configs += [header["configs"][index] for index in new]
+        found = {journal.name(record): record["results"] for record in more}
+        records = {
+            name: record | {"results": record["results"] + [found[name][index] for index in new]}
+            for name, record in records.items()
+            if name in found
+        }
+    return configs, list(records.values())
+
+
+def kind(config: dict) -> tuple:
+    return config["method"], config["score"], config["budget"]
 
 
 def cell(row: dict) -> str:
@@ -149,7 +170,7 @@ def main() -> None:
     parser.add_argument("--equal-bytes", metavar="METHOD", help="only this method, against the reference with as many bytes")
     given = parser.parse_args()
     reference = tuple(given.reference.split("+"))
-    models = {}
+    runs = {}
     for path in given.files:
         header, records = journal.read(path)
         name = header["model"].rstrip("/").split("/")[-1]
@@ -157,8 +178,12 @@ def main() -> None:
             name += f", {header['variant']} not shown in training"
         if "keys" in header:
             name += f", {' or '.join(map(str, header['keys']))} keys a question"
+        runs.setdefault((name, header["answer_tokens"]), []).append((header, records))
+    models = {}
+    for (name, _), found in runs.items():
+        configs, records = merged(found)
         records, equal = whole_rounds(records), given.equal_bytes
-        models[name] = paired.summary(records, header["configs"], reference, equal_bytes=equal is not None)
+        models[name] = paired.summary(records, configs, reference, equal_bytes=equal is not None)
         if equal is None:
             print_tables(name, models[name], reference, given.answers)
         else:

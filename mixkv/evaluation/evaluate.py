@@ -115,7 +115,7 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
     else:
         answer = torch.tensor([sample.answer[index]], device=follow.device)
     fed = torch.cat([follow, answer[:, :-1]], dim=1)
-    logits = recording.follow(recording.compressed(None), fed)[0, follow.shape[1] - 1 :].float()
+    logits = recording.follow(recording.compressed(None), fed, last=answer.shape[1])[0].float()
     right, truth = None, sample.expected is not None and sample.answer is not None
     if sample.expected is not None:
         texts = (tokenizer.decode(answer[0, : count + 1]) for count in range(answer.shape[1]))
@@ -157,7 +157,7 @@ def _outcome(recording: Recording, batch: MixKVCache, count: int, question: _Que
     reference = question.reference
     fed = question.fed.expand(count, -1)
     found = []
-    for logits in recording.follow(copy.deepcopy(batch), fed)[:, -reference.shape[0] :].float():
+    for logits in recording.follow(copy.deepcopy(batch), fed, last=reference.shape[0]).float():
         said = logits.argmax(-1)
         agreement = (said == question.said).float().mean()
         found.append((float(kl_divergence(reference, logits).mean()), float(agreement), question.answered(said)))

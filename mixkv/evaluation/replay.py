@@ -77,10 +77,12 @@ class Recording:
         return cache
 
     @torch.no_grad()
-    def follow(self, cache: MixKVCache, input_ids: torch.Tensor) -> torch.Tensor:
-        """Feeds tokens [B, n] after the prompt at once, each seeing those before it: logits [B, n, V]."""
+    def follow(self, cache: MixKVCache, input_ids: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """Feeds tokens [B, n] after the prompt at once, each seeing those before it: logits [B, n, V], or of the ``last`` ones."""
         bind(self.model, cache)
-        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+        last = last or input_ids.shape[1]
+        options = last_logits_only(self.model, last)
+        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options).logits[:, -last:]
 
     @torch.no_grad()
     def answer(self, first: torch.Tensor, count: int) -> torch.Tensor:
@@ -88,7 +90,7 @@ class Recording:
         ends = end_tokens(self.model)
         cache, fed, tokens = self.compressed(None), first, []
         while len(tokens) < count and (not tokens or tokens[-1] not in ends):
-            fed = self.follow(cache, fed)[:, -1:].argmax(-1)
+            fed = self.follow(cache, fed, last=1).argmax(-1)
             tokens.append(int(fed))
         return torch.tensor([tokens], device=first.device)
 
