@@ -88,7 +88,7 @@ def print_tables(name: str, rows: list[dict], reference: Cache, answers_only: bo
 def print_equal(name: str, rows: list[dict], reference: Cache, method: str) -> None:
     """A method's caches against the reference with at least as many bytes resident."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    mine = [row for row in rows if row["method"] == method]
+    mine = [row for row in rows if row["method"] == method and row["kl_change"] is not None]
     print(
         f"\n{name}: {method} against {' '.join(reference)} with as many bytes resident, {mine[0]['samples']} samples a task\n"
     )
