@@ -22,6 +22,12 @@ class Pool:
     def __init__(self, key: torch.Tensor, value: torch.Tensor):
         self.key, self.value, self.pinned = key, value, key.is_pinned()
 
+    @classmethod
+    def joined(cls, pools: Sequence[Pool]) -> Pool:
+        """Copies of their rows, one after the other, in pinned memory where theirs is."""
+        key, value = (torch.cat([getattr(pool, name) for pool in pools]) for name in ("key", "value"))
+        return cls(key.pin_memory(), value.pin_memory()) if pools[0].pinned else cls(key, value)
+
     def __deepcopy__(self, memo: dict) -> Pool:
         return self
 
@@ -151,7 +157,7 @@ class ChunkStore:
             parts.append((layout, store.grid))
             rows, chunks = rows + store.pool.key.shape[0], chunks + store.codes.shape[0]
         held = [store for store in stores if store is not None]
-        pool = Pool(*(torch.cat([getattr(store.pool, name) for store in held]) for name in ("key", "value")))
+        pool = Pool.joined([store.pool for store in held])
         layout = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
         told = (torch.cat([store.codes for store in held]), torch.cat([grid for _, grid in parts]))
         return cls(some.backend, pool, some.chunk, told, layout, sum(batches))
