@@ -83,7 +83,7 @@ def bytes_read(cache) -> int:
     if numbers is None:
         return measure.held(cache).bytes
     row = sum(cache.layers[0].shape[1:]) * cache.layers[0].dtype.itemsize
-    return numbers["rows"] * row + sum(layer.chunks.codes.nbytes for layer in cache.layers if layer.chunks is not None)
+    return numbers["rows"] * row + numbers["bytes_bounds"]
 
 
 def run(model, ids: torch.Tensor, fed: torch.Tensor, configs: dict[str, MixKVConfig | None], steps: int) -> list[dict]:

@@ -104,12 +104,12 @@ def plan(
     ranks, padding = ranking.ranks, key.shape[2] - ranking.real
     if image is not None:
         ranks = text_first(ranks, image[:, : ranks.shape[-1]])
-    ranking = narrowed(dataclasses.replace(ranking, ranks=ranks))
+    ranking, candidates = narrowed(dataclasses.replace(ranking, ranks=ranks)), ranking.choosable
     split = divide(
         sparse,
         ranking.base,
         ranking.choosable,
-        window=ranking.choosable - (ranking.real - window).clamp(min=0),
+        window=ranking.choosable - candidates,
         chunk=config.hybrid_chunk,
         threshold=config.hybrid_threshold,
         floor=config.hybrid_floor,

@@ -129,6 +129,18 @@ def covering(patches: Sequence[Patch | None], size: tuple[int, int], box: Box) -
     return found
 
 
+def with_offsets(tokenizer, text: str, **options):
+    """``text`` as the tokenizer encodes it, with the characters that each token spells (``offset_mapping``).
+
+    Raises:
+        InputError: the tokenizer does not tell them.
+    """
+    try:
+        return tokenizer(text, return_offsets_mapping=True, **options)
+    except NotImplementedError as error:
+        raise InputError(f"{type(tokenizer).__name__} does not tell which characters its tokens spell") from error
+
+
 def _text(processor, asked: Asked) -> str:
     """The prompt, and the answer at its end."""
     content = [*({"type": "image"} for _ in asked.images), {"type": "text", "text": asked.question}]
@@ -157,10 +169,7 @@ def _encode(loaded: Loaded, images: list, text: str, start: int) -> tuple[dict, 
     except ValueError as error:
         sizes = ", ".join(f"{one.height} x {one.width}" for one in images)
         raise InputError(f"{type(processor).__name__} cannot read images of {sizes} pixels: {error}") from error
-    try:
-        alone = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    except NotImplementedError as error:
-        raise InputError(f"{type(tokenizer).__name__} does not tell which characters its tokens spell") from error
+    alone = with_offsets(tokenizer, text, add_special_tokens=special)
     pictures = picture_token_ids(loaded.model.config)
     ids = inputs["input_ids"][0].tolist()
     if not pictures & set(ids):

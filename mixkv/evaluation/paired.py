@@ -38,9 +38,9 @@ def summary(
         equal_bytes: against the smallest budget under which the reference has as many bytes resident, to half a percent of the
             full cache's, on average.
 
-    Returns: dicts with task, tokens, method, score, budget, samples; resident (None in older files); kl; kl_change, kl_low, kl_high (relative, with its
-        interval); top1; answered and kept (sums; None where nothing can be right); kept_change, kept_low, kept_high (in
-        answers a sample).
+    Returns: dicts with task, tokens, method, score, budget, samples; resident (None in older files); kl; kl_change, kl_low,
+        kl_high (relative, with its interval); top1; answered and kept (sums; None where nothing can be right); kept_change,
+        kept_low, kept_high (in answers a sample).
     """
     out = []
     for task, tokens in sorted({(record["task"], record["tokens"]) for record in records}):

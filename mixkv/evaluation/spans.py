@@ -6,8 +6,7 @@ import re
 
 import torch
 
-from . import InputError
-from .boxes import Aligned, Target
+from .boxes import Aligned, Target, with_offsets
 from .models import Loaded
 from .tasks import TASKS
 
@@ -28,10 +27,7 @@ def align(loaded: Loaded, kind: str, tokens: int, seed: int) -> Aligned:
     answer = sample.expected[asked]
     prompt = loaded.tokenizer.decode(sample.context + sample.follow[asked], skip_special_tokens=True)
     said = f"{prompt} {answer}"
-    try:
-        read = loaded.tokenizer(said, return_offsets_mapping=True)
-    except NotImplementedError as error:
-        raise InputError(f"{type(loaded.tokenizer).__name__} does not tell which characters its tokens spell") from error
+    read = with_offsets(loaded.tokenizer, said)
     fact = re.split(r"[?\n]", prompt)[-1].strip()
     stands, first = said.index(f"{fact} {answer}") + len(fact) + 1, len(prompt) + 1
     spans = read["offset_mapping"]
