@@ -121,6 +121,22 @@ def from_profile(
     return apportion(mine.double(), mine.sum(-1).minimum(candidates.sum(-1)), candidates)
 
 
+def slots(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Chunks that heads attend to in a step: each that has any keeps one, the others are shared out in proportion to ``rows``.
+
+    Args:
+        equal: [B, H] int, what they have if none gets more than its neighbours, 0 for heads without chunks.
+        rows: [B, H] int, rows they would get under `Votes`.
+        limit: [B, H] int, the chunks there are, no fewer than ``equal``.
+    """
+    certain = (equal > 0).long()
+    total = (equal - certain).sum(dim=-1)
+    # What is added decides only where nobody has votes.
+    weight = (rows.double() + 1e-6) * certain
+    shares = total.unsqueeze(-1) * weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    return certain + apportion(shares, total, (limit - certain) * certain)
+
+
 class Votes:
     """Shared out over the whole model by importance, with a floor; layers come one at a time.
 
@@ -156,8 +172,8 @@ class Votes:
             self.candidates = candidates
         elif heads != self.heads:
             raise ValueError(
-                f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: method='global' needs the same number "
-                f"in all layers. Use method='adakv'"
+                f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
+                f"needs the same number in all layers. Use method='adakv'"
             )
         owner = torch.arange(self.layers * heads, (self.layers + 1) * heads, dtype=torch.int32, device=importance.device)
         owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from . import binding, compat, headprofile, report, saving
-from .config import MixKVConfig
+from .config import CONTESTS, MixKVConfig
 from .layer import MixKVLayer
 from .modality import ImageColumns
 from .shared import Shared
@@ -109,7 +109,7 @@ class MixKVCache(Cache):
                 self._shared.recording |= assisted
                 columns = self._shared.prompt_length or columns
             self._shared.images.read(layer.seen, columns, key_states)
-            if self.config.method == "global" and layer.seen == 0 and columns < key_states.shape[2]:
+            if self.config.method in CONTESTS and layer.seen == 0 and columns < key_states.shape[2]:
                 # They are read beside rows that layers to come have had no say in yet: not what greedy decoding would see.
                 compat.decline_drafts()
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -51,7 +51,7 @@ class ChunkStore:
         codes, grid: `bounds.of_chunks` of all chunks, where the model is.
         starts, rows: int32 [S], each sequence's first row in the pool and how many it has there. Sequences may share rows.
         bound_starts, counts: int32 [S], its first chunk and how many it has.
-        slots: int64 [S], how many of them a step attends to.
+        slots: int32 [S], how many of them a step attends to.
         columns: int32 [S], the column of its first row.
         cached: on a GPU, the chunks that have been fetched from the host's memory; else None.
         steps: query positions so far, and chosen, reused: chunks that they chose, and those among them that the position before
@@ -162,9 +162,17 @@ class ChunkStore:
         told = (torch.cat([store.codes for store in held]), torch.cat([grid for _, grid in parts]))
         return cls(some.backend, pool, some.chunk, told, layout, sum(batches))
 
+    def allot(self, slots: torch.Tensor) -> None:
+        """From now on a step attends to ``slots`` int [S] chunks, no more than ``counts``; what was counted is forgotten."""
+        self.slots = slots.to(self.slots)
+        self._measure()
+        if self.cached is not None:
+            self.fetch_to_slots()
+
     def fetch_to_slots(self) -> None:
         """From now on attends to copies of chunks, which are fetched when they are chosen."""
-        self.cached = Slots(self.slots, self.most, self.chunk, self.pool, self.codes.device)
+        self.cached = None
+        self.cached = Slots(self.slots, self.most, self.longest, self.chunk, self.pool, self.codes.device)
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the rows in chunks, sequence after sequence: key [rows, D], value [rows, Dv]."""

@@ -9,8 +9,8 @@ import torch
 
 from . import hybrid, modality, parallel
 from .chunks import ChunkStore
-from .config import OUTPUT_SCORES
-from .contest import Contest
+from .config import CONTESTS, OUTPUT_SCORES
+from .contest import Contest, SlotContest
 from .projection import output_factor, output_scale, projected_output
 from .ragged import RaggedStore
 from .selection import Ranking, Selection, quota, rank
@@ -72,16 +72,16 @@ class Compression:
         key, value = key.detach(), value.detach()
         config, contest, part = self.shared.config, self._contest(), self._part
         ranking = self._rank(key, value, valid, options)
+        if contest is None:
+            rows = quota(config, self._of_all(ranking)[0], **self._place)
+        else:
+            module, last = self.module and self.module(), output[:, -config.window :].detach()
+            projected = None if module is None else projected_output(module, last, part)
+            whole, projected = self._of_all(ranking, projected)
+            rows = contest.enter(whole, None if projected is None else output_scale(projected))
         if config.method == "hybridkv":
             selection = self._split_heads(key, value, ranking, valid, options)
         else:
-            if contest is None:
-                rows = quota(config, self._of_all(ranking)[0], **self._place)
-            else:
-                module, last = self.module and self.module(), output[:, -config.window :].detach()
-                projected = None if module is None else projected_output(module, last, part)
-                whole, projected = self._of_all(ranking, projected)
-                rows = contest.enter(whole, None if projected is None else output_scale(projected))
             selection = ranking.take(part.own(rows))
             self._count(rows)
         self.store = RaggedStore.from_selection(key, value, selection, config.backend)
@@ -102,10 +102,6 @@ class Compression:
         self, key: torch.Tensor, value: torch.Tensor, ranking: Ranking, valid: torch.Tensor | None, options: dict
     ) -> Selection:
         """Puts dynamic heads' rows in chunks; returns what is always resident."""
-        if self._part.sliced:
-            raise ValueError(
-                "method='hybridkv' does not work with tensor parallelism: take 'global' or 'adakv', or one process"
-            )
         config, image = self.shared.config, self.shared.images.of_prompt
         image = None if image is None else image.to(key.device)
         plan = hybrid.plan(self.query_tail, key, config, ranking, valid=valid, image=image, **options)
@@ -145,19 +141,26 @@ class Compression:
         alike = ranking.real[:, :1].expand(-1, part.total)
         return ranking.over(importance, alike if self.spread is None else self.spread.lengths(ranking.real)), projected
 
-    def _contest(self, patient: bool = False) -> Contest | None:
-        """What this layer competes in for its rows."""
-        config = self.shared.config
-        if config.method != "global":
+    def _contest(self, patient: bool = False) -> Contest | SlotContest | None:
+        """What this layer competes in for its rows, or its chunks."""
+        config, layers = self.shared.config, self.shared.num_layers
+        if config.method not in CONTESTS:
             return None
+        if config.method == "hybridkv" and self._part.sliced:
+            raise ValueError(
+                "method='hybridkv' does not work with tensor parallelism: take 'global' or 'adakv', or one process"
+            )
         if self.ordinal == 0:
-            self.shared.contest = Contest(self.shared.num_layers, config.global_floor, patient=patient)
+            if config.method == "hybridkv":
+                self.shared.contest = SlotContest(layers, config.global_floor)
+            else:
+                self.shared.contest = Contest(layers, config.global_floor, patient=patient)
         return self.shared.contest
 
     def _output_factor(self, value: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """The option of `rank` by that name, where it is used."""
         config = self.shared.config
-        if config.score not in OUTPUT_SCORES and config.method != "global":
+        if config.score not in OUTPUT_SCORES and config.method not in CONTESTS:
             return {}
         module = self.module and self.module()
         factor = None if module is None else output_factor(module, value.shape[1], value.shape[3], self._part)

@@ -13,6 +13,8 @@ from .headprofile import Profile, Table, as_table
 from .headprofile import load as load_profile
 
 METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global", "hybridkv")
+# Those in which heads of all layers compete by what their rows add to the layers' outputs.
+CONTESTS = ("global", "hybridkv")
 BACKENDS = ("auto", "native", "varlen", "flash", "torch")
 SCORES = scores.BUILT_IN
 # Those that weigh attention by what a row adds to the residual stream.
@@ -28,7 +30,8 @@ class MixKVConfig:
             layers (2406.02069), ``adakv`` shared out among the heads of a layer by attention mass (2407.11550),
             ``sparsemm`` shared out over the whole model by ``profile`` (2506.05344), ``global`` shared out over the whole
             model, prompt by prompt, by what rows add to the layers' outputs, ``hybridkv`` as `mixkv.hybrid` does: heads of
-            sparse attention are pruned, the others keep all rows in chunks and attend to some of them (after 2604.05887).
+            sparse attention are pruned, the others keep all rows in chunks and attend to some of them (after 2604.05887), to how
+            many is shared out as under ``global``.
         score: which rows a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
             (MixKV, 2510.20707), ``mix-fixed`` their plain mean, ``attn`` window attention (SnapKV), ``vnorm`` attention
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
@@ -45,7 +48,7 @@ class MixKVConfig:
             KV head.
         pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
         ada_floor: the share of adakv's budget that every head gets for certain.
-        global_floor: the share of global's budget that every head gets for certain.
+        global_floor: the share of global's budget that every head gets for certain; so with the chunks that hybridkv's heads attend to.
         hybrid_threshold: hybridkv's heads are pruned if at least this share of their attention rests on the prompt's first rows
             and the window; 1: none is.
         hybrid_floor: the share of what hybridkv leaves its pruned heads that they get in equal parts.

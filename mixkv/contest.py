@@ -1,10 +1,10 @@
-"""Heads of all layers compete for one total: layers are compressed as they come, and trimmed when later ones show more need."""
+"""Heads of all layers compete for one total: of rows, trimmed when later layers show more need, or of chunks a step."""
 
 from __future__ import annotations
 
 import torch
 
-from .budgets import Votes
+from . import budgets
 from .selection import Ranking, Selection
 
 
@@ -22,7 +22,7 @@ class Contest:
     """
 
     def __init__(self, num_layers: int, floor: float, *, patient: bool = False):
-        self.num_layers, self.votes, self.patient = num_layers, Votes(floor), patient
+        self.num_layers, self.votes, self.patient = num_layers, budgets.Votes(floor), patient
         # (layer, ranks of its selected rows) in order.
         self.held: list[tuple] = []
 
@@ -35,8 +35,7 @@ class Contest:
 
         ``scale`` [B]: what importance is multiplied by to be comparable with other layers'.
         """
-        importance = ranking.importance if scale is None else ranking.importance * scale.view(-1, 1, 1)
-        self.votes.add(ranking.base, ranking.choosable, importance, num_layers=self.num_layers)
+        _vote(self.votes, ranking, scale, self.num_layers)
         if self.votes.layers == 1:
             self.total = int(self.votes.total.sum()) + self.num_layers * int((ranking.real - ranking.choosable).sum())
         return self.votes.quota()[:, -1]
@@ -64,3 +63,45 @@ class Contest:
             totals = [sum(row) for row in zip(*(layer.row_totals for layer, _ in self.held))]
             for layer, _ in self.held:
                 layer.share = [mine * self.num_layers / total for mine, total in zip(layer.row_totals, totals)]
+
+
+class SlotContest:
+    """The dynamic heads of ``method="hybridkv"``: they hold every row, and compete for how many chunks a step attends to.
+
+    Args:
+        num_layers, floor: as of a `Contest`.
+    """
+
+    def __init__(self, num_layers: int, floor: float):
+        self.num_layers, self.votes = num_layers, budgets.Votes(floor)
+        self.layers: list = []
+
+    @property
+    def over(self) -> bool:
+        return len(self.layers) == self.num_layers
+
+    def enter(self, ranking: Ranking, scale: torch.Tensor | None = None) -> None:
+        """The next layer's candidates and scale, as of a `Contest`."""
+        _vote(self.votes, ranking, scale, self.num_layers)
+
+    def settle(self, layer, selection: Selection) -> None:
+        """``layer`` has stored its ``selection`` and its chunks. With the last one, all are told how many a step attends to."""
+        self.layers.append(layer)
+        if not self.over:
+            return
+        rows = self.votes.quota()
+        stores = [layer.chunks for layer in self.layers]
+        none = rows.new_zeros(rows.shape[0], rows.shape[2])
+        slots, counts = (
+            torch.stack([none if store is None else getattr(store, name).view_as(none).to(none) for store in stores], dim=1)
+            for name in ("slots", "counts")
+        )
+        shared = budgets.slots(slots.flatten(1), rows.flatten(1), counts.flatten(1)).view_as(slots)
+        for index, store in enumerate(stores):
+            if store is not None:
+                store.allot(shared[:, index].flatten())
+
+
+def _vote(votes: budgets.Votes, ranking: Ranking, scale: torch.Tensor | None, num_layers: int) -> None:
+    importance = ranking.importance if scale is None else ranking.importance * scale.view(-1, 1, 1)
+    votes.add(ranking.base, ranking.choosable, importance, num_layers=num_layers)

@@ -22,7 +22,7 @@ def stats(cache) -> dict[str, Any]:
         lengths: per layer an int64 tensor [B, Hkv] of rows held, None for layers that are not compressed; of ``hybridkv`` the
             resident rows, those of slots for chunks included;
         redundancy: per layer a float32 tensor [B, Hkv] as measured on the prompt, None likewise;
-        output_norm: per layer what rows were weighed by for the ``output`` scores and ``method="global"``: ``projection`` (what
+        output_norm: per layer what rows were weighed by for the ``output`` scores, ``global`` and ``hybridkv``: ``projection`` (what
             they add through the output projection) or ``value`` (the value's norm: the projection could not be read); else None;
         image_rows, text_rows: per layer int64 [B, Hkv], the rows held of image (and video) tokens and the others, those in
             chunks included; None where no image was read, or where it is not known which columns are images (see

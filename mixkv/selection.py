@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import budgets, hybrid, kernels, scores
-from .config import OUTPUT_SCORES, MixKVConfig
+from .config import CONTESTS, OUTPUT_SCORES, MixKVConfig
 from .parallel import Slice
 
 
@@ -177,7 +177,7 @@ def rank(
             **logits,
         )
 
-    if config.score in OUTPUT_SCORES or config.method == "global":
+    if config.score in OUTPUT_SCORES or config.method in CONTESTS:
         if output_factor is None:
             norm = scores.norm(value)
         else:
@@ -195,7 +195,7 @@ def rank(
     score = scores.combine(config.score, importance, key, value, valid, found, redundancy)
     return Ranking(
         ranks=_ranks(score, (length - longest).tolist() if attention_mask is not None else [0] * batch),
-        importance=(output if config.method == "global" else importance).masked_fill(padding, -torch.inf),
+        importance=(output if config.method in CONTESTS else importance).masked_fill(padding, -torch.inf),
         base=base_rows(config, longest),
         real=real,
         choosable=(real - window).clamp(min=0),

@@ -9,7 +9,7 @@ import torch
 
 from .attention import visible
 from .config import MixKVConfig
-from .contest import Contest
+from .contest import Contest, SlotContest
 from .modality import ImageColumns
 
 
@@ -20,7 +20,7 @@ class Shared:
     ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
     ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
     ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
-    ``contest``: the layers of a prompt under ``method="global"``, until its last layer has come.
+    ``contest``: the layers of a prompt under a method of `config.CONTESTS`, until its last layer has come.
     ``valid``: valid columns by (first column, columns), of the present forward: its masks are read once, not once a layer.
     ``images``: which columns are image tokens.
     """
@@ -30,7 +30,7 @@ class Shared:
     prompt_length: int | None = None
     recording: bool = False
     waiting: Any | None = None
-    contest: Contest | None = None
+    contest: Contest | SlotContest | None = None
     valid: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
     images: ImageColumns = field(default_factory=ImageColumns, repr=False)
 

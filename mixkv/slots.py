@@ -20,11 +20,12 @@ class Slots:
         slots, starts: int32 [S], how many slots each sequence has, and its first.
         chunk: int64 [S, most], the chunk that each slot holds, -1 for none.
         rows: int64 [S, most], how many rows that one has.
+        longest: chunks of the sequence that has most.
         size: rows of a whole chunk.
     """
 
-    def __init__(self, slots: torch.Tensor, most: int, size: int, pool: Pool, device: torch.device):
-        self.slots, self.starts, self.size = slots, slots.cumsum(0) - slots, size
+    def __init__(self, slots: torch.Tensor, most: int, longest: int, size: int, pool: Pool, device: torch.device):
+        self.slots, self.starts, self.longest, self.size = slots, slots.cumsum(0) - slots, longest, size
         total = size * int(slots.sum())
         self.key, self.value = (part.new_zeros(total, part.shape[1], device=device) for part in (pool.key, pool.value))
         self.chunk = torch.full((slots.numel(), most), -1, device=device)
@@ -55,10 +56,9 @@ class Slots:
 
         Returns: where the slots' chunks lie in ``key`` and ``value``, and how many rows they have: int [S, most].
         """
-        there = (chosen.unsqueeze(2) == self.chunk.unsqueeze(1)) & (chosen >= 0).unsqueeze(2)
         slot = torch.arange(chosen.shape[1], device=chosen.device)
-        missing = (chosen >= 0) & ~there.any(dim=2)
-        free = (slot < self.slots.unsqueeze(1)) & ~there.any(dim=1)
+        missing = (chosen >= 0) & ~self._among(self.chunk, chosen)
+        free = (slot < self.slots.unsqueeze(1)) & ~self._among(chosen, self.chunk)
         # The i-th missing chunk goes to the i-th free slot; there are at least as many.
         source, target = (part.long().argsort(dim=1, descending=True, stable=True) for part in (missing, free))
         moving = slot < missing.sum(dim=1, keepdim=True)
@@ -82,6 +82,13 @@ class Slots:
         else:
             kernels.fetch_chunks(backend, *arguments, chunk=self.size)
         return self.size * (first + slot), self.rows.masked_fill(slot >= self.slots.unsqueeze(1), 0)
+
+    def _among(self, some: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """Which of the chunks ``asked`` [S, ...] are among ``some`` [S, ...]; -1 is none."""
+        marks = torch.zeros(some.shape[0], self.longest + 1, dtype=torch.bool, device=some.device)
+        marks.scatter_(1, some.where(some >= 0, self.longest), True)
+        marks[:, self.longest] = False
+        return marks.gather(1, asked.where(asked >= 0, self.longest))
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 import mixkv
-from mixkv import bounds, hybrid
+from mixkv import bounds, budgets, hybrid
 from mixkv.hybrid import FIRST, LAST
 
 LENGTH = 300
@@ -251,8 +251,7 @@ def test_no_chosen_chunk_is_below_one_not_chosen():
 def choose_all(cache):
     """Every chunk is chosen from now on."""
     for layer in chunked_layers(cache):
-        layer.chunks.slots = layer.chunks.counts.clone()
-        layer.chunks._measure()
+        layer.chunks.allot(layer.chunks.counts)
 
 
 @pytest.mark.parametrize("offload", ["in place", "slots"])
@@ -342,8 +341,13 @@ def test_resident_rows_are_exact(budget, window, chunk, prune):
     oracle.generate(model, prompts, 4, past_key_values=cache)
     numbers = cache.stats()
     rows = round(budget * LENGTH) if isinstance(budget, float) else budget
-    for length in numbers["lengths"]:
-        assert length.sum(1).tolist() == [2 * (rows + 3)] * 2
+    # Chunks a step are shared out over the layers, everything else is within each of them.
+    stores = [layer.chunks for layer in cache.layers]
+    slots = torch.stack([torch.zeros(2, 2) if store is None else store.slots.view(2, 2) for store in stores])
+    lengths = torch.stack(numbers["lengths"])
+    assert lengths.sum(dim=(0, 2)).tolist() == [2 * len(cache.layers) * (rows + 3)] * 2
+    if prune == "none":
+        assert len(set((lengths - chunk * slots).flatten().tolist())) == 1
     assert numbers["rows"] == 2 * 2 * len(cache.layers) * (rows + 3)
     for layer, columns in enumerate(map(cache.kept, range(len(cache.layers)))):
         for row in range(2):
@@ -363,6 +367,38 @@ def test_resident_rows_are_exact(budget, window, chunk, prune):
             dynamic + 8 * sum(layer.chunks.counts.numel() for layer in chunked_layers(cache))
         )
     assert (numbers["chunks"] is None) == (prune == "all" or rows < min(window, LAST) + FIRST + chunk)
+
+
+def test_chunks_a_step_go_where_votes_go():
+    """Against a plain count: each dynamic head one, the others in proportion to the rows that `global` gives it."""
+    model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
+    options = dict(budget=110, window=14, score="mix")
+    equal, shared = (mixkv.MixKVCache(model, **ALL_DYNAMIC | options, global_floor=floor) for floor in (1.0, 0.2))
+    contest = mixkv.MixKVCache(model, **options, method="global")
+    with torch.no_grad():
+        for cache in (equal, shared, contest):
+            model(**prompts, past_key_values=cache)
+    before, after = (torch.stack([layer.chunks.slots.view(2, -1) for layer in cache.layers], 1) for cache in (equal, shared))
+    assert len(set(before.flatten().tolist())) == 1 and len(set(after.flatten().tolist())) > 2
+    assert (after.sum(dim=(1, 2)) == before.sum(dim=(1, 2))).all() and (after >= 1).all()
+    votes = torch.stack([length - options["window"] for length in contest.stats()["lengths"]], 1).double()
+    total, heads = int(before[0].sum()), before[0].numel()
+    for row in range(2):
+        for got, rows in zip(after[row].flatten().tolist(), votes[row].flatten().tolist()):
+            assert abs(got - (1 + (total - heads) * rows / votes[row].sum())) < 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_shared_slots_are_exact(data):
+    batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    equal = torch.randint(0, 6, (batch, heads), generator=generator)
+    limit = equal + torch.randint(0, 9, equal.shape, generator=generator)
+    rows = torch.randint(0, 50, equal.shape, generator=generator) * torch.randint(0, 2, equal.shape, generator=generator)
+    slots = budgets.slots(equal, rows, limit)
+    assert torch.equal(slots.sum(-1), equal.sum(-1))
+    assert torch.equal(slots > 0, equal > 0) and (slots <= limit).all()
 
 
 def test_a_padded_batch_equals_its_rows_alone():

@@ -16,14 +16,14 @@ def relative_change(values: list[float], reference: list[float], seed: int = 0) 
     Samples are drawn with replacement, both numbers of a sample together.
     """
     pair = torch.tensor([values, reference], dtype=torch.float64)
-    means = pair[:, _draws(len(values), seed)].mean(dim=-1)
-    return float(pair[0].mean() / pair[1].mean() - 1), *_interval(means[0] / means[1] - 1)
+    means = pair[:, draws(len(values), seed)].mean(dim=-1)
+    return float(pair[0].mean() / pair[1].mean() - 1), *interval(means[0] / means[1] - 1)
 
 
 def difference(values: list[float], reference: list[float], seed: int = 0) -> tuple[float, float, float]:
     """Mean difference of paired numbers and its 95 % interval (bootstrap over samples)."""
     change = torch.tensor(values, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
-    return float(change.mean()), *_interval(change[_draws(len(change), seed)].mean(dim=-1))
+    return float(change.mean()), *interval(change[draws(len(change), seed)].mean(dim=-1))
 
 
 def summary(
@@ -85,12 +85,12 @@ def _against(
     return min(enough, key=resident.get, default=None)
 
 
-def _draws(count: int, seed: int) -> torch.Tensor:
+def draws(count: int, seed: int) -> torch.Tensor:
     """Samples drawn with replacement: indices [draws, count]."""
     return torch.randint(count, (_DRAWS, count), generator=torch.Generator().manual_seed(seed))
 
 
-def _interval(drawn: torch.Tensor) -> list[float]:
+def interval(drawn: torch.Tensor) -> list[float]:
     """The middle 95 % of ``drawn``."""
     edge = (1 - _LEVEL) / 2
     return torch.quantile(drawn, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()

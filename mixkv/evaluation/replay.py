@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..cache import MixKVCache
 from ..chunks import ChunkStore
-from ..config import MixKVConfig
+from ..config import CONTESTS, MixKVConfig
 from ..layer import MixKVLayer
 from ..ragged import RaggedStore
 from ..selection import Ranking, base_rows
@@ -120,7 +120,7 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
 
 def _name(config: MixKVConfig) -> str:
     """The same for configurations that differ only in who gets how many rows."""
-    judged = config.to_dict() | dict.fromkeys(_SHARING) | {"method": config.method == "global"}
+    judged = config.to_dict() | dict.fromkeys(_SHARING) | {"method": config.method in CONTESTS}
     return json.dumps(judged, sort_keys=True)
 
 
