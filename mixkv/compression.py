@@ -152,7 +152,7 @@ class Compression:
             )
         if self.ordinal == 0:
             if config.method == "hybridkv":
-                self.shared.contest = SlotContest(layers, config.global_floor)
+                self.shared.contest = SlotContest(layers, config.hybrid_floor)
             else:
                 self.shared.contest = Contest(layers, config.global_floor, patient=patient)
         return self.shared.contest

@@ -48,10 +48,11 @@ class MixKVConfig:
             KV head.
         pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
         ada_floor: the share of adakv's budget that every head gets for certain.
-        global_floor: the share of global's budget that every head gets for certain; so with the chunks that hybridkv's heads attend to.
+        global_floor: the share of global's budget that every head gets for certain.
         hybrid_threshold: hybridkv's heads are pruned if at least this share of their attention rests on the prompt's first rows
             and the window; 1: none is.
-        hybrid_floor: the share of what hybridkv leaves its pruned heads that they get in equal parts.
+        hybrid_floor: the share of hybridkv's rows that goes out in equal parts: of those left to a layer's pruned heads, and, as
+            chunks a step, of the other heads' of the whole model.
         hybrid_chunk: rows of the chunks that hybridkv's other heads choose from. Small ones find more with as many rows, but each has
             bounds that stay resident, a byte for every element of a key: at 8 rows in float16 a 32nd of the prompt in all.
         offload: whether hybridkv's chunks lie in the host's memory and cross over when they are chosen; False: they stay on
@@ -81,7 +82,7 @@ class MixKVConfig:
     ada_floor: float = 0.2
     global_floor: float = 0.2
     hybrid_threshold: float = 0.9
-    hybrid_floor: float = 0.2
+    hybrid_floor: float = 0.6
     hybrid_chunk: int = 8
     offload: bool = True
     profile: Table | str | None = None

@@ -370,11 +370,11 @@ def test_resident_rows_are_exact(budget, window, chunk, prune):
 
 
 def test_chunks_a_step_go_where_votes_go():
-    """Against a plain count: each dynamic head one, the others in proportion to the rows that `global` gives it."""
+    """Against a plain count: each dynamic head one, the others in proportion to the rows that `global` gives it with that floor."""
     model, prompts = build("llama"), zoo.inputs("llama", LENGTH, batch=2)
     options = dict(budget=110, window=14, score="mix")
-    equal, shared = (mixkv.MixKVCache(model, **ALL_DYNAMIC | options, global_floor=floor) for floor in (1.0, 0.2))
-    contest = mixkv.MixKVCache(model, **options, method="global")
+    equal, shared = (mixkv.MixKVCache(model, **ALL_DYNAMIC | options, hybrid_floor=floor) for floor in (1.0, 0.2))
+    contest = mixkv.MixKVCache(model, **options, method="global", global_floor=0.2)
     with torch.no_grad():
         for cache in (equal, shared, contest):
             model(**prompts, past_key_values=cache)
