@@ -33,7 +33,8 @@ class Split(NamedTuple):
         dynamic: bool, whether the head's chunks are chosen step by step.
         rows: int64, resident rows beside the last `LAST`. A dynamic head's are those of its slots, its first rows, and the ones
             just before the last.
-        slots: int64, chunks attended in a step; 0 for static heads.
+        slots: int64, chunks attended in a step, before `mixkv.contest.SlotContest` shares them out over the model; 0 for static
+            heads.
         chunk: rows of a chunk.
     """
 
@@ -225,7 +226,8 @@ def divide(
     Every dynamic head gets an equal share of them, rounded down to its first rows and whole chunks. What is left belongs to the
     static heads: to each its window, then a share ``floor`` of the rest in equal parts, and what remains in proportion to the
     attention that they give to what is not kept for certain. Where no static head can take it, the rows just before a dynamic head's last stay
-    resident. Heads that can be kept whole, or whose budget has no room for a chunk, are static.
+    resident. Heads that can be kept whole, or whose budget has no room for a chunk, are static. How many chunks a dynamic head
+    attends to in the end, `mixkv.contest.SlotContest` decides.
 
     Args:
         sparse: [B, Hkv], of `sparsity`.
