@@ -42,8 +42,13 @@ def kind(config: dict) -> tuple:
 
 
 def cell(row: dict) -> str:
-    """Change of KL with its interval; bold where the interval lies on one side of 0."""
-    return marked(f"{row['kl_change']:+.0%} [{row['kl_low']:+.0%}, {row['kl_high']:+.0%}]", row["kl_low"], row["kl_high"])
+    """Change of KL with its interval."""
+    return with_interval(row["kl_change"], row["kl_low"], row["kl_high"])
+
+
+def with_interval(middle: float, low: float, high: float) -> str:
+    """A relative change with its interval; bold where the interval lies on one side of 0."""
+    return marked(f"{middle:+.0%} [{low:+.0%}, {high:+.0%}]", low, high)
 
 
 def marked(text: str, low: float, high: float) -> str:

@@ -14,31 +14,23 @@ from math import exp, log
 from pathlib import Path
 
 import torch
+from quality import with_interval
 
 from mixkv.evaluation import paired
 
-Change = tuple[float, float, float]
 
-
-def over_tasks(changes: list[torch.Tensor]) -> Change:
+def over_tasks(pairs: list[torch.Tensor]) -> tuple[float, float, float]:
     """Geometric mean over tasks of relative KL, less 1, and its 95 % interval; of each task [2, samples], variant and reference.
 
     Samples are drawn with replacement within their task, both numbers together.
     """
     found, drawn = 0.0, 0.0
-    for seed, pair in enumerate(changes):
+    for seed, pair in enumerate(pairs):
         draws = pair[:, paired.draws(pair.shape[1], seed)].mean(dim=-1)
         drawn = drawn + (draws[0] / draws[1]).log()
         found += log(pair[0].mean() / pair[1].mean())
-    count = len(changes)
+    count = len(pairs)
     return exp(found / count) - 1, *paired.interval((drawn / count).exp() - 1)
-
-
-def cell(change: Change) -> str:
-    """Bold where the interval lies on one side of 0."""
-    middle, low, high = change
-    text = f"{middle:+.0%} [{low:+.0%}, {high:+.0%}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def print_table(lines: list[dict], budget: str) -> None:
@@ -56,7 +48,7 @@ def print_table(lines: list[dict], budget: str) -> None:
         pairs = [torch.tensor([[kl[part][budget] for kl in of[task]] for part in (name, reference)]) for task in tasks]
         pairs = [pair.double() for pair in pairs]
         each = [paired.relative_change(*pair.tolist()) for pair in pairs]
-        print(f"| {name} | " + " | ".join(map(cell, [over_tasks(pairs), *each])) + " |")
+        print(f"| {name} | " + " | ".join(with_interval(*found) for found in (over_tasks(pairs), *each)) + " |")
 
 
 def main() -> None:

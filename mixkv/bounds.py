@@ -55,3 +55,9 @@ def choose(scores: torch.Tensor, slots: torch.Tensor, most: int) -> torch.Tensor
     """
     best = scores.topk(most, dim=-1).indices
     return best.masked_fill(torch.arange(most, device=scores.device) >= slots.unsqueeze(-1), -1)
+
+
+def marked(chosen: torch.Tensor, chunks: int) -> torch.Tensor:
+    """Which of so many ``chunks`` are among ``chosen``, int64 [..., most] with -1 for none: bool [..., chunks]."""
+    marks = torch.zeros(*chosen.shape[:-1], chunks + 1, dtype=torch.bool, device=chosen.device)
+    return marks.scatter_(-1, chosen.where(chosen >= 0, chunks), True)[..., :chunks]

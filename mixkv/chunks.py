@@ -171,6 +171,7 @@ class ChunkStore:
 
     def fetch_to_slots(self) -> None:
         """From now on attends to copies of chunks, which are fetched when they are chosen."""
+        # Former slots are freed before there is room for new ones.
         self.cached = None
         self.cached = Slots(self.slots, self.most, self.longest, self.chunk, self.pool, self.codes.device)
 
@@ -296,9 +297,7 @@ class ChunkStore:
     def _tally(self, chosen: torch.Tensor) -> None:
         """Counts what positions [B, n, Hkv, most slots] chose."""
         batch, new, heads, _ = chosen.shape
-        marks = torch.zeros(batch, new, heads, self.longest + 1, dtype=torch.bool, device=chosen.device)
-        marks.scatter_(-1, chosen.where(chosen >= 0, self.longest), True)
-        marks = marks[..., : self.longest]
+        marks = bounds.marked(chosen, self.longest)
         before = torch.cat([self.last.view(batch, 1, heads, -1), marks[:, :-1]], dim=1) if new > 1 else self.last.view_as(marks)
         self.reused += (marks & before).sum()
         self.last = marks[:, -1].flatten(0, 1)

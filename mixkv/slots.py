@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import kernels, plain
+from . import bounds, kernels, plain
 
 if TYPE_CHECKING:
     from .chunks import Pool
@@ -85,10 +85,7 @@ class Slots:
 
     def _among(self, some: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
         """Which of the chunks ``asked`` [S, ...] are among ``some`` [S, ...]; -1 is none."""
-        marks = torch.zeros(some.shape[0], self.longest + 1, dtype=torch.bool, device=some.device)
-        marks.scatter_(1, some.where(some >= 0, self.longest), True)
-        marks[:, self.longest] = False
-        return marks.gather(1, asked.where(asked >= 0, self.longest))
+        return bounds.marked(some, self.longest).gather(1, asked.clamp(min=0)) & (asked >= 0)
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
