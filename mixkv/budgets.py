@@ -150,7 +150,7 @@ class Votes:
 
     def __init__(self, floor: float):
         self.floor, self.layers = floor, 0
-        self.value = self.owner = None
+        self.value = self.owner = self._quota = None
 
     def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
         """The next layer.
@@ -168,7 +168,7 @@ class Votes:
         if self.layers == 0:
             self.heads, self.num_layers = heads, num_layers
             self.base = base.minimum(candidates.amax(dim=-1))
-            self.total = self.base * heads * num_layers
+            self.total = (self.base * heads * num_layers).tolist()
             self.candidates = candidates
         elif heads != self.heads:
             raise ValueError(
@@ -182,28 +182,46 @@ class Votes:
             # The layers of a model may lie on several devices.
             value = torch.cat([self.value.to(value.device), value], dim=1)
             owner = torch.cat([self.owner.to(owner.device), owner], dim=1)
-        kept = min(int(self.total.max()), value.shape[1])
-        order = value.sort(dim=1, descending=True, stable=True).indices[:, :kept]
-        self.value, self.owner = value.gather(1, order), owner.gather(1, order)
+        # As many in every row, whatever its total: what is too many there `quota` leaves out.
+        stay = _largest(value, [max(self.total)] * batch)
+        self.value, self.owner = value[stay].view(batch, -1), owner[stay].view(batch, -1)
         self.layers += 1
+        self._quota = None
 
     def quota(self) -> torch.Tensor:
         """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
-        batch = self.value.shape[0]
-        device = self.value.device
-        counted = torch.arange(self.value.shape[1], device=device) < self.total.to(device).unsqueeze(-1)
-        counted &= ~self.value.isneginf()
+        if self._quota is None:
+            self._quota = self._share_out()
+        return self._quota
+
+    def _share_out(self) -> torch.Tensor:
+        batch, device = self.value.shape[0], self.value.device
+        counted = _largest(self.value, self.total) & ~self.value.isneginf()
         votes = torch.zeros(batch, self.layers * self.heads, dtype=torch.float64, device=device)
         votes.scatter_add_(1, self.owner.long(), counted.double())
         base = self.base.to(device).unsqueeze(-1)
         shares = (1 - self.floor) * votes + self.floor * base.double()
         limit = self.candidates.to(device).repeat(1, self.layers)
         if self.layers == self.num_layers:
-            rows = apportion(shares, self.total.to(device), limit)
+            total = torch.tensor(self.total, device=device)
+            rows = apportion(shares, total, limit)
         else:
             # `apportion` rounds up by at most one.
             rows = ((shares + 1e-6).floor().long() + 1).minimum(limit)
         return rows.view(batch, self.layers, self.heads)
+
+
+def _largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Bool [B, n], True for the ``counts`` [B] largest of each row of ``value`` [B, n]; of equal ones, the first."""
+    size = value.shape[1]
+    if min(counts) >= size:
+        return torch.ones_like(value, dtype=torch.bool)
+    ranked = [min(max(count, 1), size) for count in counts]
+    bound = torch.stack([row.topk(rank, sorted=False).values.amin(0, keepdim=True) for row, rank in zip(value, ranked)])
+    count = torch.tensor(counts, device=value.device).unsqueeze(-1)
+    above = value > bound
+    tied = value == bound
+    return (above | tied) & (above.sum(dim=-1, keepdim=True) + tied.cumsum(dim=-1) * tied <= count)
 
 
 def _total(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ class MixKVConfig:
     redundancy: str | Table = "online"
     pyramid_beta: int = 20
     ada_floor: float = 0.2
-    global_floor: float = 0.2
+    global_floor: float = 0.1
     hybrid_threshold: float = 0.9
     hybrid_floor: float = 0.6
     hybrid_chunk: int = 8

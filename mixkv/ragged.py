@@ -171,7 +171,7 @@ class RaggedStore:
         """
         lengths, tail = self.lengths.long(), self.tail
         quota = quota.to(ranks.device)
-        stay = ranks < quota.repeat_interleave(lengths - tail)
+        stay = ranks < quota.repeat_interleave(lengths - tail, output_size=ranks.numel())
         keep = stay
         if tail:
             place = torch.arange(self.total, device=ranks.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
@@ -253,12 +253,13 @@ class RaggedStore:
 
     def _keep_rows(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
         """Keeps buffer rows ``rows``, sequence after sequence, ``counts`` [S] of each."""
-        taken = tuple(buffer[rows] for buffer in self._buffers)
+        key, value, position = self._buffers
         self._measure(counts.view(self.batch, self.heads).tolist())
-        self._lay_out(counts, self._buffers)
-        rows = plain.flat_rows(self.starts, self.lengths, self.total)
-        for buffer, part in zip(self._buffers, taken):
-            buffer.index_copy_(0, rows, part)
+        self._lay_out(counts, (key, value))
+        everything = (buffer.expand(self.batch, self.heads, -1, -1) for buffer in (key, value))
+        kernels.compact(self.backend, self._buffers, self.starts, self.lengths, *everything, rows.to(torch.int32))
+        # What was written there is the rows they came from.
+        self.position = position.index_select(0, self.position)
 
     def _lay_out(self, lengths: torch.Tensor, like: tuple[torch.Tensor, ...], new: int = 0) -> None:
         """New buffers for `total` rows in sequences of ``lengths`` [S], with spare rows for ``new`` more and some."""

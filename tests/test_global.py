@@ -23,8 +23,9 @@ OPTIONS = dict(method="global", score="mix-output", budget=14, window=6)
 def offline(importance, base, floor):
     """Rows per layer and head of one prompt, by sorting all candidates of the model in one list: importance [L][H][M]."""
     layers, heads = len(importance), len(importance[0])
+    largest = [rows.max() ** (2 / 3) if rows.max() > 0 else 1.0 for rows in importance]
     entries = [
-        (-float(value), layer, head, column)
+        (-(value / largest[layer]).item(), layer, head, column)
         for layer, rows in enumerate(importance)
         for head, row in enumerate(rows)
         for column, value in enumerate(row)
