@@ -82,7 +82,7 @@ class MixKVConfig:
     ada_floor: float = 0.2
     global_floor: float = 0.1
     hybrid_threshold: float = 0.9
-    hybrid_floor: float = 0.6
+    hybrid_floor: float = 0.4
     hybrid_chunk: int = 8
     offload: bool = True
     profile: Table | str | None = None
