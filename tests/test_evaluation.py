@@ -171,9 +171,13 @@ def test_bench_records_and_targets(model, tokenizer):
     assert by_name["adakv", 200]["bytes_to_full"] < 0.5
     assert by_name["adakv", 200]["rows_per_head"] == by_name["sparsemm", 200]["rows_per_head"] == 40
     assert all(record["first_token_seconds"] > record["prefill_seconds"] for record in records)
+    for record in records:
+        compressed = record["method"] not in ("full", "floor")
+        assert (record["compress_seconds"] > 0) == (record["prefill_to_rest"] > 1) == compressed
+        assert record["compress_seconds"] < record["prefill_seconds"]
 
     found = bench.targets(records, 40)
-    assert len(found) == 4 * 2 * 2 + 2 + 4
+    assert len(found) == 4 * 2 * 3 + 2 + 4
     (bytes_target,) = [one for one in found if one["what"] == "bytes_to_full" and one["prompt_tokens"] == 200]
     assert bytes_target["limit"] == 1.25 * 40 / 200
     assert all(one["met"] == (one["value"] <= one["limit"]) for one in found)
@@ -189,7 +193,7 @@ def test_bench_at_several_batch_sizes(model, tokenizer):
         assert (one["method"], one["prompt_tokens"]) == (three["method"], three["prompt_tokens"])
         assert one["rows_per_head"] == three["rows_per_head"] and 2 < three["bytes"] / one["bytes"] <= 3
     assert {total for _, total in told} == {len(told)}
-    assert [found["batch"] for found in bench.targets(records, 40)] == [1] * 7 + [3] * 7
+    assert [found["batch"] for found in bench.targets(records, 40)] == [1] * 9 + [3] * 9
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell a process's peak")

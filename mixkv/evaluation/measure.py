@@ -18,6 +18,7 @@ from .. import binding
 from ..cache import MixKVCache
 from ..compat import is_full_attention
 from ..config import MixKVConfig
+from ..layer import MixKVLayer
 from ..patch import unpatch
 from ..report import _held as layer_bytes
 from . import InputError, memory
@@ -40,6 +41,7 @@ class Read:
         cache: holds it.
         logits: [B, V], of the first answer token.
         seconds: of the forward, compression included.
+        compress_seconds: those of them that went to compression.
         first_token_seconds: from making the cache to knowing the first token.
         peak_bytes: most memory in use meanwhile, over what was in use before; None unless it was asked for and is known.
     """
@@ -47,6 +49,7 @@ class Read:
     cache: Cache
     logits: torch.Tensor
     seconds: float
+    compress_seconds: float
     first_token_seconds: float
     peak_bytes: int | None
 
@@ -79,14 +82,15 @@ def read_prompt(
     before = memory.start(device) if watch_memory else None
     synchronize(device)
     start = perf_counter()
-    cache = DynamicCache(config=model.config) if config is None else MixKVCache(model, config)
+    cache = DynamicCache(config=model.config) if config is None else _TimedCache(model, config)
     made = perf_counter()
     logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options).logits[:, -1]
     synchronize(device)
     read = perf_counter()
     logits.argmax(-1).tolist()
     end = perf_counter()
-    return Read(cache, logits, read - made, end - start, memory.peak(device, before))
+    compressing = sum(layer.seconds for layer in cache.layers if isinstance(layer, _TimedLayer))
+    return Read(cache, logits, read - made, compressing, end - start, memory.peak(device, before))
 
 
 @torch.no_grad()
@@ -194,3 +198,20 @@ def bind(model: PreTrainedModel, cache: Cache) -> None:
 def last_logits_only(model: PreTrainedModel, count: int = 1) -> dict[str, int]:
     """The option of a forward that leaves out all logits but those of the last ``count`` columns, where a model has it."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+class _TimedLayer(MixKVLayer):
+    """Knows how long its compression took."""
+
+    seconds = 0.0
+
+    def compress(self, *args) -> None:
+        synchronize(self.device)
+        start = perf_counter()
+        super().compress(*args)
+        synchronize(self.device)
+        self.seconds = perf_counter() - start
+
+
+class _TimedCache(MixKVCache):
+    layer_class = _TimedLayer

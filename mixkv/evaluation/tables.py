@@ -96,53 +96,57 @@ def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[st
 
 
 def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
-    """Prints what `bench.run` returns, batch size by batch size: what was measured, then the ratios."""
-    for batch in sorted({record["batch"] for record in records}):
-        if batch > 1:
-            console.print(f"\n{batch} rows in a batch", style="bold")
-        _batch(console, [record for record in records if record["batch"] == batch])
+    """Prints what `bench.run` returns, batch size by batch size and prompt by prompt: what was measured, then the ratios."""
+    for batch, length in dict.fromkeys((record["batch"], record["prompt_tokens"]) for record in records):
+        rows = f"{batch} rows of " if batch > 1 else ""
+        console.print(f"\n{rows}{length:,} tokens", style="bold")
+        _prompt(console, [record for record in records if (record["batch"], record["prompt_tokens"]) == (batch, length)])
+    console.print(
+        "rows: held per KV head and layer, and MiB, right after the prompt; peak: MiB while reading it. prefill, first (until "
+        "the first token is known), step (decode): medians. compress: what of the prefill that took. x: ratios to the full "
+        "cache of the same prompt, of a prefill to the rest of itself without compression, of steps to the floor and to the "
+        "shortest prompt; medians of the ratios within a turn.",
+        style="dim",
+    )
 
 
-def _batch(console: Console, records: list[dict[str, Any]]) -> None:
-    measured = narrow_table("cache", "prompt", "rows", "MiB", "peak", "prefill", "first token", "step")
-    ratios = narrow_table("cache", "prompt", "bytes", "peak", "prefill", "step", "to floor", "to shortest")
-    length = None
+def _prompt(console: Console, records: list[dict[str, Any]]) -> None:
+    measured = narrow_table("cache", "rows", "MiB", "peak", "prefill\ns", "compress\nms", "first\ns", "step\nms")
+    names = (
+        "bytes_to_full",
+        "peak_to_full",
+        "prefill_to_full",
+        "prefill_to_rest",
+        "step_to_full",
+        "step_to_floor",
+        "step_to_shortest",
+    )
+    heads = ("bytes\nx", "peak\nx", "prefill\nx", "prefill\nx rest", "step\nx", "step\nx floor", "step\nx short")
+    ratios = narrow_table("cache", *heads)
     for record in records:
-        if record["prompt_tokens"] != length:
-            measured.add_section()
-            ratios.add_section()
-            length = record["prompt_tokens"]
         measured.add_row(
             record["method"],
-            f"{length:,}",
             f"{record['rows_per_head']:,.0f}",
             mebibytes(record["bytes"]),
             "" if record["peak_bytes"] is None else mebibytes(record["peak_bytes"]),
-            f"{record['prefill_seconds']:.3f} s",
-            f"{record['first_token_seconds']:.3f} s",
-            f"{1e3 * record['step_seconds']:.1f} ms",
+            f"{record['prefill_seconds']:.3f}",
+            f"{1e3 * record['compress_seconds']:.0f}",
+            f"{record['first_token_seconds']:.3f}",
+            f"{1e3 * record['step_seconds']:.1f}",
         )
-        names = ("bytes_to_full", "peak_to_full", "prefill_to_full", "step_to_full", "step_to_floor", "step_to_shortest")
-        ratios.add_row(record["method"], f"{length:,}", *(times(record[name], 3) for name in names))
-    console.print(
-        "\nMeasured right after the prompt, and over decode steps taken in turn (medians; peak: MiB while reading it)"
-    )
+        ratios.add_row(record["method"], *("" if record[name] is None else f"{record[name]:.3f}" for name in names))
     console.print(measured)
-    console.print(
-        "Ratios to the full cache of the same prompt, and of steps to the floor and to the shortest prompt (medians of the "
-        "ratios within a turn)"
-    )
-    console.print(ratios)
+    if any(record["prefill_to_full"] is not None for record in records):
+        console.print(ratios)
 
 
 def targets(console: Console, found: list[dict[str, Any]]) -> None:
     """Prints what `bench.targets` returns."""
-    table = narrow_table("target", "batch", "prompt", "method", "measured", "at most", "")
+    table = narrow_table("target", "prompt", "method", "measured", "at most", "")
     for target in found:
         table.add_row(
             target["what"].replace("_", " "),
-            str(target["batch"]),
-            f"{target['prompt_tokens']:,}",
+            f"{target['batch']} x {target['prompt_tokens']:,}",
             target["method"],
             f"{target['value']:.3f}",
             f"{target['limit']:.3f}",
@@ -191,14 +195,14 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f}"
 
 
-def times(ratio: float | None, digits: int = 2) -> str:
-    """As in ``0.07x``; nothing for None."""
-    return "" if ratio is None else f"{ratio:.{digits}f}x"
+def times(ratio: float) -> str:
+    """As in ``0.07x``."""
+    return f"{ratio:.2f}x"
 
 
 def narrow_table(first: str, *others: str) -> Table:
     """The first column to the left, the others to the right; narrow enough for a terminal of 80 columns."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
