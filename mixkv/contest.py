@@ -116,5 +116,7 @@ def _evened(importance: torch.Tensor) -> torch.Tensor:
     Two thirds of the way, geometrically, from what rows add to as many votes for every layer. What a prompt's last queries
     look for does not tell how much a later question will need of a layer: taken as it is, too few rows are left to some.
     """
+    if importance.shape[-1] == 0:
+        return importance
     largest = importance.amax(dim=(-2, -1), keepdim=True)
     return torch.where(largest > 0, importance / largest**_EVENED, importance)

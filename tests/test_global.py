@@ -172,6 +172,17 @@ def test_heads_and_layers_differ_and_the_total_is_exact(name):
     assert all(kind == "projection" for kind, part in zip(numbers["output_norm"], numbers["lengths"]) if part is not None)
 
 
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 14])
+@pytest.mark.parametrize("method", ["global", "hybridkv"])
+def test_a_prompt_within_the_window_or_the_budget_is_kept_whole(method, length):
+    model, prompts = zoo.build("llama", "sdpa"), zoo.inputs("llama", length)
+    cache = mixkv.MixKVCache(model, **OPTIONS | {"method": method})
+    _, logits = oracle.generate(model, prompts, 4, past_key_values=cache)
+    _, full_logits = oracle.generate(model, prompts, 4)
+    torch.testing.assert_close(logits, full_logits)
+    assert all((lengths == length + 3).all() for lengths in cache.stats()["lengths"])
+
+
 def test_chunks_turns_and_copies(name="llama"):
     model = zoo.build(name, "sdpa")
     prompts = zoo.inputs(name, 60)
