@@ -195,9 +195,9 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f}"
 
 
-def times(ratio: float) -> str:
+def times(ratio: float, digits: int = 2) -> str:
     """As in ``0.07x``."""
-    return f"{ratio:.2f}x"
+    return f"{ratio:.{digits}f}x"
 
 
 def narrow_table(first: str, *others: str) -> Table:
