@@ -112,17 +112,16 @@ def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
 
 def _prompt(console: Console, records: list[dict[str, Any]]) -> None:
     measured = narrow_table("cache", "rows", "MiB", "peak", "prefill\ns", "compress\nms", "first\ns", "step\nms")
-    names = (
-        "bytes_to_full",
-        "peak_to_full",
-        "prefill_to_full",
-        "prefill_to_rest",
-        "step_to_full",
-        "step_to_floor",
-        "step_to_shortest",
-    )
-    heads = ("bytes\nx", "peak\nx", "prefill\nx", "prefill\nx rest", "step\nx", "step\nx floor", "step\nx short")
-    ratios = narrow_table("cache", *heads)
+    columns = {
+        "bytes\nx": "bytes_to_full",
+        "peak\nx": "peak_to_full",
+        "prefill\nx": "prefill_to_full",
+        "prefill\nx rest": "prefill_to_rest",
+        "step\nx": "step_to_full",
+        "step\nx floor": "step_to_floor",
+        "step\nx short": "step_to_shortest",
+    }
+    ratios = narrow_table("cache", *columns)
     for record in records:
         measured.add_row(
             record["method"],
@@ -134,7 +133,8 @@ def _prompt(console: Console, records: list[dict[str, Any]]) -> None:
             f"{record['first_token_seconds']:.3f}",
             f"{1e3 * record['step_seconds']:.1f}",
         )
-        ratios.add_row(record["method"], *("" if record[name] is None else f"{record[name]:.3f}" for name in names))
+        found = (record[name] for name in columns.values())
+        ratios.add_row(record["method"], *("" if ratio is None else f"{ratio:.3f}" for ratio in found))
     console.print(measured)
     if any(record["prefill_to_full"] is not None for record in records):
         console.print(ratios)
