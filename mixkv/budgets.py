@@ -140,9 +140,13 @@ def slots(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor) -> torch
 class Votes:
     """Shared out over the whole model by importance, with a floor; layers come one at a time.
 
-    All candidates of all L x Hkv heads compete: the ``L * Hkv * base`` most important vote for their heads, n votes; a head
-    gets ``(1 - floor) * n + floor * base``. Votes of earlier layers can only fall as later layers arrive, and a head's rows
-    fall with its votes: rows beyond the `quota` so far are never needed again. Ties go to the earlier layer, head and column.
+    All candidates of all L x Hkv heads compete: the ``L * Hkv * base`` most important vote for their heads, n votes. So do
+    those of each layer by themselves: the ``Hkv * base`` most important, m votes. A head gets ``(1 - floor) * v + floor *
+    base`` with ``v = (1 - kept) * n + kept * m``, where kept is the share of the candidates that is kept: the fewer rows
+    there are, the more go where the model looks most.
+
+    Votes of earlier layers can only fall as later layers arrive, and a head's rows fall with its votes: rows beyond the
+    `quota` so far are never needed again. Ties go to the earlier layer, head and column.
 
     Args:
         floor: the share of the total that every head gets for certain.
@@ -151,6 +155,7 @@ class Votes:
     def __init__(self, floor: float):
         self.floor, self.layers = floor, 0
         self.value = self.owner = self._quota = None
+        self.within: list[torch.Tensor] = []
 
     def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
         """The next layer.
@@ -167,7 +172,8 @@ class Votes:
         batch, heads, _ = importance.shape
         if self.layers == 0:
             self.heads, self.num_layers = heads, num_layers
-            self.base = base.minimum(candidates.amax(dim=-1))
+            self.most = candidates.amax(dim=-1)
+            self.base = base.minimum(self.most)
             self.total = (self.base * heads * num_layers).tolist()
             self.candidates = candidates
         elif heads != self.heads:
@@ -178,6 +184,8 @@ class Votes:
         owner = torch.arange(self.layers * heads, (self.layers + 1) * heads, dtype=torch.int32, device=importance.device)
         owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)
         value = importance.flatten(1)
+        mine = _largest(value, [total // num_layers for total in self.total]) & ~value.isneginf()
+        self.within.append(mine.view_as(importance).sum(dim=-1).double())
         if self.layers > 0:
             # The layers of a model may lie on several devices.
             value = torch.cat([self.value.to(value.device), value], dim=1)
@@ -199,7 +207,10 @@ class Votes:
         counted = _largest(self.value, self.total) & ~self.value.isneginf()
         votes = torch.zeros(batch, self.layers * self.heads, dtype=torch.float64, device=device)
         votes.scatter_add_(1, self.owner.long(), counted.double())
-        base = self.base.to(device).unsqueeze(-1)
+        within = torch.cat([layer.to(device) for layer in self.within], dim=1)
+        base, most = (count.to(device).unsqueeze(-1) for count in (self.base, self.most))
+        # In whole numbers up to the division: heads with equal votes get equal shares, whichever way they came by them.
+        votes = ((most - base) * votes + base * within) / most.clamp(min=1)
         shares = (1 - self.floor) * votes + self.floor * base.double()
         limit = self.candidates.to(device).repeat(1, self.layers)
         if self.layers == self.num_layers:

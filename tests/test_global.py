@@ -21,7 +21,7 @@ OPTIONS = dict(method="global", score="mix-output", budget=14, window=6)
 
 
 def offline(importance, base, floor):
-    """Rows per layer and head of one prompt, by sorting all candidates of the model in one list: importance [L][H][M]."""
+    """Rows per layer and head of one prompt, by sorting all candidates of the model, and of each layer: importance [L][H][M]."""
     layers, heads = len(importance), len(importance[0])
     largest = [rows.max() ** (2 / 3) if rows.max() > 0 else 1.0 for rows in importance]
     entries = [
@@ -35,8 +35,11 @@ def offline(importance, base, floor):
     base = min(base, limit)
     votes = torch.zeros(layers * heads, dtype=torch.float64)
     for _, layer, head, _ in sorted(entries)[: base * layers * heads]:
-        votes[layer * heads + head] += 1
-    shares = (1 - floor) * votes + floor * base
+        votes[layer * heads + head] += limit - base
+    for one in range(layers):
+        for _, _, head, _ in sorted(entry for entry in entries if entry[1] == one)[: base * heads]:
+            votes[one * heads + head] += base
+    shares = (1 - floor) * (votes / max(limit, 1)) + floor * base
     total, limits = torch.tensor(base * layers * heads), torch.full((layers * heads,), limit)
     return budgets.apportion(shares, total, limits).view(layers, heads)
 
