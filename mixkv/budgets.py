@@ -172,8 +172,7 @@ class Votes:
         batch, heads, _ = importance.shape
         if self.layers == 0:
             self.heads, self.num_layers = heads, num_layers
-            self.most = candidates.amax(dim=-1)
-            self.base = base.minimum(self.most)
+            self.base = base.minimum(candidates.amax(dim=-1))
             self.total = (self.base * heads * num_layers).tolist()
             self.candidates = candidates
         elif heads != self.heads:
@@ -208,11 +207,12 @@ class Votes:
         votes = torch.zeros(batch, self.layers * self.heads, dtype=torch.float64, device=device)
         votes.scatter_add_(1, self.owner.long(), counted.double())
         within = torch.cat([layer.to(device) for layer in self.within], dim=1)
-        base, most = (count.to(device).unsqueeze(-1) for count in (self.base, self.most))
+        base, candidates = self.base.to(device).unsqueeze(-1), self.candidates.to(device)
+        most = candidates.amax(dim=-1, keepdim=True)
         # In whole numbers up to the division: heads with equal votes get equal shares, whichever way they came by them.
         votes = ((most - base) * votes + base * within) / most.clamp(min=1)
         shares = (1 - self.floor) * votes + self.floor * base.double()
-        limit = self.candidates.to(device).repeat(1, self.layers)
+        limit = candidates.repeat(1, self.layers)
         if self.layers == self.num_layers:
             total = torch.tensor(self.total, device=device)
             rows = apportion(shares, total, limit)
