@@ -18,9 +18,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 
 
-def native():
-    """mixkv/native.py by itself: importing the package would import torch."""
-    spec = importlib.util.spec_from_file_location("mixkv_native", ROOT / "mixkv" / "native.py")
+def build_module():
+    """mixkv/ops/build.py by itself: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location("mixkv_build", ROOT / "mixkv" / "ops" / "build.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -41,7 +41,7 @@ class BuildPackage(build_py):
             return
         package = Path(self.build_lib) / "mixkv"
         shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
-        builder = native()
+        builder = build_module()
         if not wanted(builder):
             return
         try:
@@ -57,7 +57,7 @@ class PlatformWheel(bdist_wheel):
 
     def finalize_options(self):
         super().finalize_options()
-        self.root_is_pure = not wanted(native())
+        self.root_is_pure = not wanted(build_module())
 
     def get_tag(self):
         return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])

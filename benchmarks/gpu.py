@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mixkv import native, plain, scores, varlen  # noqa: E402
+from mixkv.ops import flash, native, reference  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = ((64, 64), (128, 128), (256, 256), (16, 16), (80, 80), (96, 48), (192, 128), (16, 256))
@@ -183,8 +183,8 @@ class Checks:
         poison()
         found = native.attend(query, *buffers[:2], starts, counts, **bound, **options)
         twins = (
-            plain.attend(query, *clean, starts, counts, **bound, **options),
-            plain.attend(query.double(), *wide, starts, counts, **bound, **options),
+            reference.attend(query, *clean, starts, counts, **bound, **options),
+            reference.attend(query.double(), *wide, starts, counts, **bound, **options),
         )
         self.compare(f"attend {what}", dtype, found, *self.zeroed(twins, counts, groups))
 
@@ -198,8 +198,8 @@ class Checks:
             ).bool()
         poison()
         found = native.attend_extend(query, *buffers[:2], starts, counts, key, value, mask=mask, **bound, **options)
-        twin = plain.attend_extend(query, *clean, starts, counts, key, value, mask=mask, **bound, **options)
-        exact = plain.attend_extend(
+        twin = reference.attend_extend(query, *clean, starts, counts, key, value, mask=mask, **bound, **options)
+        exact = reference.attend_extend(
             query.double(), *wide, starts, counts, key.double(), value.double(), mask=mask, **bound, **options
         )
         self.compare(f"attend_extend n{new} {what}", dtype, found, twin, exact)
@@ -207,14 +207,14 @@ class Checks:
         query = query[:, :, :1]
         mine, theirs = tuple(b.clone() for b in buffers), tuple(b.clone() for b in buffers)
         my_counts, their_counts = counts.clone(), counts.clone()
-        plain.append(theirs, starts, their_counts, key, value, 50)
+        reference.append(theirs, starts, their_counts, key, value, 50)
         poison()
         bound["max_length"] += new
         found = native.append_attend(query, mine, starts, my_counts, key, value, 50, max_length=bound["max_length"], **options)
         self.verdict(f"append_attend {dtype} {what}: stored", same(my_counts, their_counts) and all(map(same, mine, theirs)))
         clean = tuple(b.nan_to_num(0.0) for b in theirs[:2])
-        twin = plain.attend(query, *clean, starts, their_counts, **bound, **options)
-        exact = plain.attend(query.double(), *(b.double() for b in clean), starts, their_counts, **bound, **options)
+        twin = reference.attend(query, *clean, starts, their_counts, **bound, **options)
+        exact = reference.attend(query.double(), *(b.double() for b in clean), starts, their_counts, **bound, **options)
         self.compare(f"append_attend n{new} {what}", dtype, found, twin, exact)
 
     @staticmethod
@@ -232,7 +232,7 @@ class Checks:
             key, value = strided(batch, new, heads, size, dtype), strided(batch, new, heads, value_size, dtype)
             valid = torch.rand(batch, new, device="cuda") < 0.6 if random.random() < 0.5 else None
             native.append(mine, starts, counts, key, value, 9, valid)
-            plain.append(theirs, starts, their_counts, key, value, 9, valid)
+            reference.append(theirs, starts, their_counts, key, value, 9, valid)
             self.verdict(
                 f"append n{new} {dtype} {size}/{value_size}", same(counts, their_counts) and all(map(same, mine, theirs))
             )
@@ -243,14 +243,14 @@ class Checks:
             key, value = strided(batch, columns, heads, size, dtype), strided(batch, columns, heads, value_size, dtype)
             positions = torch.cat([torch.randperm(columns)[:length].sort().values for length in lengths]).int().cuda()
             native.compact(mine, starts, counts, key, value, positions)
-            plain.compact(theirs, starts, counts, key, value, positions)
+            reference.compact(theirs, starts, counts, key, value, positions)
             self.verdict(f"compact N{columns} {dtype} {size}/{value_size}", all(map(same, mine, theirs)))
             order = torch.tensor([3, 4, 5, 3, 4, 5, 0, 1, 2], device="cuda")
             from_starts, moved = starts[order], counts[order]
             to, to_starts, _ = make_store(3, heads, size, value_size, moved.tolist(), dtype)
             wanted = tuple(b.clone() for b in to)
             native.move_rows(to, to_starts, moved, mine, from_starts, max_length=int(moved.max()))
-            plain.move_rows(wanted, to_starts, moved, mine, from_starts, total=int(moved.sum()))
+            reference.move_rows(wanted, to_starts, moved, mine, from_starts, total=int(moved.sum()))
             self.verdict(f"move_rows N{columns} {dtype} {size}/{value_size}", all(map(same, to, wanted)))
 
     def chunks(self, dtype, size, value_size) -> None:
@@ -267,7 +267,7 @@ class Checks:
             targets = torch.randperm(rows.numel(), device="cuda").view_as(rows).int() * chunk
             twins = [part.clone() for part in held]
             native.fetch_chunks(held, pool, places, targets, rows, chunk=chunk)
-            plain.fetch_chunks(twins, pool, places, targets, rows, chunk=chunk)
+            reference.fetch_chunks(twins, pool, places, targets, rows, chunk=chunk)
             what = f"{size}/{value_size} G{groups} slots {slots}"
             self.verdict(f"fetch_chunks {dtype} {what}", all(map(same, held, twins)))
             options = {"scaling": size**-0.5, "softcap": random.choice((None, 5.0)), "chunk": chunk, "max_length": 700}
@@ -275,8 +275,8 @@ class Checks:
             found = native.attend_chunks(query, *buffers[:2], starts, counts, *held, targets, rows, **options)
             exact = [part.double() for part in (*clean, *held)]
             outputs = (
-                plain.attend_chunks(query, *clean, starts, counts, *held, targets, rows, **options),
-                plain.attend_chunks(query.double(), *exact[:2], starts, counts, *exact[2:], targets, rows, **options),
+                reference.attend_chunks(query, *clean, starts, counts, *held, targets, rows, **options),
+                reference.attend_chunks(query.double(), *exact[:2], starts, counts, *exact[2:], targets, rows, **options),
             )
             self.compare(f"attend_chunks {what}", dtype, found, *self.zeroed(outputs, counts + rows.sum(1), groups))
         counts = ints([0, 1, 7, 400, 1024, 2])
@@ -285,7 +285,7 @@ class Checks:
         codes, grid = 16 * high + low, torch.rand(counts.numel(), 2, size, device="cuda") - 0.25
         poison()
         found = native.chunk_scores(query, codes, grid, starts, counts, longest=1030)
-        exact = plain.chunk_scores(query.double(), codes, grid, starts, counts, longest=1030).double()
+        exact = reference.chunk_scores(query.double(), codes, grid, starts, counts, longest=1030).double()
         real = exact.isfinite()
         good = (
             torch.equal(real, found.isfinite()) and (found.double() - exact)[real].abs().max() < 1e-5 * exact[real].abs().max()
@@ -313,7 +313,7 @@ class Checks:
             }
             poison()
             found = native.window_attention(query, key, valid, **options)
-            exact = scores.window_attention(query.float(), key.float(), valid, **options).double()
+            exact = reference.window_attention(query.float(), key.float(), valid, **options).double()
             error = ((found.double() - exact).norm() / (exact.norm() + 1e-9)).item()
             label = ("window_scores", str(dtype).removeprefix("torch."))
             self.worst[label] = max(self.worst.get(label, 0.0), error)
@@ -355,7 +355,7 @@ class Checks:
         for _ in range(5):
             graph.replay()
         torch.cuda.synchronize()
-        exact = plain.attend(
+        exact = reference.attend(
             query, *(b.nan_to_num(0.0) for b in buffers[:2]), starts, counts, max_length=90, stride=None, scaling=0.1
         )
         good = torch.equal(counts, first + 6) and torch.allclose(out.float(), exact.float(), atol=2e-2)
@@ -392,9 +392,9 @@ def copy_bandwidth() -> float:
 def rivals() -> list[tuple[str, object]]:
     found = []
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12):
-        found.append(("torch varlen", varlen.torch_attend))
+        found.append(("torch varlen", flash.torch_attend))
     if importlib.util.find_spec("flash_attn"):
-        found.append(("flash-attn (packed each call)", varlen.flash_attend))
+        found.append(("flash-attn (packed each call)", flash.flash_attend))
     return found
 
 
@@ -540,7 +540,7 @@ def time_window() -> list[dict]:
         return torch.cuda.max_memory_allocated() - before
 
     rows = [row("window_scores 32/8/128 N 8192: one read of the keys", key.nbytes / bandwidth, "at copy bandwidth")]
-    for name, function in (("compiled", native.window_attention), ("plain torch", scores.window_attention)):
+    for name, function in (("compiled", native.window_attention), ("plain torch", reference.window_attention)):
 
         def call(function=function):
             return function(query, key, None, scaling=128**-0.5)

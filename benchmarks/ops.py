@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mixkv import MixKVConfig, native, plain, projection, scores, select
+from mixkv import MixKVConfig, select
+from mixkv.hf import output_projection
+from mixkv.ops import native, reference
 
 SHAPES = [(9, 3, 64), (32, 8, 128)]
 
@@ -142,12 +144,12 @@ def bench_append(threads: list[int], repeats: int) -> None:
             return timed
 
         def plain_both():
-            plain.append(buffers, starts, lengths, new_key, new_value, 5)
-            return plain.attend(query, key, value, starts, lengths, max_length=rows + 1, stride=rows + 64, scaling=0.1)
+            reference.append(buffers, starts, lengths, new_key, new_value, 5)
+            return reference.attend(query, key, value, starts, lengths, max_length=rows + 1, stride=rows + 64, scaling=0.1)
 
         candidates = {
             "native append": run(lambda: native.append(buffers, starts, lengths, new_key, new_value, 5)),
-            "plain append": run(lambda: plain.append(buffers, starts, lengths, new_key, new_value, 5)),
+            "plain append": run(lambda: reference.append(buffers, starts, lengths, new_key, new_value, 5)),
         }
         if rows == 128:
             candidates["append_attend"] = run(
@@ -176,7 +178,7 @@ def bench_extend(threads: list[int], repeats: int) -> None:
         times = interleaved(
             {
                 "native": lambda: native.attend_extend(*arguments, **options),
-                "plain": lambda: plain.attend_extend(*arguments, **options),
+                "plain": lambda: reference.attend_extend(*arguments, **options),
             },
             max(5, repeats // 4),
         )
@@ -210,7 +212,7 @@ def bench_window(threads: list[int], repeats: int) -> None:
         query, key = torch.randn(1, 32, 32, 128).to(dtype), torch.randn(1, 8, 8192, 128).to(dtype)
         candidates = {
             "native": lambda: native.window_attention(query, key, None, scaling=0.1),
-            "plain": lambda: scores.window_attention(query, key, None, scaling=0.1),
+            "plain": lambda: reference.window_attention(query, key, None, scaling=0.1),
         }
         torch.testing.assert_close(candidates["native"](), candidates["plain"](), rtol=1e-3, atol=1e-5)
         times = interleaved(candidates, max(5, repeats // 4))
@@ -233,7 +235,7 @@ def bench_select(threads: list[int], repeats: int) -> None:
         torch.set_num_threads(count)
         query = torch.randn(1, 32, 32, 128).to(dtype)
         key, value = (torch.randn(1, 8, 8192, 128).to(dtype) for _ in range(2))
-        factor = projection.factor(torch.randn(4096, 32 * 128), 8, 128)
+        factor = output_projection.factor(torch.randn(4096, 32 * 128), 8, 128)
 
         def run(name: str):
             method, score = name.split()

@@ -26,7 +26,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mixkv.evaluation import InputError, machine, models, prompts, tables  # noqa: E402
+from mixkv.evaluation import (  # noqa: E402
+    InputError,  # noqa: E402
+    machine,
+    models,
+    prompts,
+    tables,
+)
 
 KVPRESS = "kvpress==0.5.5"
 FULL = "full"

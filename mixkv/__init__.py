@@ -1,11 +1,17 @@
 """mixkv: a compressed KV cache for transformers' `generate`, from one line."""
 
-from . import plot
+from . import moved, plot
 from .cache import MixKVCache
 from .config import MixKVConfig
 from .patch import patch, patched, unpatch
-from .scores import register as register_score
+from .registry import register_score
 from .selection import Selection, select
+
+moved.install()
 
 __version__ = "0.1.0"
 __all__ = ["MixKVCache", "MixKVConfig", "Selection", "patch", "patched", "plot", "register_score", "select", "unpatch"]
+
+
+def __getattr__(name: str):
+    return moved.module(name)

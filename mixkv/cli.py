@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .config import METHODS, SCORES
     from .evaluation import compare, models, prompts
+    from .registry import METHODS, SCORES
 
     models.require(*models.PACKAGES, "rich")
     if options.vision:
@@ -225,7 +225,7 @@ def _samples(options: argparse.Namespace, loaded) -> list[tuple]:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from . import headprofile
+    from . import head_profile
     from .evaluation import InputError, boxes, calibrate, machine, models, spans, spread
 
     texts = all(kind in spans.KINDS for kind in options.kind)
@@ -237,8 +237,8 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     _set_threads(options)
     _check_writable(options.out, "--out")
-    if Path(options.out).suffix not in (headprofile.CHECKED, ".json"):
-        raise InputError(f"--out {options.out} must end in {headprofile.CHECKED} or .json")
+    if Path(options.out).suffix not in (head_profile.CHECKED, ".json"):
+        raise InputError(f"--out {options.out} must end in {head_profile.CHECKED} or .json")
     if Path(options.out).exists() and not options.resume:
         raise InputError(f"--out {options.out} exists: add pages to it with --resume, or name another file")
     unknown = [kind for kind in options.kind if kind not in boxes.KINDS and not texts]
@@ -265,7 +265,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         return
     profile = calibrate.profile(loaded, records)
     counts = {"pages": len(records), **{name: sum(record[name] for record in records) for name in ("boxed", "right")}}
-    headprofile.save(profile, options.out, profile.model, {**about, **counts, "kinds": options.kind})
+    head_profile.save(profile, options.out, profile.model, {**about, **counts, "kinds": options.kind})
     console = tables.Console()
     console.print(f"{loaded.name}, {loaded.model.dtype}, {loaded.model.device}", style="dim")
     tables.heads(console, profile, counts)
@@ -279,12 +279,12 @@ def _boxed(loaded, kind: str, seed: int):
 
 
 def _info(options: argparse.Namespace) -> None:
-    from . import kernels
     from .evaluation import machine, models
+    from .ops import dispatch
 
     for name, value in {**machine.versions(), **machine.describe(), "cache folder": models.cache_folder()}.items():
         print(f"{name:<14}{'none' if value is None else value}")
-    for line in kernels.report():
+    for line in dispatch.report():
         print(line)
 
 

@@ -8,17 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import scores
-from .headprofile import Profile, Table, as_table
-from .headprofile import load as load_profile
-
-METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global", "hybridkv")
-# Those in which heads of all layers compete by what their rows add to the layers' outputs.
-CONTESTS = ("global", "hybridkv")
-BACKENDS = ("auto", "native", "varlen", "flash", "torch")
-SCORES = scores.BUILT_IN
-# Those that weigh attention by what a row adds to the residual stream.
-OUTPUT_SCORES = ("output", "mix-output")
+from . import registry
+from .head_profile import Profile, Table, as_table
+from .head_profile import load as load_profile
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class MixKVConfig:
             (float in (0, 1]). A prompt no longer than its budget is kept whole.
         window: the last prompt tokens, whose queries score the others; always kept.
         kernel_size: width of the pooling of attention over neighbouring positions; odd. (Output importance has its own:
-            `mixkv.scores.output_importance`.)
+            `mixkv.selection.scores.output_importance`.)
         pooling: ``avg`` or ``max``.
         group_reduce: ``mean`` or ``max`` over the query heads that share a KV head.
         redundancy: ``online`` (measured on every prompt) or a table of numbers in [0, 1], one row a layer, one column a
@@ -64,7 +56,7 @@ class MixKVConfig:
             that came after the first prompt is ever dropped.
         decode_slack: see ``decode_budget``.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
-            `mixkv.kernels`.
+            `mixkv.ops.dispatch`.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.
@@ -91,9 +83,9 @@ class MixKVConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("score", self.score, scores.names())
-        _one_of("backend", self.backend, BACKENDS)
+        _one_of("method", self.method, registry.METHODS)
+        _one_of("score", self.score, registry.score_names())
+        _one_of("backend", self.backend, registry.BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
         _positive_int("window", self.window)

@@ -10,9 +10,9 @@ from types import MethodType
 from torch import nn
 from transformers import PreTrainedModel
 
-from .binding import bind, unbind, unwrap
 from .cache import MixKVCache
 from .config import MixKVConfig
+from .hf.binding import bind, unbind, unwrap
 
 _HOOK = "_prepare_cache_for_generation"
 _CONFIG = "_mixkv_config"

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from test_evaluation import make_model, make_text, make_tokenizer
+from support.text_models import make_model, make_text, make_tokenizer
 
 from mixkv import cli
 

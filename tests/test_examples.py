@@ -6,9 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import zoo
-import zoo_processors
 from PIL import Image
+from support import zoo, zoo_processors
 
 import mixkv
 

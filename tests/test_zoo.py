@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-import zoo
+from support import zoo
 
 CASES = list(zoo.cases())
 VISION = [name for name, family in zoo.FAMILIES.items() if family.vision]

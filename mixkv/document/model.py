@@ -17,8 +17,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from ..checked_file import checksum
 from ..evaluation import InputError, models
-from ..savefile import checksum
 from .page import SIDE
 from .questions import CHAT_TEMPLATE, IMAGE_TOKEN
 from .render import CELL

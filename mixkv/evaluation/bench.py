@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import MixKVCache
 from ..config import MixKVConfig
-from ..ragged import RaggedStore
-from ..selection import Selection
+from ..selection.ranking import Selection
+from ..storage.ragged import RaggedStore
 from . import InputError, measure
 from .measure import Progress, median_ratio, no_progress
 from .prompts import check_length, filler

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..document import page, questions
-from ..modality import picture_token_ids
+from ..hf.image_tokens import picture_token_ids
 from ..plot.grid import Patch, locate
 from . import InputError
 from .models import Loaded

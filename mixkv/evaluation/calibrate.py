@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import binding
-from ..headprofile import Profile
+from ..head_profile import Profile
+from ..hf import binding
 from . import InputError
 from .boxes import Aligned
 from .measure import no_progress

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import MixKVCache
+from ..cache.layer import MixKVLayer
 from ..config import MixKVConfig
-from ..layer import MixKVLayer
 from . import InputError
 from .measure import held, kl_divergence, no_progress, warm_up
 from .prompts import check_length

@@ -14,13 +14,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .. import binding
 from ..cache import MixKVCache
-from ..compat import is_full_attention
+from ..cache.layer import MixKVLayer
+from ..cache.stats import _held as layer_bytes
 from ..config import MixKVConfig
-from ..layer import MixKVLayer
+from ..hf import binding
+from ..hf.versions import is_full_attention
 from ..patch import unpatch
-from ..report import _held as layer_bytes
 from . import InputError, memory
 
 Key = TypeVar("Key", bound=Hashable)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..document import page, questions
-from ..modality import image_token_ids
+from ..hf.image_tokens import image_token_ids
 from .prompts import Reading, adds_special_tokens
 from .tasks import Sample
 

@@ -12,11 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..cache import MixKVCache
-from ..chunks import ChunkStore
-from ..config import CONTESTS, MixKVConfig
-from ..layer import MixKVLayer
-from ..ragged import RaggedStore
-from ..selection import Ranking, base_rows
+from ..cache.layer import MixKVLayer
+from ..config import MixKVConfig
+from ..registry import CONTESTS
+from ..selection.ranking import Ranking
+from ..selection.select import base_rows
+from ..storage.chunks import ChunkStore
+from ..storage.ragged import RaggedStore
 from .measure import bind, end_tokens, last_logits_only
 
 # Options by which heads get more or fewer rows, but no other ones.

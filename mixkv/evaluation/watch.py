@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..cache import MixKVCache
-from ..layer import MixKVLayer
+from ..cache.layer import MixKVLayer
 from .measure import last_logits_only
 
 

@@ -16,9 +16,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from ..binding import unwrap
 from ..cache import MixKVCache
 from ..evaluation.measure import last_logits_only
+from ..hf.binding import unwrap
 from . import options
 from .tally import Tally
 

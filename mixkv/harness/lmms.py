@@ -12,8 +12,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 
-from ..binding import unwrap
 from ..cache import MixKVCache
+from ..hf.binding import unwrap
 from . import options
 from .tally import Tally
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..config import BACKENDS, MixKVConfig
+from ..config import MixKVConfig
+from ..registry import BACKENDS
 
 # lm_eval has a ``backend`` of its own.
 RENAMED = {"kv_backend": "backend"}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..modality import picture_token_ids
+from ..hf.image_tokens import picture_token_ids
 from .grid import Patch, locate
 from .share import share
 

@@ -1,0 +1,140 @@
+"""What a value row adds to the residual stream: small factors of a model's output projections, made once a model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..tensor_parallel import Slice
+
+_NAMES = ("o_proj", "out_proj", "dense", "wo")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Attention module -> (what the factor was made of, the factor). Goes with the module.
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor]] = weakref.WeakKeyDictionary()
+# Attention module -> the norm that its output goes through before it is added to the residual stream.
+_norms: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+
+
+def learn_norms(decoder: nn.Module, attention: Iterable[nn.Module]) -> None:
+    """Finds the norms between attention and residual stream (gemma2, gemma3, olmo2, glm4, ...).
+
+    Args:
+        decoder: holds the layers.
+        attention: its attention modules.
+    """
+    wanted = set(attention)
+    for layer in decoder.modules():
+        for child in wanted.intersection(layer.children()):
+            norm = getattr(layer, "post_self_attn_layernorm", None)
+            if norm is None and hasattr(layer, "post_feedforward_layernorm"):
+                norm = getattr(layer, "post_attention_layernorm", None)
+            if norm is not None and not isinstance(norm, nn.LayerNorm):
+                _norms[child] = norm
+
+
+def output_factor(module: nn.Module, key_value_heads: int, size: int, part: Slice | None = None) -> torch.Tensor | None:
+    """The factor whose product with a value row is as long as what the row adds to the layer's output.
+
+    With W_g the D columns of the output projection that belong to query head g, a row v of a KV head adds W_g v for each of
+    its G query heads. The factor R is triangular with ``R^T R = mean_g W_g^T W_g``, so |R v| is the root mean square over g of
+    |W_g v|, through D x D numbers in place of hidden x G D. The weight of a norm behind the projection is part of W; what the
+    norm divides by is `output_scale`.
+
+    Args:
+        module: an attention module, of ``num_key_value_groups`` query heads per KV head.
+        key_value_heads: Hkv.
+        size: Dv, the head size of its values.
+        part: which heads these are, where several processes run the module.
+
+    Returns: float32 [Hkv, Dv, Dv], upper triangular, on the projection's device. None where the module has no projection that
+        can be read: quantised or offloaded weights, or names unknown here.
+    """
+    columns = module.num_key_value_groups * key_value_heads * size
+    weight = _projection(module, columns, part)
+    if weight is None:
+        return None
+    read = [weight, *(_norms[module].parameters() if module in _norms else ())]
+    made_of = (key_value_heads, *((tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype) for tensor in read))
+    known = _known.get(module)
+    if known is None or known[0] != made_of:
+        weight = weight if weight.shape[1] == columns else part.columns(weight)
+        gain = _gain(module, weight)
+        weight = weight if gain is None else weight * gain.unsqueeze(-1)
+        known = _known[module] = (made_of, factor(weight, key_value_heads, size))
+    return known[1]
+
+
+def projected_output(module: nn.Module, output: torch.Tensor, part: Slice | None = None) -> torch.Tensor | None:
+    """What a norm behind the output projection is given.
+
+    Args:
+        module: an attention module.
+        output: [B, n, Hq, Dv], attention's output for the last queries, before the projection.
+        part: which heads these are, where several processes run the module.
+
+    Returns: float32 [B, n, hidden], of which the sum over the processes is meant; None where there is no such norm, or the
+        projection cannot be read.
+    """
+    output = output.flatten(2)
+    weight = _projection(module, output.shape[2], part)
+    if module not in _norms or weight is None:
+        return None
+    columns = weight.shape[1]
+    if columns < output.shape[2]:
+        output = output[..., part.rank * columns : (part.rank + 1) * columns]
+    elif part is not None and not part.sliced and part.rank > 0:
+        # Every process has all of it: one counts.
+        return output.new_zeros(*output.shape[:2], weight.shape[0], dtype=torch.float32)
+    return output.float() @ weight.to(output.device).float().T
+
+
+def output_scale(projected: torch.Tensor) -> torch.Tensor:
+    """What a norm multiplies a layer's output by, so that layers can be compared.
+
+    Args:
+        projected: [B, n, hidden], `projected_output` for the last queries.
+
+    Returns: float32 [B], the mean over the queries of one by the root mean square of what the norm is given.
+    """
+    return projected.square().mean(dim=-1).sqrt().clamp(min=1e-12).reciprocal().mean(dim=-1)
+
+
+def _gain(module: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
+    """The factors [hidden] that the norm behind a projection gives each channel: of ones it returns nothing else."""
+    norm = _norms.get(module)
+    if norm is None:
+        return None
+    with torch.no_grad():
+        return norm(torch.ones(1, weight.shape[0], dtype=weight.dtype, device=weight.device))[0].to(weight.dtype)
+
+
+def factor(weight: torch.Tensor, key_value_heads: int, size: int) -> torch.Tensor:
+    """The factors [Hkv, Dv, Dv] of an output projection's ``weight`` [hidden, Hq * Dv]; see `output_factor`."""
+    groups = weight.shape[1] // (key_value_heads * size)
+    columns = weight.double().view(weight.shape[0], key_value_heads, groups, size).permute(1, 2, 0, 3)
+    gram = (columns.transpose(-1, -2) @ columns).mean(dim=1)
+    # A rank lost to few rows or to zeros must not stop the factorisation; the trace is far above what is added.
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp(min=1e-30)
+    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky(gram + 1e-12 * scale[:, None, None] * identity).transpose(-1, -2).float().contiguous()
+
+
+def _projection(module: nn.Module, columns: int, part: Slice | None) -> torch.Tensor | None:
+    """The weight [hidden, columns] of the module's output projection, if it holds plain numbers.
+
+    Where all heads are in every process, it may be this process's equal share of the columns.
+    """
+    spread = part is not None and part.processes > 1
+    widths = (columns, columns / part.processes) if spread and not part.sliced else (columns,)
+    for name in _NAMES:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if spread and hasattr(weight, "to_local"):
+            weight = weight.detach().to_local()
+        plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype in _DTYPES and not weight.is_meta
+        if plain and weight.ndim == 2 and weight.shape[1] in widths:
+            return weight.detach()
+    return None

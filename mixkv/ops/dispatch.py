@@ -1,0 +1,147 @@
+"""The operations on ragged storage, each by the best back end at hand. Contracts: `mixkv.ops.reference`, the ground truth.
+
+Back ends: ``native`` (csrc/, CPU and CUDA), ``varlen`` (torch's variable-length flash attention, torch >= 2.12, GPU),
+``flash`` (the flash-attn package, GPU), ``torch`` (plain torch: padded SDPA). The choice: ``MixKVConfig(backend=...)``, else
+the environment's ``MIXKV_BACKEND``, else on a CPU the first in this order that can take the store's dtype and head sizes. On a GPU plain torch
+is taken unless another is asked for by name: the others have not been run on one yet. What ``varlen`` and ``flash`` do not
+have, plain torch does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from ..registry import BACKENDS
+from . import flash, native, reference
+
+# `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
+_UNASKED_ON_GPU = ("torch",)
+
+
+def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str:
+    """The back end for a store of this device, dtype and head sizes.
+
+    Args:
+        requested: a name from `mixkv.registry.BACKENDS`; ``auto`` asks the environment, then takes the first that works.
+
+    Raises:
+        ValueError: the back end asked for cannot be used; the message says why.
+    """
+    if requested == "auto":
+        requested = os.environ.get("MIXKV_BACKEND", "auto")
+    if requested not in BACKENDS:
+        raise ValueError(f"unknown MIXKV_BACKEND={requested!r}; choose from {', '.join(BACKENDS)}")
+    if requested == "auto":
+        names = BACKENDS[1:] if device.type == "cpu" else _UNASKED_ON_GPU
+        return next(name for name in names if why_not(name, device, dtype, key_size, value_size) is None)
+    reason = why_not(requested, device, dtype, key_size, value_size)
+    if reason is not None:
+        raise ValueError(f"backend={requested!r} cannot be used: {reason}. Leave it at 'auto', or use 'torch'")
+    return requested
+
+
+def why_not(name: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
+    """Why back end ``name`` cannot hold such a store; None if it can."""
+    if name == "native":
+        return native.why_not(device, dtype, key_size, value_size)
+    if name == "torch":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs half precision, not {dtype}"
+    if key_size != value_size or key_size > 256:
+        return f"it needs equal head sizes up to 256, not {key_size} and {value_size}"
+    if name == "varlen":
+        release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        return None if release >= (2, 12) else f"it needs torch >= 2.12, not {torch.__version__}"
+    return None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed: pip install 'mixkv[flash]'"
+
+
+_ATTEND = {"native": native.attend, "varlen": flash.torch_attend, "flash": flash.flash_attend, "torch": reference.attend}
+
+
+def append_attend(backend: str, query, buffers, starts, lengths, key, value, column, *, max_length, stride, **logits):
+    """`reference.append` of rows [B, Hkv, n, D] and then `reference.attend`; ``max_length`` counts the new rows."""
+    if backend == "native":
+        return native.append_attend(query, buffers, starts, lengths, key, value, column, max_length=max_length, **logits)
+    reference.append(buffers, starts, lengths, key, value, column)
+    return _ATTEND[backend](query, buffers[0], buffers[1], starts, lengths, max_length=max_length, stride=stride, **logits)
+
+
+def append(backend: str, *args) -> None:
+    """`reference.append`."""
+    _rows(backend).append(*args)
+
+
+def attend(backend: str, *args, **options) -> torch.Tensor:
+    """`reference.attend`."""
+    return _ATTEND[backend](*args, **options)
+
+
+def attend_extend(backend: str, *args, **options) -> torch.Tensor:
+    """`reference.attend_extend`."""
+    return _rows(backend).attend_extend(*args, **options)
+
+
+def chunk_scores(backend: str, *args, longest: int) -> torch.Tensor:
+    """`reference.chunk_scores`."""
+    return _rows(backend).chunk_scores(*args, longest=longest)
+
+
+def attend_chunks(backend: str, *args, **options) -> torch.Tensor:
+    """`reference.attend_chunks`."""
+    return _rows(backend).attend_chunks(*args, **options)
+
+
+def fetch_chunks(backend: str, *args, chunk: int) -> None:
+    """`reference.fetch_chunks`; compiled for a GPU only."""
+    compiled = backend == "native" and args[0][0].is_cuda
+    (native if compiled else reference).fetch_chunks(*args, chunk=chunk)
+
+
+def compact(backend: str, *args) -> None:
+    """`reference.compact`."""
+    _rows(backend).compact(*args)
+
+
+def move_rows(backend: str, *args, total: int, max_length: int) -> None:
+    """`reference.move_rows`; ``max_length`` is at least ``lengths.max()`` (host)."""
+    if backend == "native":
+        native.move_rows(*args, max_length=max_length)
+    else:
+        reference.move_rows(*args, total=total)
+
+
+def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor:
+    """`reference.window_attention` for a requested back end (``auto`` included): compiled where that can be used."""
+    compiled = choose(backend, key.device, key.dtype, key.shape[-1], key.shape[-1]) == "native" and query.dtype == key.dtype
+    return (native if compiled else reference).window_attention(query, key, valid, **options)
+
+
+def projected_norm(backend: str, value, factor) -> torch.Tensor:
+    """`reference.projected_norm` for a requested back end; compiled for the CPU only: a GPU multiplies matrices at full speed."""
+    size = value.shape[-1]
+    compiled = value.device.type == "cpu" and choose(backend, value.device, value.dtype, size, size) == "native"
+    return (native if compiled else reference).projected_norm(value, factor)
+
+
+def report() -> list[str]:
+    """What runs on this machine, a line each, for ``mixkv info``: the choice for float32 on the CPU and bfloat16 on the GPU."""
+    lines = []
+    kinds = [("cpu", torch.float32)] + ([("cuda", torch.bfloat16)] if torch.cuda.is_available() else [])
+    for kind, dtype in kinds:
+        place = (torch.device(kind), dtype, 128, 128)
+        chosen = choose("auto", *place)
+        lines.append(f"{kind}: back end {chosen}" + (f" ({native.describe(kind)})" if chosen == "native" else ""))
+        for name in BACKENDS[1 : BACKENDS.index(chosen)]:
+            reason = why_not(name, *place) or "not yet checked on a GPU; ask for it with MIXKV_BACKEND"
+            lines.append(f"{kind}: not {name}: {reason}")
+    return lines
+
+
+def _rows(backend: str):
+    return native if backend == "native" else reference

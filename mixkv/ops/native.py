@@ -1,0 +1,266 @@
+"""The compiled operations of ``csrc/``: loaded at the first call, then called. Contracts: `mixkv.ops.reference`.
+
+Nothing here fails an import: without a library `why_not` and `status` say why. ``MIXKV_BACKEND=torch`` never loads a library
+(``MIXKV_BACKEND=native`` makes `dispatch.choose` insist on one).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import build
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of a library.
+
+    Attributes:
+        available: whether its operations can be called.
+        path: the file, where there is one.
+        built: ``prebuilt`` (came with the package), ``cached`` (built at an earlier first use) or ``now``.
+        reason: why it is not available.
+        detail: the instruction set in use (CPU).
+    """
+
+    available: bool
+    path: Path | None = None
+    built: str | None = None
+    reason: str | None = None
+    detail: str | None = None
+
+
+_lock = threading.RLock()
+_statuses: dict[str, Status] = {}
+
+
+def status(device: str = "cpu", *, load: bool = True) -> Status:
+    """What became of the library for ``cpu`` or ``cuda``; finds (or builds) and loads it at the first call.
+
+    With ``load=False`` nothing is built or loaded: the state so far.
+    """
+    known = _statuses.get(device)
+    if known is not None:
+        return known
+    if not load:
+        return Status(False, reason="not loaded yet")
+    with _lock:
+        if device not in _statuses:
+            _statuses[device] = _load(device)
+    return _statuses[device]
+
+
+def why_not(device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
+    """Why the compiled operations cannot take a store of this device, dtype and head sizes; None if they can."""
+    if device.type not in build.DEVICES:
+        return f"there are compiled operations for CPU and CUDA, not for {device.type}"
+    if dtype not in _dtypes():
+        return f"they take float32, float16 and bfloat16, not {dtype}"
+    if any(size % 16 or not 0 < size <= 256 for size in (key_size, value_size)):
+        return f"head sizes must be multiples of 16 up to 256, not {key_size} and {value_size}"
+    found = status(device.type)
+    return None if found.available else found.reason
+
+
+def describe(device: str) -> str:
+    """How the library for ``cpu`` or ``cuda`` came about, for people."""
+    found = status(device)
+    kind = f", {found.detail}" if found.detail else ""
+    return f"{found.built}{kind}, {found.path}"
+
+
+def append(buffers, starts, lengths, key, value, column, valid=None) -> None:
+    """`reference.append`."""
+    _ops().append.default(*buffers, starts, lengths, key, value, column, valid)
+
+
+def attend(query, key, value, starts, lengths, *, max_length, stride=None, scaling, softcap=None, sinks=None) -> torch.Tensor:
+    """`reference.attend`; ``stride`` makes no difference. A sequence without rows gives zeros."""
+    return _ops().attend.default(query, key, value, starts, lengths, max_length, scaling, softcap or 0.0, _sinks(sinks))
+
+
+def append_attend(
+    query, buffers, starts, lengths, key, value, column, *, max_length, scaling, softcap=None, sinks=None
+) -> torch.Tensor:
+    """`append` of rows [B, Hkv, n, D] and then `attend`, in one call; ``max_length`` counts the new rows."""
+    return _ops().append_attend.default(
+        query, *buffers, starts, lengths, key, value, column, max_length, scaling, softcap or 0.0, _sinks(sinks)
+    )
+
+
+def attend_extend(
+    query, key, value, starts, lengths, new_key, new_value, *, mask, max_length, stride=None, scaling, softcap=None, sinks=None
+) -> torch.Tensor:
+    """`reference.attend_extend`. A query that sees nothing gets zeros."""
+    return _ops().attend_extend.default(
+        query, key, value, starts, lengths, new_key, new_value, mask, max_length, scaling, softcap or 0.0, _sinks(sinks)
+    )
+
+
+def chunk_scores(query, codes, grid, starts, counts, *, longest) -> torch.Tensor:
+    """`reference.chunk_scores`."""
+    return _ops().chunk_scores.default(query, codes, grid, starts, counts, longest)
+
+
+def attend_chunks(
+    query,
+    key,
+    value,
+    starts,
+    lengths,
+    chunk_key,
+    chunk_value,
+    blocks,
+    block_rows,
+    *,
+    chunk,
+    max_length,
+    scaling,
+    softcap=None,
+    sinks=None,
+) -> torch.Tensor:
+    """`reference.attend_chunks`, each chunk read where it lies. A sequence without rows gives zeros."""
+    store = (key, value, starts, lengths, chunk_key, chunk_value, blocks, block_rows)
+    return _ops().attend_chunks.default(query, *store, chunk, max_length, scaling, softcap or 0.0, _sinks(sinks))
+
+
+def fetch_chunks(buffers, from_buffers, from_rows, to_rows, rows, *, chunk) -> None:
+    """`reference.fetch_chunks` to a GPU, which reads the host's pinned memory itself: nothing waits to know which chunks."""
+    _ops().fetch_chunks.default(*buffers, *from_buffers, from_rows, to_rows, rows, chunk)
+
+
+def compact(buffers, starts, lengths, key, value, positions) -> None:
+    """Gathers the kept rows of full keys and values into flat storage.
+
+    Args:
+        buffers: ``(key, value, position)``, written.
+        starts, lengths: int32 [S].
+        key, value: [B, Hkv, N, D], [B, Hkv, N, Dv].
+        positions: int32 [lengths.sum()], the kept columns, sequence after sequence.
+    """
+    offsets = (lengths.cumsum(0) - lengths).to(lengths.dtype)
+    _ops().compact.default(*buffers, starts, lengths, offsets, key, value, positions)
+
+
+def move_rows(buffers, starts, lengths, from_buffers, from_starts, *, max_length) -> None:
+    """Copies sequences between buffers: growth, and taking batch rows (``from_starts`` may repeat or leave out sequences).
+
+    Sequence s of ``buffers`` becomes the ``lengths[s]`` rows of ``from_buffers`` from ``from_starts[s]`` on. The buffers must
+    not overlap.
+    """
+    _ops().move_rows.default(*buffers, starts, lengths, *from_buffers, from_starts, max_length)
+
+
+def window_attention(
+    query, key, valid, *, scaling, statistic="mean", group_reduce="mean", softcap=None, sinks=None
+) -> torch.Tensor:
+    """`reference.window_attention`, a few columns at a time instead of all logits at once."""
+    if valid is not None:
+        valid = valid.expand(key.shape[:3])
+    return _ops().window_scores.default(
+        query, key, valid, scaling, statistic == "rms", group_reduce == "max", softcap or 0.0, _sinks(sinks)
+    )
+
+
+def projected_norm(value, factor) -> torch.Tensor:
+    """`reference.projected_norm` on the CPU, without storing what is projected."""
+    return _ops().projected_norm.default(value, factor)
+
+
+def _load(device: str) -> Status:
+    if os.environ.get("MIXKV_BACKEND") == "torch":
+        return Status(False, reason="MIXKV_BACKEND=torch")
+    torch = _torch()
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < build.TARGET:
+        return Status(False, reason=f"torch {torch.__version__} is older than {build.TARGET[0]}.{build.TARGET[1]}")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            return Status(False, reason="torch sees no GPU")
+        # The schemas are in the CPU library.
+        base = status("cpu")
+        if not base.available:
+            return Status(False, reason=f"the CPU library is missing: {base.reason}")
+    try:
+        path, built = build.find(device)
+    except (build.BuildError, OSError) as error:
+        return Status(False, reason=str(error))
+    try:
+        torch.ops.load_library(str(path))
+        detail = _detail(path) if device == "cpu" else None
+        if device == "cpu":
+            _register_fakes()
+    except Exception as error:
+        warnings.warn(f"mixkv: {path} cannot be loaded, plain torch is used instead: {error}", stacklevel=2)
+        return Status(False, path, built, f"cannot be loaded: {error}")
+    return Status(True, path, built, detail=detail)
+
+
+def _detail(path: Path) -> str:
+    name = ctypes.CDLL(str(path)).mixkv_cpu_kernels
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def _torch():
+    import torch
+
+    return torch
+
+
+@functools.cache
+def _dtypes() -> tuple:
+    torch = _torch()
+    return torch.float32, torch.float16, torch.bfloat16
+
+
+@functools.cache
+def _ops():
+    if not status("cpu").available:
+        raise RuntimeError(f"the compiled operations are not available: {status('cpu').reason}")
+    return _torch().ops.mixkv
+
+
+def _sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sinks is None else sinks.detach().float().contiguous()
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the results, for tracing."""
+    torch = _torch()
+
+    def decode(query, value_buffer):
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value_buffer.shape[1])
+
+    def nothing(*args):
+        return None
+
+    fakes = {
+        "append": nothing,
+        "compact": nothing,
+        "move_rows": nothing,
+        "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "attend_extend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "chunk_scores": lambda query, codes, grid, starts, counts, longest: query.new_empty(
+            starts.numel(), longest, dtype=torch.float32
+        ),
+        "attend_chunks": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "fetch_chunks": nothing,
+        "window_scores": lambda query, key, *rest: key.new_empty(
+            key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32
+        ),
+        "projected_norm": lambda value, factor: value.new_empty(value.shape[:3], dtype=torch.float32),
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"mixkv::{name}", fake)

@@ -1,0 +1,409 @@
+"""The operations on ragged storage in plain torch: the ground truth for every other back end, and the fallback.
+
+A store holds S = B * Hkv sequences (batch row by batch row, head by head) in flat buffers: sequence s owns the rows
+``starts[s] .. starts[s] + lengths[s]`` of ``key [rows, D]``, ``value [rows, Dv]`` and ``position [rows]`` (int32), followed by
+spare rows. ``starts`` and ``lengths`` are int32 [S] on the device; the host knows an upper bound of the lengths and, where
+all sequences have the same length and capacity, that they do (``stride``, the capacity). No function here synchronises with
+the device in a decode step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# Queries attended at once by `attend_extend`: bounds its mask and logits at this many rows per prefix row.
+_EXTEND_BLOCK = 256
+
+
+def append(
+    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    column: int,
+    valid: torch.Tensor | None = None,
+) -> None:
+    """Writes n new rows to the end of every sequence and raises ``lengths``, in place. There must be spare rows for them.
+
+    Args:
+        buffers: ``(key, value, position)``, written.
+        starts, lengths: int32 [S]; ``lengths`` is written.
+        key, value: [B, Hkv, n, D], [B, Hkv, n, Dv].
+        column: position of the first new row; the others follow.
+        valid: bool [B, n]; rows that are not valid (padding) are left out. None: all are valid.
+    """
+    batch, heads, new, _ = key.shape
+    ends = (starts + lengths).long()
+    if valid is None and new == 1:
+        buffers[0].index_copy_(0, ends, key.reshape(batch * heads, -1))
+        buffers[1].index_copy_(0, ends, value.reshape(batch * heads, -1))
+        buffers[2].index_fill_(0, ends, column)
+        lengths.add_(1)
+        return
+    columns = torch.arange(column, column + new, dtype=torch.int32, device=key.device)
+    if valid is None:
+        rows = (ends.unsqueeze(1) + torch.arange(new, device=key.device)).flatten()
+        buffers[0].index_copy_(0, rows, key.reshape(batch * heads * new, -1))
+        buffers[1].index_copy_(0, rows, value.reshape(batch * heads * new, -1))
+        buffers[2].index_copy_(0, rows, columns.repeat(batch * heads))
+        lengths.add_(new)
+        return
+    offsets = valid.cumsum(dim=-1) - 1
+    taken = valid.unsqueeze(1).expand(batch, heads, new)
+    rows = (ends.view(batch, heads, 1) + offsets.unsqueeze(1))[taken]
+    buffers[0].index_copy_(0, rows, key[taken])
+    buffers[1].index_copy_(0, rows, value[taken])
+    buffers[2].index_copy_(0, rows, columns.expand(batch, heads, new)[taken])
+    lengths.add_(valid.sum(dim=-1, dtype=torch.int32).repeat_interleave(heads))
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    max_length: int,
+    stride: int | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode attention: one query position per batch row over its KV heads' sequences.
+
+    Args:
+        query: [B, Hq, 1, D].
+        key, value: flat buffers [rows, D], [rows, Dv].
+        starts, lengths: int32 [S].
+        max_length: at least ``lengths.max()``; exactly the common length where ``stride`` is given.
+        stride: the common capacity where all sequences have one length and lie ``stride`` rows apart, else None.
+        scaling, softcap, sinks [Hq]: as in the model.
+
+    Returns: [B, 1, Hq, Dv], in query's dtype.
+    """
+    batch, query_heads, _, size = query.shape
+    sequences = starts.numel()
+    heads = sequences // batch
+    folded = query.reshape(batch, heads, query_heads // heads, size)
+    keys, values, mask = _padded(key, value, starts, lengths, max_length, stride, batch)
+    mask = mask if mask is None else mask.unsqueeze(2)
+    out = _attention(folded, keys, values, mask, scaling, softcap, sinks)
+    return out.reshape(batch, 1, query_heads, -1)
+
+
+def chunk_scores(
+    query: torch.Tensor, codes: torch.Tensor, grid: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, *, longest: int
+) -> torch.Tensor:
+    """What no key of a chunk can exceed: ``sum_d max(q_d low_d, q_d high_d)``, the largest over the G query heads.
+
+    Args:
+        query: [B, Hq, 1, D].
+        codes: uint8 [chunks, D], `bounds.of_chunks`: the levels of the largest (upper half) and the smallest elements.
+        grid: float32 [S, 2, D], each sequence's lowest level and the width of a step.
+        starts, counts: int32 [S], each sequence's first chunk and how many it has.
+        longest: at least ``counts.max()``.
+
+    Returns: float32 [S, longest], -inf beyond a sequence's chunks.
+    """
+    sequences, size = starts.numel(), query.shape[-1]
+    folded = query.reshape(sequences, -1, size).to(torch.promote_types(query.dtype, torch.float32))
+    places = torch.arange(longest, device=starts.device)
+    seen = places < counts.unsqueeze(1)
+    chunks = (starts.unsqueeze(1) + places).clamp_(max=codes.shape[0] - 1)
+    held = codes[chunks]
+    steps = folded * grid[:, 1:]
+    sides = torch.cat([steps.clamp(min=0), steps.clamp(max=0)], dim=-1)
+    levels = torch.cat([held >> 4, held & 15], dim=-1).to(sides.dtype)
+    found = sides @ levels.transpose(-1, -2) + (folded * grid[:, :1]).sum(dim=-1, keepdim=True)
+    return found.amax(dim=1).masked_fill(~seen, -torch.inf)
+
+
+def attend_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    chunk_key: torch.Tensor,
+    chunk_value: torch.Tensor,
+    blocks: torch.Tensor,
+    block_rows: torch.Tensor,
+    *,
+    chunk: int,
+    max_length: int,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode attention over each sequence's stored rows and chosen chunks of rows that lie elsewhere.
+
+    Args:
+        query, key, value, starts, lengths, max_length, scaling, softcap, sinks: as in `attend`.
+        chunk_key, chunk_value: [rows, D], [rows, Dv].
+        blocks, block_rows: int32 [S, K], the first row of each chosen chunk and how many rows it has, 0 where none is chosen.
+        chunk: at least ``block_rows.max()``.
+
+    Returns: [B, 1, Hq, Dv], in query's dtype.
+    """
+    batch, query_heads, _, size = query.shape
+    heads = starts.numel() // batch
+    keys, values, mask = _padded(key, value, starts, lengths, max_length, None, batch)
+    places = torch.arange(chunk, dtype=torch.int32, device=starts.device)
+    seen = (places < block_rows.unsqueeze(-1)).view(batch, heads, -1)
+    rows = (blocks.unsqueeze(-1) + places).clamp_(0, chunk_key.shape[0] - 1).flatten()
+    keys = torch.cat([keys, chunk_key.index_select(0, rows).view(batch, heads, -1, size)], dim=2)
+    values = torch.cat([values, chunk_value.index_select(0, rows).view(batch, heads, -1, values.shape[-1])], dim=2)
+    mask = torch.cat([mask, seen], dim=-1).unsqueeze(2)
+    folded = query.reshape(batch, heads, query_heads // heads, size)
+    out = _attention(folded, keys, values, mask, scaling, softcap, sinks)
+    return out.reshape(batch, 1, query_heads, -1)
+
+
+def fetch_chunks(
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    from_buffers: tuple[torch.Tensor, torch.Tensor],
+    from_rows: torch.Tensor,
+    to_rows: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    chunk: int,
+) -> None:
+    """Copies chunks of rows between buffers, from the host's memory to a GPU for one. Then it waits to know which.
+
+    Args:
+        buffers: ``(key, value)``, written.
+        from_buffers: ``(key, value)``.
+        from_rows, to_rows, rows: int32 [S, K], where each chunk lies, where it goes, and how many rows it has (0: none).
+        chunk: at least ``rows.max()``.
+    """
+    places = torch.arange(chunk, dtype=torch.int32, device=rows.device)
+    real = places < rows.unsqueeze(-1)
+    source, target = ((part.unsqueeze(-1) + places)[real] for part in (from_rows, to_rows))
+    source = source.to(from_buffers[0].device)
+    for to, part in zip(buffers, from_buffers):
+        taken = part.new_empty(source.numel(), part.shape[1], pin_memory=part.is_pinned())
+        torch.index_select(part, 0, source, out=taken)
+        to.index_copy_(0, target.long(), taken.to(to.device, non_blocking=True))
+
+
+def attend_extend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    max_length: int,
+    stride: int | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of n new positions over [stored sequence | new block]; the new block is not stored yet.
+
+    Every query sees its whole stored sequence; the new block is causal: query i sees new rows 0..i.
+
+    Args:
+        query: [B, Hq, n, D].
+        key, value, starts, lengths, max_length, stride: the store, as in `attend`.
+        new_key, new_value: [B, Hkv, n, D], [B, Hkv, n, Dv].
+        mask: bool [B or 1, 1, n, n], True where a query sees a new row, in place of the causal mask.
+
+    Returns: [B, n, Hq, Dv], in query's dtype.
+    """
+    batch, query_heads, new, size = query.shape
+    heads = new_key.shape[1]
+    groups = query_heads // heads
+    keys, values, stored = _padded(key, value, starts, lengths, max_length, stride, batch)
+    if stored is None:
+        stored = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
+    stored = stored.expand(batch, heads, keys.shape[2])
+    keys, values = torch.cat([keys, new_key], dim=2), torch.cat([values, new_value], dim=2)
+    if mask is None:
+        mask = torch.ones(new, new, dtype=torch.bool, device=query.device).tril().view(1, 1, new, new)
+    out = query.new_empty(batch, new, query_heads, value.shape[-1])
+    for first in range(0, new, _EXTEND_BLOCK):
+        block = slice(first, min(first + _EXTEND_BLOCK, new))
+        rows = block.stop - first
+        folded = query[:, :, block].reshape(batch, heads, groups * rows, size)
+        seen = torch.cat(
+            [
+                stored.unsqueeze(2).expand(batch, heads, rows, -1),
+                mask[:, :, block].expand(batch, heads, rows, new),
+            ],
+            dim=-1,
+        )
+        seen = seen.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(batch, heads, groups * rows, -1)
+        part = _attention(folded, keys, values, seen, scaling, softcap, sinks)
+        out[:, block] = part.view(batch, query_heads, rows, -1).transpose(1, 2)
+    return out
+
+
+def compact(
+    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Gathers the kept rows of full keys and values into flat storage.
+
+    Args:
+        buffers: ``(key, value, position)``, written.
+        starts, lengths: int32 [S].
+        key, value: [B, Hkv, N, D], [B, Hkv, N, Dv].
+        positions: int32 [lengths.sum()], the kept columns, sequence after sequence.
+    """
+    total = positions.numel()
+    sequence = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths.long(), output_size=total)
+    row, head = sequence // key.shape[1], sequence % key.shape[1]
+    rows, columns = flat_rows(starts, lengths, total), positions.long()
+    for buffer, part in zip(buffers, (key[row, head, columns], value[row, head, columns], positions)):
+        buffer.index_copy_(0, rows, part)
+
+
+def move_rows(
+    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    from_buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    from_starts: torch.Tensor,
+    *,
+    total: int,
+) -> None:
+    """Copies sequences between buffers: growth, and taking batch rows (``from_starts`` may repeat or leave out sequences).
+
+    Sequence s of ``buffers`` becomes the ``lengths[s]`` rows of ``from_buffers`` from ``from_starts[s]`` on; total =
+    lengths.sum(), on the host.
+    """
+    rows, from_rows = flat_rows(starts, lengths, total), flat_rows(from_starts, lengths, total)
+    for buffer, source in zip(buffers, from_buffers):
+        buffer.index_copy_(0, rows, source.index_select(0, from_rows))
+
+
+def flat_rows(starts: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
+    """The buffer rows of all sequences, one sequence after the other: int64 [total], total = lengths.sum() (host)."""
+    lengths = lengths.long()
+    shift = starts.long() - (lengths.cumsum(0) - lengths)
+    return torch.arange(total, device=starts.device) + shift.repeat_interleave(lengths, output_size=total)
+
+
+def _padded(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    max_length: int,
+    stride: int | None,
+    batch: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Sequences side by side: [B, Hkv, max_length, D], [.., Dv] and, unless all are of that length, the bool mask [B, Hkv, max_length]."""
+    heads = starts.numel() // batch
+    if stride is not None:
+        shape = (batch, heads, stride, -1)
+        return key.view(shape)[:, :, :max_length], value.view(shape)[:, :, :max_length], None
+    columns = torch.arange(max_length, dtype=torch.int32, device=starts.device)
+    # Beyond a sequence's end other rows are read, and masked: all that matters is to stay inside the buffer.
+    rows = (starts.unsqueeze(1) + columns).clamp_(max=key.shape[0] - 1).flatten()
+    shape = (batch, heads, max_length, -1)
+    mask = (columns < lengths.unsqueeze(1)).view(batch, heads, max_length)
+    return key.index_select(0, rows).view(shape), value.index_select(0, rows).view(shape), mask
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """[B, Hkv, R, D] queries, R = G * rows (head-major), over [B, Hkv, L, D]; the mask is bool and broadcasts to [B, Hkv, R, L]."""
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    logits = (query.float() * scaling) @ key.float().transpose(-1, -2)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        batch, heads, rows, _ = logits.shape
+        groups = sinks.numel() // heads
+        column = sinks.float().view(1, heads, groups, 1).expand(batch, -1, -1, rows // groups)
+        logits = torch.cat([logits, column.reshape(batch, heads, rows, 1)], dim=-1)
+    mass = logits.softmax(dim=-1)[..., : key.shape[2]]
+    return (mass @ value.float()).to(query.dtype)
+
+
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    *,
+    scaling: float,
+    statistic: str = "mean",
+    group_reduce: str = "mean",
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the window's queries attend to, before pooling (SnapKV, arXiv 2404.14469, equation 5).
+
+    Every window query sees all candidates and, causally, the window; the softmax runs over all N columns, so the
+    window's own mass stays in the denominator.
+
+    Args:
+        query: [B, Hq, W, D], the window's queries, rotated as the model uses them.
+        key: [B, Hkv, N, D].
+        valid: bool, broadcasts to [B, Hkv, N]; None: all columns are valid.
+        scaling: factor on the logits.
+        statistic: ``mean`` or ``rms`` (root mean square) over the window's queries.
+        group_reduce: ``mean`` or ``max`` over the G query heads of a KV head.
+        softcap: ``softcap * tanh(logits / softcap)`` where the model has it.
+        sinks: [Hq] logits that take mass and hold no row, where the model has them.
+
+    Returns: [B, Hkv, M] float32, the statistic over the window's queries, reduced over the group.
+    """
+    batch, query_heads, window, size = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    groups = query_heads // kv_heads
+    folded = (query.float() * scaling).reshape(batch, kv_heads, groups * window, size)
+    logits = (folded @ key.float().transpose(-1, -2)).view(batch, kv_heads, groups, window, length)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
+    logits[..., length - window :].masked_fill_(future, -torch.inf)
+    if valid is not None:
+        logits.masked_fill_(~valid[:, :, None, None, :], -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, window, 1)
+        logits = torch.cat([logits, column], dim=-1)
+    weights = logits.softmax(dim=-1)[..., : length - window]
+    mass = weights.square().mean(dim=3).sqrt() if statistic == "rms" else weights.mean(dim=3)
+    mass = mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2)
+    # A window query that is padding itself sees nothing: its softmax is 0/0, in a row without candidates.
+    return mass if valid is None else mass.nan_to_num(0.0)
+
+
+def norm(rows: torch.Tensor) -> torch.Tensor:
+    """Norms [...] of rows [..., D], float32."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+
+
+def projected_norm(value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Norm of each value after a linear map of its head's.
+
+    Args:
+        value: [B, Hkv, N, D].
+        factor: [Hkv, outputs, D] float32.
+
+    Returns: [B, Hkv, N] float32.
+    """
+    return norm(value.float() @ factor.transpose(-1, -2))

@@ -1,0 +1,77 @@
+"""Ranking and Selection: the candidates of a layer in order, and the positions that each KV head keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` keeps of B rows x Hkv heads over N columns.
+
+    Attributes:
+        flat_positions: int32 [sum of lengths], the kept columns of all heads one after the other (row by row, head by
+            head), ascending within a head.
+        flat_ranks: int32 [sum of lengths], the place of each among its head's candidates, best first: 0, 1, ...; -1 in the
+            window.
+        lengths: int64 [B, Hkv], columns kept, window included.
+        redundancy: float32 [B, Hkv], as used by the ``mix`` scores.
+        scores: float32 [B, Hkv, M], the candidates' scores, -inf for padding; M = N - window.
+    """
+
+    flat_positions: torch.Tensor
+    flat_ranks: torch.Tensor
+    lengths: torch.Tensor
+    redundancy: torch.Tensor
+    scores: torch.Tensor
+
+    @property
+    def positions(self) -> list[list[torch.Tensor]]:
+        """[B][Hkv] int32 tensors: the kept columns, ascending."""
+        return split_positions(self.flat_positions, self.lengths)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A layer's candidates before it is known how many of them stay.
+
+    Attributes:
+        ranks: int32 [B, Hkv, M], each candidate's place within its head, best first.
+        importance: float32 [B, Hkv, M], what heads compete with for rows: -inf for padding.
+        base: int64 [B], candidates kept per head on average.
+        real: int64 [B, Hkv], real tokens.
+        choosable: int64 [B, Hkv], candidates among them.
+        window: bool, broadcasts to [B, Hkv, W], the window's real tokens.
+        redundancy, scores: as in `Selection`.
+    """
+
+    ranks: torch.Tensor
+    importance: torch.Tensor
+    base: torch.Tensor
+    real: torch.Tensor
+    choosable: torch.Tensor
+    window: torch.Tensor
+    redundancy: torch.Tensor
+    scores: torch.Tensor
+
+    def over(self, importance: torch.Tensor, real: torch.Tensor) -> Ranking:
+        """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `quota`."""
+        choosable = (real - self.window.shape[-1]).clamp(min=0)
+        return dataclasses.replace(self, importance=importance, real=real, choosable=choosable)
+
+    def take(self, rows: torch.Tensor) -> Selection:
+        """Keeps the window and the ``rows`` [B, Hkv] best candidates of each head."""
+        batch, heads, _ = self.ranks.shape
+        fixed = self.window.expand(batch, heads, -1)
+        ranks = torch.cat([self.ranks, torch.full_like(fixed, -1, dtype=torch.int32)], dim=-1)
+        keep = torch.cat([self.ranks < rows.unsqueeze(-1), fixed], dim=-1)
+        return Selection(keep.nonzero()[:, 2].to(torch.int32), ranks[keep], keep.sum(dim=-1), self.redundancy, self.scores)
+
+
+def split_positions(flat: torch.Tensor, lengths: torch.Tensor) -> list[list[torch.Tensor]]:
+    """One flat tensor of positions as [B][Hkv] tensors of ``lengths`` [B, Hkv]."""
+    parts = iter(flat.split(lengths.flatten().tolist()))
+    return [[next(parts) for _ in row] for row in lengths]

@@ -1,0 +1,1 @@
+"""The rows held: ragged buffers, and chunks outside them."""

@@ -1,0 +1,63 @@
+"""Bounds of chunks of keys, by which a query finds those that may matter to it (as in Quest, arXiv 2406.10774), and the choice.
+
+Pure functions on tensors; how high a chunk's bound is for a query: `mixkv.ops.reference.chunk_scores`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Steps between the smallest and the largest element of a head's keys, in which bounds are told.
+_STEPS = 15
+
+
+def of_chunks(
+    key: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor, sequences: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The element-wise bounds of chunks of keys, rounded outwards to 16 levels, so that a chunk's take half a byte each.
+
+    Args:
+        key: [rows, D].
+        starts, rows: int [chunks], where each begins and how many rows it has, 1 to ``chunk``.
+        sequence: int64 [chunks], which of ``sequences`` it belongs to.
+
+    Returns: ``(codes, grid)``: uint8 [chunks, D], in the upper four bits the level of the largest element, in the lower that of the
+        smallest; float32 [sequences, 2, D], each sequence's lowest level and what lies between one and the next.
+    """
+    offset = torch.arange(chunk, device=key.device).minimum(rows.unsqueeze(-1) - 1)
+    chunks = key[starts.unsqueeze(-1) + offset].float()
+    high, low = chunks.amax(dim=1), chunks.amin(dim=1)
+    index = sequence.unsqueeze(-1).expand_as(high)
+    lowest = high.new_full((sequences, key.shape[1]), torch.inf).scatter_reduce(0, index, low, "amin")
+    highest = high.new_full((sequences, key.shape[1]), -torch.inf).scatter_reduce(0, index, high, "amax")
+    lowest, highest = (part.masked_fill(lowest > highest, 0.0) for part in (lowest, highest))
+    # A little wider than the range, so that rounding never puts the largest element above the last level.
+    step = (
+        (highest - lowest) / _STEPS * (1 + 2**-20) + (lowest.abs() + highest.abs()) * 2**-23 + torch.finfo(torch.float32).tiny
+    )
+    base, width = lowest[sequence], step[sequence]
+    above = ((high - base) / width).ceil().clamp(0, _STEPS)
+    above = (above + (base + above * width < high).float()).clamp(max=_STEPS)
+    below = ((low - base) / width).floor().clamp(0, _STEPS)
+    below = (below - (base + below * width > low).float()).clamp(min=0)
+    return (16 * above + below).to(torch.uint8), torch.stack([lowest, step], dim=1)
+
+
+def choose(scores: torch.Tensor, slots: torch.Tensor, most: int) -> torch.Tensor:
+    """The chunks with the highest scores.
+
+    Args:
+        scores: [S, C], -inf where there is no chunk.
+        slots: int [S], how many each sequence chooses; no more than it has.
+        most: the largest of them (host).
+
+    Returns: int64 [S, most], -1 beyond a sequence's slots.
+    """
+    best = scores.topk(most, dim=-1).indices
+    return best.masked_fill(torch.arange(most, device=scores.device) >= slots.unsqueeze(-1), -1)
+
+
+def marked(chosen: torch.Tensor, chunks: int) -> torch.Tensor:
+    """Which of so many ``chunks`` are among ``chosen``, int64 [..., most] with -1 for none: bool [..., chunks]."""
+    marks = torch.zeros(*chosen.shape[:-1], chunks + 1, dtype=torch.bool, device=chosen.device)
+    return marks.scatter_(-1, chosen.where(chosen >= 0, chunks), True)[..., :chunks]

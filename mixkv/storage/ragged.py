@@ -1,0 +1,280 @@
+"""RaggedStore: the kept rows of one layer, a different number for each KV head, in flat buffers with spare rows."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops import dispatch, reference
+from ..selection.ranking import Selection, split_positions
+
+# Spare rows a sequence gets whenever the buffers are laid out: a share of its mean length, and at least so many. A layout
+# copies every row once, so a decode step copies at most 1 / share rows per sequence on average, however long it runs.
+_SPARE_SHARE = 1 / 8
+_SPARE_ROWS = 16
+
+
+class RaggedStore:
+    """Keys, values and positions of B x Hkv sequences.
+
+    Attributes:
+        key, value: flat buffers [rows, D], [rows, Dv].
+        position: int32 [rows], the column of the sequence as passed that each row came from.
+        starts, lengths: int32 [B * Hkv], where each sequence begins and how many rows it has.
+        batch, heads: B and Hkv.
+        row_totals: rows held per batch row (host).
+        max_length: at least the longest sequence (host).
+        spare: rows that every sequence can still take in place (host).
+        tail: rows at the end of every sequence that `crop` may remove: those appended since the last selection (host).
+    """
+
+    def __init__(self, batch: int, heads: int, backend: str):
+        self.batch, self.heads, self.backend = batch, heads, backend
+
+    @classmethod
+    def from_selection(cls, key: torch.Tensor, value: torch.Tensor, selection: Selection, backend: str = "auto") -> RaggedStore:
+        """Copies the selected rows of ``key`` [B, Hkv, N, D] and ``value`` [B, Hkv, N, Dv] into new buffers.
+
+        ``backend`` is a name from `mixkv.registry.BACKENDS`.
+        """
+        key, value = key.detach(), value.detach()
+        store = cls(*key.shape[:2], dispatch.choose(backend, key.device, key.dtype, key.shape[3], value.shape[3]))
+        store._measure(selection.lengths.tolist())
+        store._lay_out(selection.lengths.flatten(), (key, value))
+        dispatch.compact(store.backend, store._buffers, store.starts, store.lengths, key, value, selection.flat_positions)
+        return store
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        lengths: torch.Tensor,
+        backend: str = "auto",
+        *,
+        tail: int = 0,
+        bound: int | None = None,
+    ) -> RaggedStore:
+        """The inverse of `held`: copies ``rows`` into new buffers.
+
+        Args:
+            rows: ``(key [rows, D], value [rows, Dv], position int32 [rows])``, sequence after sequence.
+            lengths: int32 [B, Hkv], on the rows' device; its sum is the number of rows.
+            backend: a name from `mixkv.registry.BACKENDS`.
+            tail: as the former store had it.
+            bound: the former store's ``max_length`` if it was not ``even``: with it attention sums in the same order as there.
+        """
+        key, value, _ = rows
+        store = cls(*lengths.shape, dispatch.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1]))
+        store._measure(lengths.tolist())
+        store._lay_out(lengths.flatten(), rows)
+        store.tail = tail
+        if bound is not None:
+            store.max_length, store.even = max(store.max_length, bound), False
+        order = reference.flat_rows(store.starts, store.lengths, store.total)
+        for buffer, part in zip(store._buffers, rows):
+            buffer.index_copy_(0, order, part)
+        return store
+
+    def held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies of the rows held, without spare ones, sequence after sequence: key [rows, D], value [rows, Dv], position."""
+        rows = reference.flat_rows(self.starts, self.lengths, self.total)
+        return self.key[rows], self.value[rows], self.position[rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare rows and bookkeeping included."""
+        tensors = (self.key, self.value, self.position, self.starts, self.lengths)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    @property
+    def stride(self) -> int | None:
+        """The common capacity where all sequences have the same length, so that the buffers are dense tensors; else None."""
+        return self.max_length + self.spare if self.even else None
+
+    @property
+    def total(self) -> int:
+        """Rows held by all sequences."""
+        return sum(self.row_totals)
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, column: int, valid: torch.Tensor | None = None) -> None:
+        """Adds n rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] of columns ``column ..`` to every sequence, in place.
+
+        ``valid`` [B, n] leaves out padding; then the new lengths are read back to the host.
+        """
+        self._reserve(key.shape[2])
+        dispatch.append(self.backend, self._buffers, self.starts, self.lengths, key.detach(), value.detach(), column, valid)
+        if valid is None:
+            self._count(key.shape[2])
+            return
+        self.spare -= key.shape[2]
+        self._measure(self.lengths.view(self.batch, self.heads).tolist())
+        self.even, self.tail = False, 0
+
+    def append_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, column: int, **logits) -> torch.Tensor:
+        """A decode step: `append` of one row ``key`` [B, Hkv, 1, D] and `attend` of ``query`` [B, Hq, 1, D]."""
+        self._reserve(1)
+        self._count(1)
+        return dispatch.append_attend(
+            self.backend,
+            query.detach(),
+            self._buffers,
+            self.starts,
+            self.lengths,
+            key.detach(),
+            value.detach(),
+            column,
+            max_length=self.max_length,
+            stride=self.stride,
+            **logits,
+        )
+
+    def crop(self, count: int) -> None:
+        """Removes the last ``count`` rows of every sequence.
+
+        Raises:
+            ValueError: that reaches beyond what was appended since the last compression, whose other rows are gone.
+        """
+        if count > self.tail:
+            raise ValueError(
+                f"cannot crop {count} tokens: only the {self.tail} appended since the last compression can be taken back. Start "
+                f"from a copy made earlier (copy.deepcopy(cache))"
+            )
+        self.lengths.sub_(count)
+        self.spare += count
+        self.max_length -= count
+        self.tail -= count
+        self.row_totals = [total - self.heads * count for total in self.row_totals]
+
+    def take_rows(self, rows: list[int]) -> None:
+        """Makes batch row i a copy of former batch row ``rows[i]``; rows may repeat or be left out (beam search)."""
+        if rows == list(range(self.batch)):
+            return
+        index = torch.tensor(rows, device=self.starts.device)
+        starts, lengths = (part.view(self.batch, self.heads)[index].flatten() for part in (self.starts, self.lengths))
+        self.batch = len(rows)
+        self.row_totals = [self.row_totals[row] for row in rows]
+        self._move(starts, lengths)
+
+    def keep(self, selection: Selection, padded_length: int) -> None:
+        """Keeps only a `selection` made over `padded` of that length."""
+        counts = selection.lengths.flatten()
+        first = (self.starts + self.lengths).long() - padded_length
+        self._keep_rows(first.repeat_interleave(counts) + selection.flat_positions, counts)
+
+    def trim(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """Drops the selected rows whose rank is not below their sequence's quota; rows appended since then stay.
+
+        Args:
+            ranks: int32 [selected rows], `Selection.flat_ranks` of the rows held.
+            quota: int [S].
+
+        Returns: the ranks of the selected rows that stay.
+        """
+        lengths, tail = self.lengths.long(), self.tail
+        quota = quota.to(ranks.device)
+        stay = ranks < quota.repeat_interleave(lengths - tail, output_size=ranks.numel())
+        keep = stay
+        if tail:
+            place = torch.arange(self.total, device=ranks.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+            keep = torch.ones(self.total, dtype=torch.bool, device=ranks.device)
+            keep[place < (lengths - tail).repeat_interleave(lengths)] = stay
+        ends = lengths.cumsum(0)
+        kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+        rows = reference.flat_rows(self.starts, self.lengths, self.total)[keep]
+        self._keep_rows(rows, kept[ends] - kept[ends - lengths])
+        self.tail = tail
+        return ranks[stay]
+
+    def padded(self, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv], valid bool [B, Hkv, N].
+
+        N is ``length``, no less than the longest sequence; by default `max_length`.
+        """
+        length = self.max_length if length is None else length
+        columns = torch.arange(-length, 0, device=self.starts.device)
+        lengths = self.lengths.long().unsqueeze(1)
+        rows = (self.starts.long().unsqueeze(1) + lengths + columns).clamp(min=0).flatten()
+        shape = (self.batch, self.heads, length)
+        valid = (columns >= -lengths).view(shape)
+        return self.key[rows].view(*shape, -1), self.value[rows].view(*shape, -1), valid
+
+    def positions(self) -> list[list[torch.Tensor]]:
+        """[B][Hkv] ascending int32 columns held."""
+        rows = reference.flat_rows(self.starts, self.lengths, self.total)
+        return split_positions(self.position[rows], self.lengths.view(self.batch, self.heads))
+
+    def attend(self, query: torch.Tensor, **logits) -> torch.Tensor:
+        """`reference.attend` over the store: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]; ``logits``: scaling, softcap, sinks."""
+        return dispatch.attend(self.backend, query.detach(), *self._stored, **self._extent, **logits)
+
+    def attend_extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        """`reference.attend_extend` over the store and a new block: ``query`` [B, Hq, n, D] to [B, n, Hq, Dv]."""
+        return dispatch.attend_extend(
+            self.backend, query.detach(), *self._stored, key.detach(), value.detach(), **self._extent, **options
+        )
+
+    @property
+    def _stored(self) -> tuple[torch.Tensor, ...]:
+        return self.key, self.value, self.starts, self.lengths
+
+    @property
+    def _extent(self) -> dict[str, int | None]:
+        return {"max_length": self.max_length, "stride": self.stride}
+
+    @property
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.key, self.value, self.position
+
+    def _reserve(self, new: int) -> None:
+        if new > self.spare:
+            self._move(self.starts, self.lengths, new)
+
+    def _count(self, new: int) -> None:
+        """Every sequence has ``new`` more rows."""
+        self.spare -= new
+        self.max_length += new
+        self.tail += new
+        self.row_totals = [total + self.heads * new for total in self.row_totals]
+
+    def _move(self, starts: torch.Tensor, lengths: torch.Tensor, new: int = 0) -> None:
+        """Lays out afresh the rows that ``starts``, ``lengths`` name in the present buffers."""
+        tail, old = self.tail, self._buffers
+        self._lay_out(lengths, old, new)
+        self.tail = tail
+        dispatch.move_rows(
+            self.backend,
+            self._buffers,
+            self.starts,
+            self.lengths,
+            old,
+            starts,
+            total=self.total,
+            max_length=self.max_length,
+        )
+
+    def _keep_rows(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
+        """Keeps buffer rows ``rows``, sequence after sequence, ``counts`` [S] of each."""
+        key, value, position = self._buffers
+        self._measure(counts.view(self.batch, self.heads).tolist())
+        self._lay_out(counts, (key, value))
+        everything = (buffer.expand(self.batch, self.heads, -1, -1) for buffer in (key, value))
+        dispatch.compact(self.backend, self._buffers, self.starts, self.lengths, *everything, rows.to(torch.int32))
+        # What was written there is the rows they came from.
+        self.position = position.index_select(0, self.position)
+
+    def _lay_out(self, lengths: torch.Tensor, like: tuple[torch.Tensor, ...], new: int = 0) -> None:
+        """New buffers for `total` rows in sequences of ``lengths`` [S], with spare rows for ``new`` more and some."""
+        sequences = lengths.numel()
+        self.spare = new + max(_SPARE_ROWS, int(self.total / sequences * _SPARE_SHARE))
+        self.tail = 0
+        self.lengths = lengths.to(torch.int32, copy=True)
+        order = torch.arange(sequences, dtype=torch.int32, device=lengths.device)
+        self.starts = (self.lengths.cumsum(0, dtype=torch.int32) - self.lengths + self.spare * order).contiguous()
+        rows = self.total + sequences * self.spare
+        # Zeros, so that a masked read of spare rows never meets a NaN.
+        self.key, self.value = (part.new_zeros(rows, part.shape[-1]) for part in like[:2])
+        self.position = torch.zeros(rows, dtype=torch.int32, device=lengths.device)
+
+    def _measure(self, host_lengths: list[list[int]]) -> None:
+        self.row_totals = [sum(row) for row in host_lengths]
+        self.max_length = max(max(row) for row in host_lengths)
+        self.even = all(length == self.max_length for row in host_lengths for length in row)

@@ -1,0 +1,563 @@
+"""The compiled operations against their twins in plain torch and against loops in float64."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from support.stores import (
+    DTYPES,
+    UNEVEN,
+    assert_close,
+    clean,
+    make_store,
+    needs_library,
+    oracle_attend,
+    oracle_extend,
+    rows_of,
+    softmax_row,
+    strided,
+)
+
+from mixkv.ops import build, native, reference
+
+slow = pytest.mark.skipif(not os.environ.get("MIXKV_SLOW_TESTS"), reason="minutes; set MIXKV_SLOW_TESTS=1")
+
+
+@needs_library
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("size", [16, 64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_equals_oracle(dtype, size, groups):
+    torch.manual_seed(size + groups)
+    buffers, starts, lengths = make_store(UNEVEN, size, size, dtype)
+    query = strided(2, 4 * groups, 1, size, dtype)
+    scaling = size**-0.5
+    result = native.attend(query, *buffers[:2], starts, lengths, max_length=700, scaling=scaling)
+    twin = reference.attend(query, *clean(buffers)[:2], starts, lengths, max_length=700, stride=None, scaling=scaling)
+    exact = oracle_attend(query, buffers, starts, lengths, scaling)
+    twin.view(2, 4, groups, size)[0, 0] = 0.0  # the twin has no answer for a sequence without rows
+    assert result.dtype == dtype and result.shape == (2, 1, 4 * groups, size)
+    assert_close(result, exact, twin)
+
+
+@needs_library
+@pytest.mark.parametrize("value_size", [32, 48, 144])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap,with_sinks", [(30.0, False), (None, True), (5.0, True)])
+def test_attend_oracle_options(dtype, value_size, softcap, with_sinks):
+    torch.manual_seed(0)
+    buffers, starts, lengths = make_store([5, 0, 200, 33], 96, value_size, dtype)
+    query = torch.randn(2, 6, 1, 96).to(dtype) * 3
+    sinks = torch.randn(6).to(dtype) if with_sinks else None
+    result = native.attend(query, *buffers[:2], starts, lengths, max_length=200, scaling=0.2, softcap=softcap, sinks=sinks)
+    exact = oracle_attend(query, buffers, starts, lengths, 0.2, softcap, sinks)
+    assert_close(result, exact, exact.to(dtype))
+
+
+@needs_library
+def test_attend_oracle_size_256_steps():
+    for size in range(16, 257, 16):
+        for dtype in DTYPES:
+            buffers, starts, lengths = make_store([9, 40], size, size, dtype)
+            query = torch.randn(1, 6, 1, size).to(dtype)
+            result = native.attend(query, *buffers[:2], starts, lengths, max_length=40, scaling=size**-0.5)
+            exact = oracle_attend(query, buffers, starts, lengths, size**-0.5)
+            assert_close(result, exact, exact.to(dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("lengths", [[20000], [5000, 0, 1, 9000], [40, 30000, 2, 700, 0, 0]], ids=str)
+def test_attend_splits_long_sequences(lengths, threads):
+    torch.manual_seed(1)
+    buffers, starts, counts = make_store(lengths, 64, 64, torch.float32)
+    query = torch.randn(1, len(lengths) * 3, 1, 64) * 2
+    sinks = torch.randn(len(lengths) * 3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        result = native.attend(query, *buffers[:2], starts, counts, max_length=max(lengths), scaling=0.125, sinks=sinks)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(result, oracle_attend(query, buffers, starts, counts, 0.125, None, sinks))
+
+
+@needs_library
+def test_attend_extreme_logits():
+    buffers, starts, lengths = make_store([300, 300], 64, 64, torch.float32)
+    for factor in (1e-30, 1e4, 1e8):
+        query = torch.randn(1, 4, 1, 64) * factor
+        result = native.attend(query, *buffers[:2], starts, lengths, max_length=300, scaling=1.0)
+        twin = reference.attend(query, *clean(buffers)[:2], starts, lengths, max_length=300, stride=None, scaling=1.0)
+        assert_close(result, oracle_attend(query, buffers, starts, lengths, 1.0), twin)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("new", [1, 2, 5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_append_equals_twin(dtype, new, padded):
+    torch.manual_seed(2)
+    buffers, starts, lengths = make_store([0, 1, 77, 4], 80, 48, dtype, spare=5)
+    key, value = strided(2, 2, new, 80, dtype), strided(2, 2, new, 48, dtype)
+    valid = torch.tensor([[i % 2 == 0 for i in range(new)], [i > 0 for i in range(new)]]) if padded else None
+    expected = [buffer.clone() for buffer in buffers]
+    expected_lengths = lengths.clone()
+    reference.append(tuple(expected), starts, expected_lengths, key, value, 900, valid)
+    native.append(buffers, starts, lengths, key, value, 900, valid)
+    assert torch.equal(lengths, expected_lengths)
+    for buffer, other in zip(buffers, expected, strict=True):
+        torch.testing.assert_close(buffer, other, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+def test_append_takes_any_layout():
+    for layout in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT):
+        buffers, starts, lengths = make_store([3, 4, 5, 6], 64, 64, torch.float32)
+        key, value = (layout(torch.randn(2, 2, 2, 64)) for _ in range(2))
+        expected = [buffer.clone() for buffer in buffers]
+        reference.append(tuple(expected), starts, lengths.clone(), key, value, 7)
+        native.append(buffers, starts, lengths, key, value, 7)
+        assert lengths.tolist() == [5, 6, 7, 8]
+        for buffer, other in zip(buffers, expected, strict=True):
+            torch.testing.assert_close(buffer, other, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_append_attend_equals_both(dtype):
+    torch.manual_seed(3)
+    buffers, starts, lengths = make_store([0, 1, 77, 4], 64, 64, dtype)
+    other, other_lengths = [buffer.clone() for buffer in buffers], lengths.clone()
+    query, key, value = strided(2, 6, 1, 64, dtype), strided(2, 2, 1, 64, dtype), strided(2, 2, 1, 64, dtype)
+    result = native.append_attend(query, buffers, starts, lengths, key, value, 31, max_length=78, scaling=0.1)
+    native.append(tuple(other), starts, other_lengths, key, value, 31)
+    separate = native.attend(query, *other[:2], starts, other_lengths, max_length=78, scaling=0.1)
+    assert torch.equal(result, separate) and torch.equal(lengths, other_lengths)
+    for buffer, twin in zip(buffers, other, strict=True):
+        torch.testing.assert_close(buffer, twin, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups,new", [(1, 40), (3, 7), (4, 2), (9, 5)])
+@pytest.mark.parametrize("masked", ["causal", "row", "shared"])
+def test_extend_equals_oracle(dtype, groups, new, masked):
+    torch.manual_seed(4)
+    buffers, starts, lengths = make_store([0, 1, 150, 4], 80, 64, dtype)
+    query = strided(2, 2 * groups, new, 80, dtype)
+    key, value = strided(2, 2, new, 80, dtype), strided(2, 2, new, 64, dtype)
+    mask = None
+    if masked != "causal":
+        mask = torch.rand(2 if masked == "row" else 1, 1, new, new) < 0.5
+        mask |= torch.eye(new, dtype=torch.bool)
+    sinks = torch.randn(2 * groups) if masked == "row" else None
+    softcap = 20.0 if masked == "shared" else None
+    options = {"scaling": 0.11, "softcap": softcap, "sinks": sinks}
+    result = native.attend_extend(query, *buffers[:2], starts, lengths, key, value, mask=mask, max_length=150, **options)
+    twin = reference.attend_extend(
+        query, *clean(buffers)[:2], starts, lengths, key, value, mask=mask, max_length=150, stride=None, **options
+    )
+    exact = oracle_extend(query, buffers, starts, lengths, key, value, mask, **options)
+    assert result.shape == twin.shape and result.dtype == dtype
+    assert_close(result, exact, twin)
+
+
+@needs_library
+def test_extend_query_that_sees_nothing_is_zero():
+    buffers, starts, lengths = make_store([0, 0], 64, 64, torch.float32)
+    query, key, value = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 3, 64), torch.randn(1, 2, 3, 64)
+    mask = torch.ones(3, 3, dtype=torch.bool).tril().view(1, 1, 3, 3) & torch.tensor([False, True, True])
+    result = native.attend_extend(query, *buffers[:2], starts, lengths, key, value, mask=mask, max_length=0, scaling=0.1)
+    assert result[0, 0].abs().max() == 0 and not result.isnan().any()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compact_and_move_rows(dtype):
+    torch.manual_seed(5)
+    kept = [[0, 5, 9], [], [9], [1, 2, 3, 4, 8]]
+    key, value = strided(2, 2, 10, 64, dtype), strided(2, 2, 10, 80, dtype)
+    buffers, starts, lengths = make_store([len(part) for part in kept], 64, 80, dtype)
+    for buffer in buffers[:2]:
+        buffer.fill_(float("nan"))
+    buffers[2].fill_(-1)
+    positions = torch.tensor(sum(kept, []), dtype=torch.int32)
+    native.compact(buffers, starts, lengths, key, value, positions)
+    for index, part in enumerate(kept):
+        head = divmod(index, 2)
+        assert torch.equal(rows_of(buffers[0], starts, lengths, index), key[head][part])
+        assert torch.equal(rows_of(buffers[1], starts, lengths, index), value[head][part])
+        assert rows_of(buffers[2], starts, lengths, index).tolist() == part
+    assert int((~buffers[0].isnan()).any(dim=1).sum()) == int((buffers[2] >= 0).sum()) == positions.numel()
+
+    order = [1, 0, 1]
+    index = torch.tensor(order)
+    old_starts, new_lengths = (part.view(2, 2)[index].flatten() for part in (starts, lengths))
+    moved, new_starts, _ = make_store(new_lengths.tolist(), 64, 80, dtype, spare=7)
+    for buffer in moved[:2]:
+        buffer.fill_(float("nan"))
+    native.move_rows(moved, new_starts, new_lengths, buffers, old_starts, max_length=5)
+    for row, old in enumerate(order):
+        for head in range(2):
+            for new_buffer, buffer in zip(moved, buffers, strict=True):
+                assert torch.equal(
+                    rows_of(new_buffer, new_starts, new_lengths, row * 2 + head),
+                    rows_of(buffer, starts, lengths, old * 2 + head),
+                )
+    assert int((~moved[0].isnan()).any(dim=1).sum()) == int(new_lengths.sum())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "groups,window,columns,size", [(1, 1, 2, 64), (3, 8, 77, 80), (4, 32, 300, 128), (2, 33, 90, 96), (7, 50, 50, 64)]
+)
+@pytest.mark.parametrize("statistic", ["mean", "rms"])
+@pytest.mark.parametrize("reduce,softcap,with_sinks,padded", [("mean", None, False, True), ("max", 10.0, True, False)])
+def test_window_equals_oracle(dtype, groups, window, columns, size, statistic, reduce, softcap, with_sinks, padded):
+    torch.manual_seed(6)
+    query, key = strided(2, 2 * groups, window, size, dtype), strided(2, 2, columns, size, dtype)
+    sinks = torch.randn(2 * groups) if with_sinks else None
+    valid = (torch.arange(columns) >= torch.tensor([[0], [columns // 3]]).clamp(max=columns - window)).view(2, 1, columns)
+    valid = valid if padded else None
+    options = {
+        "scaling": size**-0.5,
+        "statistic": statistic,
+        "group_reduce": reduce,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+    result = native.window_attention(query, key, valid, **options)
+    twin = reference.window_attention(query, key, valid, **options)
+    exact = scores_in_double(query, key, valid, **options)
+    assert result.shape == twin.shape and result.dtype == torch.float32
+    if result.numel():
+        assert_close(result, exact, twin)
+
+
+def scores_in_double(query, key, valid, scaling, statistic, group_reduce, softcap, sinks):
+    batch, query_heads, window, _ = query.shape
+    heads, columns = key.shape[1:3]
+    groups = query_heads // heads
+    out = torch.zeros(batch, heads, groups, columns - window, dtype=torch.float64)
+    for b, q, w in itertools.product(range(batch), range(query_heads), range(window)):
+        logits = key[b, q // groups].double() @ query[b, q, w].double() * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        seen = torch.arange(columns) <= columns - window + w
+        if valid is not None:
+            seen &= valid.expand(batch, heads, columns)[b, q // groups]
+        logits[~seen] = -torch.inf
+        weights = softmax_row(logits, None if sinks is None else sinks[q])
+        weights = weights[: columns - window]
+        out[b, q // groups, q % groups] += (weights**2 if statistic == "rms" else weights) / window
+    out = out.sqrt() if statistic == "rms" else out
+    return out.amax(dim=2) if group_reduce == "max" else out.mean(dim=2)
+
+
+@needs_library
+def test_window_padding_query_counts_as_nothing():
+    query, key = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 6, 64)
+    valid = torch.tensor([[[False, False, False, True, True, True]]])
+    result = native.window_attention(query, key, valid, scaling=0.1)
+    assert torch.equal(result, torch.zeros(1, 2, 2))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rows,size,outputs", [(1, 64, 64), (33, 80, 80), (300, 128, 128), (1030, 16, 5), (70, 256, 300), (0, 64, 64)]
+)
+@pytest.mark.parametrize("triangular", [False, True])
+def test_projected_norm_equals_oracle(dtype, rows, size, outputs, triangular):
+    torch.manual_seed(8)
+    value, factor = strided(2, 3, rows, size, dtype), torch.randn(3, outputs, size)
+    factor = factor.triu() if triangular else factor
+    exact = (value.double() @ factor.double().transpose(-1, -2)).norm(dim=-1)
+    result = native.projected_norm(value, factor)
+    assert result.shape == (2, 3, rows) and result.dtype == torch.float32
+    # bfloat16 values meet a factor rounded to bfloat16 where the chip multiplies those. What cancels leaves its error behind.
+    tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-6
+    scale = value.double().norm(dim=-1) * factor.double().flatten(1).norm(dim=-1).unsqueeze(-1)
+    assert ((result - exact).abs() <= tolerance * scale).all()
+    torch.testing.assert_close(reference.projected_norm(value, factor).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "value, factor",
+    [
+        (torch.zeros(1, 2, 5, 64), torch.zeros(3, 64, 64)),
+        (torch.zeros(1, 2, 5, 64), torch.zeros(2, 64, 48)),
+        (torch.zeros(1, 2, 5, 64), torch.zeros(2, 64, 64).double()),
+        (torch.zeros(1, 2, 5, 24), torch.zeros(2, 24, 24)),
+    ],
+)
+def test_wrong_projections_are_refused(value, factor):
+    with pytest.raises(RuntimeError):
+        native.projected_norm(value, factor)
+
+
+def samples():
+    """Arguments of every operation, for opcheck."""
+    torch.manual_seed(7)
+    for dtype in (torch.float32, torch.bfloat16):
+        buffers, starts, lengths = make_store([2, 1, 7, 4], 64, 80, dtype, poison=False)
+        query, key, value = (
+            torch.randn(2, 6, 1, 64).to(dtype),
+            torch.randn(2, 2, 1, 64).to(dtype),
+            torch.randn(2, 2, 1, 80).to(dtype),
+        )
+        logits = (8, 0.1, 0.0, None)
+        yield "append", (*buffers, starts, lengths, key, value, 3)
+        yield "append", (*buffers, starts, lengths, key, value, 3, torch.ones(2, 1, dtype=torch.bool))
+        yield "attend", (query, *buffers[:2], starts, lengths, *logits)
+        yield "append_attend", (query, *buffers, starts, lengths, key, value, 3, *logits)
+        yield "attend_extend", (query, *buffers[:2], starts, lengths, key, value, None, *logits)
+        offsets = (lengths.cumsum(0) - lengths).to(torch.int32)
+        positions = torch.zeros(int(lengths.sum()), dtype=torch.int32)
+        yield "compact", (*buffers, starts, lengths, offsets, key, value, positions)
+        others = [buffer.clone() for buffer in buffers]
+        yield "move_rows", (*buffers, starts, lengths, *others, starts, 7)
+        yield (
+            "window_scores",
+            (
+                torch.randn(1, 4, 3, 64).to(dtype),
+                torch.randn(1, 2, 9, 64).to(dtype),
+                None,
+                0.1,
+                True,
+                True,
+                0.0,
+                torch.randn(4),
+            ),
+        )
+        yield "projected_norm", (torch.randn(1, 2, 9, 64).to(dtype), torch.randn(2, 64, 64))
+
+
+@needs_library
+def test_opcheck():
+    for name, arguments in samples():
+        torch.library.opcheck(getattr(torch.ops.mixkv, name).default, arguments)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.update(starts=a["starts"].long()),
+        lambda a: a.update(lengths=a["lengths"] + 1000),
+        lambda a: a.update(starts=a["starts"] - 1000),
+        lambda a: a.update(query=a["query"].double()),
+        lambda a: a.update(query=a["query"][..., :32]),
+        lambda a: a.update(query=torch.randn(2, 3, 1, 64)),
+        lambda a: a.update(value=a["value"].half()),
+        lambda a: a.update(sinks=torch.zeros(5)),
+    ],
+)
+def test_wrong_arguments_are_refused(change):
+    buffers, starts, lengths = make_store([2, 1, 7, 4], 64, 64, torch.float32)
+    given = {
+        "query": torch.randn(2, 6, 1, 64),
+        "key": buffers[0],
+        "value": buffers[1],
+        "starts": starts,
+        "lengths": lengths,
+        "sinks": None,
+    }
+    change(given)
+    with pytest.raises(RuntimeError):
+        native.attend(**given, max_length=7, scaling=0.1)
+
+
+@needs_library
+def test_append_without_room_is_refused_and_writes_nothing():
+    buffers, starts, lengths = make_store([4], 64, 64, torch.float32, spare=0)
+    before = [buffer.clone() for buffer in buffers]
+    with pytest.raises(RuntimeError, match="reaches beyond"):
+        native.append(buffers, starts, lengths, torch.randn(1, 1, 50, 64), torch.randn(1, 1, 50, 64), 0)
+    assert lengths.tolist() == [4]
+    for buffer, old in zip(buffers, before, strict=True):
+        torch.testing.assert_close(buffer, old, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+def test_why_not():
+    cpu = torch.device("cpu")
+    assert native.why_not(cpu, torch.float32, 64, 128) is None
+    assert "not torch.float64" in native.why_not(cpu, torch.float64, 64, 64)
+    assert "multiples of 16" in native.why_not(cpu, torch.float32, 40, 64)
+    assert "not for meta" in native.why_not(torch.device("meta"), torch.float32, 64, 64)
+
+
+# Each instruction set has its own vector width: every operation, group size and kind of tail once.
+SAMPLE = "(attend_equals and (112 or 80)) or options or 256_steps or extreme or (extend_equals and row) or window_equals or projected_norm"
+
+
+INSTRUCTIONS = ["baseline", "avx2", "avx512"]
+
+
+@pytest.fixture(scope="module")
+def other_runs():
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", SAMPLE]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return {name: subprocess.Popen(command, env={**os.environ, "MIXKV_CPU": name}, **pipes) for name in INSTRUCTIONS}
+
+
+@needs_library
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_other_instruction_sets(instructions, other_runs):
+    output, _ = other_runs[instructions].communicate(timeout=300)
+    assert other_runs[instructions].returncode == 0, output[-3000:]
+
+
+def run_python(code, timeout=300, **environment):
+    root = str(Path(native.__file__).resolve().parents[2])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": root, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_forced_torch_loads_nothing():
+    done = run_python("from mixkv.ops import native; print(native.status())", MIXKV_BACKEND="torch")
+    assert "available=False" in done.stdout and "MIXKV_BACKEND=torch" in done.stdout, done.stderr
+
+
+def test_no_compiler_warns_once(tmp_path):
+    code = """
+    import shutil, warnings
+    from pathlib import Path
+    from mixkv.ops import build, native
+    build.compiler = lambda device="cpu": None
+    build._PACKAGE = Path(build.source_dir()).parent / "elsewhere"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        native.status(), native.status()
+    assert not native.status().available
+    print(len(seen), seen[0].message)
+    import torch
+    from mixkv.ops import dispatch
+    dispatch.choose("auto", torch.device("cpu"), torch.float32, 64, 64)
+    """
+    done = run_python(code, MIXKV_CACHE=str(tmp_path), MIXKV_BACKEND="auto")
+    assert done.returncode == 0 and done.stdout.startswith("1 ") and "no C++ compiler" in done.stdout, done.stderr
+    forced = run_python(code, MIXKV_CACHE=str(tmp_path), MIXKV_BACKEND="native")
+    assert forced.returncode and "cannot be used: no prebuilt library" in forced.stderr
+
+
+def test_unloadable_library_is_harmless(tmp_path):
+    code = """
+    from pathlib import Path
+    from mixkv.ops import build, native
+    broken = Path(r"%s") / "libmixkv-broken.so"
+    broken.write_bytes(b"not a library")
+    build.find = lambda device: (broken, "prebuilt")
+    print(native.status())
+    """
+    done = run_python(code % tmp_path, MIXKV_BACKEND="auto")
+    assert "available=False" in done.stdout and "cannot be loaded" in done.stdout, done.stderr
+
+
+def test_failed_build_is_remembered(tmp_path):
+    code = """
+    import time
+    from pathlib import Path
+    from mixkv.ops import build, native
+    build._PACKAGE = Path(build.source_dir()).parent / "elsewhere"
+    began = time.monotonic()
+    print(native.status().reason[:60].replace("\\n", " "), time.monotonic() - began < 3)
+    """
+    if build.compiler() is None:
+        pytest.skip("no compiler")
+    environment = {"MIXKV_CACHE": str(tmp_path), "MIXKV_CXXFLAGS": "-include nowhere.h", "MIXKV_BACKEND": "auto"}
+    first, second = run_python(code, **environment), run_python(code, **environment)
+    assert "building compiled operations" in first.stderr
+    assert "an earlier build failed" in second.stdout and second.stdout.strip().endswith("True"), second.stderr
+    assert "building" not in second.stderr
+
+
+@slow
+def test_concurrent_first_use_builds_once(tmp_path):
+    code = """
+    from pathlib import Path
+    from mixkv.ops import build, native
+    build._PACKAGE = Path(build.source_dir()).parent / "elsewhere"
+    print(native.status())
+    """
+    if build.compiler() is None:
+        pytest.skip("no compiler")
+    environment = {**os.environ, "PYTHONPATH": str(Path(native.__file__).resolve().parents[2]), "MIXKV_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=400) for process in both]
+    assert all("available=True" in out for out, _ in outputs)
+    assert sum("building compiled operations" in err for _, err in outputs) == 1
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for libasan with gcc")
+def test_address_sanitizer_finds_nothing(tmp_path):
+    compiler = build.compiler()
+    if compiler is None:
+        pytest.skip("no compiler")
+    # libstdc++ as well: the sanitizer looks for its exception functions at start.
+    names = ("libasan.so", "libstdc++.so.6")
+    found = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in names
+    ]
+    if not all(Path(path).is_file() for path in found):
+        pytest.skip("no libasan")
+    environment = {
+        **os.environ,
+        "MIXKV_CACHE": str(tmp_path),
+        "MIXKV_CXXFLAGS": "-fsanitize=address -fno-omit-frame-pointer -O1",
+        "MIXKV_BACKEND": "auto",
+    }
+    built = run_python("from mixkv.ops import build; print(build.find('cpu'))", **environment)
+    assert "now" in built.stdout, built.stderr
+    environment |= {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}
+    for instructions in ("avx2", ""):
+        command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-s", "-k", "oracle or extreme or splits or append or compact or extend or window or norm or refused"]
+        done = subprocess.run(
+            command, env={**environment, "MIXKV_CPU": instructions}, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+
+
+@slow
+def test_ahead_of_time_build_imports_no_torch(tmp_path):
+    """As setup.py does it: build.py on its own. Without a GPU the CUDA library must still load, under its dispatch key."""
+    if build.compiler() is None:
+        pytest.skip("no compiler")
+    cuda = build.compiler("cuda") is not None and any((build.source_dir() / "cuda").glob("*.cu"))
+    code = """
+    import importlib.util, sys
+    spec = importlib.util.spec_from_file_location("ahead", r"%s")
+    module = sys.modules["ahead"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.build(r"%s", cuda=%r)
+    assert "torch" not in sys.modules
+    import torch
+    from pathlib import Path
+    for path in sorted(Path(r"%s").glob("*.so"), key=lambda path: "cuda" in path.name):
+        torch.ops.load_library(str(path))
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    print([has("mixkv::append_attend", key) for key in ("CPU", "CUDA")])
+    """
+    done = run_python(code % (build.__file__, tmp_path, cuda, tmp_path), timeout=1500)
+    assert done.stdout.strip() == f"[True, {cuda}]", done.stderr
