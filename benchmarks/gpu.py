@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mixkv.ops import flash, native, reference  # noqa: E402
+from mixkv.ops import flash, native, reference, score_reference  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = ((64, 64), (128, 128), (256, 256), (16, 16), (80, 80), (96, 48), (192, 128), (16, 256))
@@ -313,7 +313,7 @@ class Checks:
             }
             poison()
             found = native.window_attention(query, key, valid, **options)
-            exact = reference.window_attention(query.float(), key.float(), valid, **options).double()
+            exact = score_reference.window_attention(query.float(), key.float(), valid, **options).double()
             error = ((found.double() - exact).norm() / (exact.norm() + 1e-9)).item()
             label = ("window_scores", str(dtype).removeprefix("torch."))
             self.worst[label] = max(self.worst.get(label, 0.0), error)
@@ -540,7 +540,7 @@ def time_window() -> list[dict]:
         return torch.cuda.max_memory_allocated() - before
 
     rows = [row("window_scores 32/8/128 N 8192: one read of the keys", key.nbytes / bandwidth, "at copy bandwidth")]
-    for name, function in (("compiled", native.window_attention), ("plain torch", reference.window_attention)):
+    for name, function in (("compiled", native.window_attention), ("plain torch", score_reference.window_attention)):
 
         def call(function=function):
             return function(query, key, None, scaling=128**-0.5)

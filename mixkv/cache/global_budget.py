@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..selection import budgets
+from ..selection.global_topk import Votes
 from ..selection.ranking import Ranking, Selection
 
 # How far layers are made alike before their rows compete: 0 as they are, 1 all the same (docs/trials.md).
@@ -20,12 +21,12 @@ class Contest:
 
     Args:
         num_layers: compressed layers of the model.
-        floor: see `mixkv.selection.budgets.Votes`.
+        floor: see `mixkv.selection.global_topk.Votes`.
         patient: trims at the end only, where the prompt's keys and values are held anyway.
     """
 
     def __init__(self, num_layers: int, floor: float, *, patient: bool = False):
-        self.num_layers, self.votes, self.patient = num_layers, budgets.Votes(floor), patient
+        self.num_layers, self.votes, self.patient = num_layers, Votes(floor), patient
         # (layer, ranks of its selected rows) in order.
         self.held: list[tuple] = []
 
@@ -76,7 +77,7 @@ class SlotContest:
     """
 
     def __init__(self, num_layers: int, floor: float):
-        self.num_layers, self.votes = num_layers, budgets.Votes(floor)
+        self.num_layers, self.votes = num_layers, Votes(floor)
         self.layers: list = []
 
     @property
@@ -105,7 +106,7 @@ class SlotContest:
                 store.allot(shared[:, index].flatten())
 
 
-def _vote(votes: budgets.Votes, ranking: Ranking, scale: torch.Tensor | None, num_layers: int) -> None:
+def _vote(votes: Votes, ranking: Ranking, scale: torch.Tensor | None, num_layers: int) -> None:
     importance = ranking.importance if scale is None else ranking.importance * scale.view(-1, 1, 1)
     votes.add(ranking.base, ranking.choosable, _evened(importance), num_layers=num_layers)
 

@@ -15,7 +15,7 @@ import os
 import torch
 
 from ..registry import BACKENDS
-from . import flash, native, reference
+from . import flash, native, reference, score_reference
 
 # `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
 _UNASKED_ON_GPU = ("torch",)
@@ -117,16 +117,16 @@ def move_rows(backend: str, *args, total: int, max_length: int) -> None:
 
 
 def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor:
-    """`reference.window_attention` for a requested back end (``auto`` included): compiled where that can be used."""
+    """`score_reference.window_attention` for a requested back end (``auto`` included): compiled where that can be used."""
     compiled = choose(backend, key.device, key.dtype, key.shape[-1], key.shape[-1]) == "native" and query.dtype == key.dtype
-    return (native if compiled else reference).window_attention(query, key, valid, **options)
+    return (native if compiled else score_reference).window_attention(query, key, valid, **options)
 
 
 def projected_norm(backend: str, value, factor) -> torch.Tensor:
-    """`reference.projected_norm` for a requested back end; compiled for the CPU only: a GPU multiplies matrices at full speed."""
+    """`score_reference.projected_norm` for a requested back end; compiled for the CPU only: a GPU multiplies matrices at full speed."""
     size = value.shape[-1]
     compiled = value.device.type == "cpu" and choose(backend, value.device, value.dtype, size, size) == "native"
-    return (native if compiled else reference).projected_norm(value, factor)
+    return (native if compiled else score_reference).projected_norm(value, factor)
 
 
 def report() -> list[str]:

@@ -164,7 +164,7 @@ def move_rows(buffers, starts, lengths, from_buffers, from_starts, *, max_length
 def window_attention(
     query, key, valid, *, scaling, statistic="mean", group_reduce="mean", softcap=None, sinks=None
 ) -> torch.Tensor:
-    """`reference.window_attention`, a few columns at a time instead of all logits at once."""
+    """`score_reference.window_attention`, a few columns at a time instead of all logits at once."""
     if valid is not None:
         valid = valid.expand(key.shape[:3])
     return _ops().window_scores.default(
@@ -173,7 +173,7 @@ def window_attention(
 
 
 def projected_norm(value, factor) -> torch.Tensor:
-    """`reference.projected_norm` on the CPU, without storing what is projected."""
+    """`score_reference.projected_norm` on the CPU, without storing what is projected."""
     return _ops().projected_norm.default(value, factor)
 
 

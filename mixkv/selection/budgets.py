@@ -9,34 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..head_profile import Table
-
-
-def apportion(shares: torch.Tensor, total: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Whole numbers near ``shares`` that sum to ``total`` and stay within ``limit``: largest-remainder rounding.
-
-    Args:
-        shares: [..., H] float, >= 0, summing to about ``total``.
-        total: [...] int, at most ``limit.sum(-1)``.
-        limit: [..., H] int.
-
-    Returns: [..., H] int64.
-    """
-    shares, room = shares.double(), limit.double()
-    # Each pass hands the surplus of full heads to the rest in proportion to their shares; one more head fills up a pass.
-    for _ in range(shares.shape[-1]):
-        if not (shares > room).any():
-            break
-        open_heads = (shares < room).double()
-        surplus = (shares - room).clamp(min=0).sum(-1, keepdim=True)
-        weight = (shares + 1e-9) * open_heads
-        shares = shares.minimum(room) + surplus * weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
-    shares = shares.minimum(room)
-    # Shares such as 95.99999999 mean 96: rounding noise must not decide who gets the remainder.
-    whole = (shares + 1e-6).floor().minimum(room)
-    missing = total.double().unsqueeze(-1) - whole.sum(-1, keepdim=True)
-    fraction = (shares - whole).masked_fill(whole >= room, -1.0)
-    rank = fraction.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (whole + (rank < missing)).long()
+from .apportion import apportion, total_rows
 
 
 def uniform(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -47,7 +20,7 @@ def uniform(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         candidates: [B, Hkv] int, rows to choose from.
     """
     shares = base.double().unsqueeze(-1).expand(candidates.shape)
-    return apportion(shares, _total(base, candidates), candidates)
+    return apportion(shares, total_rows(base, candidates), candidates)
 
 
 def pyramid(base: torch.Tensor, candidates: torch.Tensor, *, layer_idx: int, num_layers: int, beta: int) -> torch.Tensor:
@@ -77,7 +50,7 @@ def ada(base: torch.Tensor, candidates: torch.Tensor, attention: torch.Tensor, *
         attention: [B, Hkv, M] float32, pooled window attention; 0 or -inf for padding.
     """
     batch, heads, length = attention.shape
-    total = _total(base, candidates)
+    total = total_rows(base, candidates)
     if length == 0:
         return candidates.clone()
     real = attention.clamp(min=0)
@@ -135,105 +108,3 @@ def slots(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor) -> torch
     weight = (rows.double() + 1e-6) * certain
     shares = total.unsqueeze(-1) * weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-30)
     return certain + apportion(shares, total, (limit - certain) * certain)
-
-
-class Votes:
-    """Shared out over the whole model by importance, with a floor; layers come one at a time.
-
-    All candidates of all L x Hkv heads compete: the ``L * Hkv * base`` most important vote for their heads, n votes. So do
-    those of each layer by themselves: the ``Hkv * base`` most important, m votes. A head gets ``(1 - floor) * v + floor *
-    base`` with ``v = (1 - kept) * n + kept * m``, where kept is the share of the candidates that is kept: the fewer rows
-    there are, the more go where the model looks most.
-
-    Votes of earlier layers can only fall as later layers arrive, and a head's rows fall with its votes: rows beyond the
-    `quota` so far are never needed again. Ties go to the earlier layer, head and column.
-
-    Args:
-        floor: the share of the total that every head gets for certain.
-    """
-
-    def __init__(self, floor: float):
-        self.floor, self.layers = floor, 0
-        self.value = self.owner = self._quota = None
-        self.within: list[torch.Tensor] = []
-
-    def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
-        """The next layer.
-
-        Args:
-            base: [B] int, candidate rows per head on average.
-            candidates: [B, Hkv] int, rows to choose from.
-            importance: [B, Hkv, M], -inf for padding.
-            num_layers: L.
-
-        Raises:
-            ValueError: a layer with another number of KV heads than the first.
-        """
-        batch, heads, _ = importance.shape
-        if self.layers == 0:
-            self.heads, self.num_layers = heads, num_layers
-            self.base = base.minimum(candidates.amax(dim=-1))
-            self.total = (self.base * heads * num_layers).tolist()
-            self.candidates = candidates
-        elif heads != self.heads:
-            raise ValueError(
-                f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
-                f"needs the same number in all layers. Use method='adakv'"
-            )
-        owner = torch.arange(self.layers * heads, (self.layers + 1) * heads, dtype=torch.int32, device=importance.device)
-        owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)
-        value = importance.flatten(1)
-        mine = _largest(value, [total // num_layers for total in self.total]) & ~value.isneginf()
-        self.within.append(mine.view_as(importance).sum(dim=-1).double())
-        if self.layers > 0:
-            # The layers of a model may lie on several devices.
-            value = torch.cat([self.value.to(value.device), value], dim=1)
-            owner = torch.cat([self.owner.to(owner.device), owner], dim=1)
-        # As many in every row, whatever its total: what is too many there `quota` leaves out.
-        stay = _largest(value, [max(self.total)] * batch)
-        self.value, self.owner = value[stay].view(batch, -1), owner[stay].view(batch, -1)
-        self.layers += 1
-        self._quota = None
-
-    def quota(self) -> torch.Tensor:
-        """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
-        if self._quota is None:
-            self._quota = self._share_out()
-        return self._quota
-
-    def _share_out(self) -> torch.Tensor:
-        batch, device = self.value.shape[0], self.value.device
-        counted = _largest(self.value, self.total) & ~self.value.isneginf()
-        votes = torch.zeros(batch, self.layers * self.heads, dtype=torch.float64, device=device)
-        votes.scatter_add_(1, self.owner.long(), counted.double())
-        within = torch.cat([layer.to(device) for layer in self.within], dim=1)
-        base, candidates = self.base.to(device).unsqueeze(-1), self.candidates.to(device)
-        most = candidates.amax(dim=-1, keepdim=True)
-        # In whole numbers up to the division: heads with equal votes get equal shares, whichever way they came by them.
-        votes = ((most - base) * votes + base * within) / most.clamp(min=1)
-        shares = (1 - self.floor) * votes + self.floor * base.double()
-        limit = candidates.repeat(1, self.layers)
-        if self.layers == self.num_layers:
-            total = torch.tensor(self.total, device=device)
-            rows = apportion(shares, total, limit)
-        else:
-            # `apportion` rounds up by at most one.
-            rows = ((shares + 1e-6).floor().long() + 1).minimum(limit)
-        return rows.view(batch, self.layers, self.heads)
-
-
-def _largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Bool [B, n], True for the ``counts`` [B] largest of each row of ``value`` [B, n]; of equal ones, the first."""
-    size = value.shape[1]
-    if min(counts) >= size:
-        return torch.ones_like(value, dtype=torch.bool)
-    ranked = [min(max(count, 1), size) for count in counts]
-    bound = torch.stack([row.topk(rank, sorted=False).values.amin(0, keepdim=True) for row, rank in zip(value, ranked)])
-    count = torch.tensor(counts, device=value.device).unsqueeze(-1)
-    above = value > bound
-    tied = value == bound
-    return (above | tied) & (above.sum(dim=-1, keepdim=True) + tied.cumsum(dim=-1) * tied <= count)
-
-
-def _total(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    return (base * candidates.shape[-1]).minimum(candidates.sum(-1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..config import MixKVConfig
-from ..ops import dispatch, reference
+from ..ops import dispatch, score_reference
 from ..registry import CONTESTS, OUTPUT_SCORES
 from ..tensor_parallel import Slice
 from . import budgets, hybrid, scores
@@ -110,7 +110,7 @@ def rank(
 
     if config.score in OUTPUT_SCORES or config.method in CONTESTS:
         if output_factor is None:
-            norm = reference.norm(value)
+            norm = score_reference.norm(value)
         else:
             norm = dispatch.projected_norm(config.backend, value, output_factor)
         output = scores.output_importance(attention("rms"), norm).masked_fill(padding, 0.0)

@@ -13,7 +13,8 @@ from support import oracle, zoo
 import mixkv
 from mixkv import MixKVConfig
 from mixkv.cache.global_budget import Contest
-from mixkv.selection import budgets
+from mixkv.selection.apportion import apportion
+from mixkv.selection.global_topk import Votes
 from mixkv.selection.select import rank
 from mixkv.storage.ragged import RaggedStore
 
@@ -41,7 +42,7 @@ def offline(importance, base, floor):
             votes[one * heads + head] += base
     shares = (1 - floor) * (votes / max(limit, 1)) + floor * base
     total, limits = torch.tensor(base * layers * heads), torch.full((layers * heads,), limit)
-    return budgets.apportion(shares, total, limits).view(layers, heads)
+    return apportion(shares, total, limits).view(layers, heads)
 
 
 @dataclass
@@ -116,7 +117,7 @@ def test_streaming_equals_offline(layers, heads, length, budget, floor, pads, le
 
 
 def test_votes_so_far_are_never_below_the_final_ones():
-    votes = budgets.Votes(0.2)
+    votes = Votes(0.2)
     generator = torch.Generator().manual_seed(3)
     seen = []
     for _ in range(5):
@@ -132,7 +133,7 @@ def test_votes_so_far_are_never_below_the_final_ones():
 
 
 def test_layers_with_other_numbers_of_heads_are_refused():
-    votes = budgets.Votes(0.2)
+    votes = Votes(0.2)
     votes.add(torch.tensor([2]), torch.full((1, 3), 9), torch.rand(1, 3, 9), num_layers=2)
     with pytest.raises(ValueError, match="layer 1 has 2 KV heads and the first has 3"):
         votes.add(torch.tensor([2]), torch.full((1, 2), 9), torch.rand(1, 2, 9), num_layers=2)

@@ -25,7 +25,7 @@ from support.stores import (
     strided,
 )
 
-from mixkv.ops import build, native, reference
+from mixkv.ops import build, native, reference, score_reference
 
 slow = pytest.mark.skipif(not os.environ.get("MIXKV_SLOW_TESTS"), reason="minutes; set MIXKV_SLOW_TESTS=1")
 
@@ -236,7 +236,7 @@ def test_window_equals_oracle(dtype, groups, window, columns, size, statistic, r
         "sinks": sinks,
     }
     result = native.window_attention(query, key, valid, **options)
-    twin = reference.window_attention(query, key, valid, **options)
+    twin = score_reference.window_attention(query, key, valid, **options)
     exact = scores_in_double(query, key, valid, **options)
     assert result.shape == twin.shape and result.dtype == torch.float32
     if result.numel():
@@ -288,7 +288,7 @@ def test_projected_norm_equals_oracle(dtype, rows, size, outputs, triangular):
     tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-6
     scale = value.double().norm(dim=-1) * factor.double().flatten(1).norm(dim=-1).unsqueeze(-1)
     assert ((result - exact).abs() <= tolerance * scale).all()
-    torch.testing.assert_close(reference.projected_norm(value, factor).double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(score_reference.projected_norm(value, factor).double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @needs_library

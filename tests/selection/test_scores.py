@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import mixkv
 from mixkv import registry
-from mixkv.ops import reference
+from mixkv.ops import score_reference
 from mixkv.selection import scores
 
 shapes = st.tuples(
@@ -68,9 +68,9 @@ def test_window_attention_equals_full_softmax_rows(shape, seed, reduce, softcap,
     valid = left_valid(batch, length, [0, min(pad, length - window)])
     sinks = torch.randn(query.shape[1]) if with_sinks else None
     options = dict(scaling=0.3, group_reduce=reduce, softcap=softcap, sinks=sinks)
-    mine = reference.window_attention(query, key, valid, **options)
+    mine = score_reference.window_attention(query, key, valid, **options)
     if valid.all():
-        assert torch.equal(mine, reference.window_attention(query, key, None, **options))
+        assert torch.equal(mine, score_reference.window_attention(query, key, None, **options))
     assert mine.dtype == torch.float32
     expected = naive_attention(query, key, valid, 0.3, reduce, softcap, sinks)
     assert torch.allclose(mine.double(), expected, atol=1e-6)
@@ -125,7 +125,7 @@ def test_pool_counts_zeros_beyond_the_ends(pooling):
 def test_combine_is_its_formula(score):
     query, key, value = draw((1, 2, 2, 40, 8, 16))
     valid = torch.ones(1, 1, 40, dtype=torch.bool)
-    attention = reference.window_attention(query, key, valid, scaling=0.25)
+    attention = score_reference.window_attention(query, key, valid, scaling=0.25)
     share, found = torch.tensor([[0.3, 0.8]]), scores.directions(key, valid)
     head = slice(0, 32)
     diversity = scores.match(-scores.similarity(key, found)[..., head], attention, valid[..., head])
@@ -150,7 +150,7 @@ def test_constant_inputs_give_finite_scores(score, constant):
     key = torch.ones_like(key) if constant != "values" else key
     value = torch.zeros_like(value) if constant != "keys" else value
     valid = torch.ones(1, 1, 40, dtype=torch.bool)
-    attention = reference.window_attention(query, key, valid, scaling=0.25)
+    attention = score_reference.window_attention(query, key, valid, scaling=0.25)
     found = scores.directions(key, valid)
     redundancy = scores.redundancy(found)
     assert torch.isfinite(redundancy).all()

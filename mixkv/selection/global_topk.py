@@ -1,0 +1,105 @@
+"""The most important rows of the whole model, counted head by head while layers come one at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from .apportion import apportion
+
+
+class Votes:
+    """Shared out over the whole model by importance, with a floor; layers come one at a time.
+
+    All candidates of all L x Hkv heads compete: the ``L * Hkv * base`` most important vote for their heads, n votes. So do
+    those of each layer by themselves: the ``Hkv * base`` most important, m votes. A head gets ``(1 - floor) * v + floor *
+    base`` with ``v = (1 - kept) * n + kept * m``, where kept is the share of the candidates that is kept: the fewer rows
+    there are, the more go where the model looks most.
+
+    Votes of earlier layers can only fall as later layers arrive, and a head's rows fall with its votes: rows beyond the
+    `quota` so far are never needed again. Ties go to the earlier layer, head and column.
+
+    Args:
+        floor: the share of the total that every head gets for certain.
+    """
+
+    def __init__(self, floor: float):
+        self.floor, self.layers = floor, 0
+        self.value = self.owner = self._quota = None
+        self.within: list[torch.Tensor] = []
+
+    def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
+        """The next layer.
+
+        Args:
+            base: [B] int, candidate rows per head on average.
+            candidates: [B, Hkv] int, rows to choose from.
+            importance: [B, Hkv, M], -inf for padding.
+            num_layers: L.
+
+        Raises:
+            ValueError: a layer with another number of KV heads than the first.
+        """
+        batch, heads, _ = importance.shape
+        if self.layers == 0:
+            self.heads, self.num_layers = heads, num_layers
+            self.base = base.minimum(candidates.amax(dim=-1))
+            self.total = (self.base * heads * num_layers).tolist()
+            self.candidates = candidates
+        elif heads != self.heads:
+            raise ValueError(
+                f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
+                f"needs the same number in all layers. Use method='adakv'"
+            )
+        owner = torch.arange(self.layers * heads, (self.layers + 1) * heads, dtype=torch.int32, device=importance.device)
+        owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)
+        value = importance.flatten(1)
+        mine = _largest(value, [total // num_layers for total in self.total]) & ~value.isneginf()
+        self.within.append(mine.view_as(importance).sum(dim=-1).double())
+        if self.layers > 0:
+            # The layers of a model may lie on several devices.
+            value = torch.cat([self.value.to(value.device), value], dim=1)
+            owner = torch.cat([self.owner.to(owner.device), owner], dim=1)
+        # As many in every row, whatever its total: what is too many there `quota` leaves out.
+        stay = _largest(value, [max(self.total)] * batch)
+        self.value, self.owner = value[stay].view(batch, -1), owner[stay].view(batch, -1)
+        self.layers += 1
+        self._quota = None
+
+    def quota(self) -> torch.Tensor:
+        """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
+        if self._quota is None:
+            self._quota = self._share_out()
+        return self._quota
+
+    def _share_out(self) -> torch.Tensor:
+        batch, device = self.value.shape[0], self.value.device
+        counted = _largest(self.value, self.total) & ~self.value.isneginf()
+        votes = torch.zeros(batch, self.layers * self.heads, dtype=torch.float64, device=device)
+        votes.scatter_add_(1, self.owner.long(), counted.double())
+        within = torch.cat([layer.to(device) for layer in self.within], dim=1)
+        base, candidates = self.base.to(device).unsqueeze(-1), self.candidates.to(device)
+        most = candidates.amax(dim=-1, keepdim=True)
+        # In whole numbers up to the division: heads with equal votes get equal shares, whichever way they came by them.
+        votes = ((most - base) * votes + base * within) / most.clamp(min=1)
+        shares = (1 - self.floor) * votes + self.floor * base.double()
+        limit = candidates.repeat(1, self.layers)
+        if self.layers == self.num_layers:
+            total = torch.tensor(self.total, device=device)
+            rows = apportion(shares, total, limit)
+        else:
+            # `apportion` rounds up by at most one.
+            rows = ((shares + 1e-6).floor().long() + 1).minimum(limit)
+        return rows.view(batch, self.layers, self.heads)
+
+
+def _largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Bool [B, n], True for the ``counts`` [B] largest of each row of ``value`` [B, n]; of equal ones, the first."""
+    size = value.shape[1]
+    if min(counts) >= size:
+        return torch.ones_like(value, dtype=torch.bool)
+    ranked = [min(max(count, 1), size) for count in counts]
+    bound = torch.stack([row.topk(rank, sorted=False).values.amin(0, keepdim=True) for row, rank in zip(value, ranked)])
+    count = torch.tensor(counts, device=value.device).unsqueeze(-1)
+    above = value > bound
+    tied = value == bound
+    return (above | tied) & (above.sum(dim=-1, keepdim=True) + tied.cumsum(dim=-1) * tied <= count)
