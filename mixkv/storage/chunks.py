@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..ops import dispatch, reference
+from ..ops.arguments import ChosenChunks, LogitOptions
 from ..selection.hybrid import Plan
 from . import chunk_bounds
 from .chunk_pool import Pool
@@ -201,13 +202,14 @@ class ChunkStore:
         self.batch = len(rows)
         self._count_slots()
 
-    def attend(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, **logits) -> torch.Tensor:
+    def attend(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         """Attention over stored rows and the chunks that each query chooses.
 
         Args:
             store: the resident rows, with those of the new positions.
             query: [B, Hq, n, D].
             lengths: int32 [B, n, Hkv], the stored rows that a position sees.
+            logits: as in the model.
 
         Returns: [B, n, Hq, Dv].
         """
@@ -235,7 +237,9 @@ class ChunkStore:
         scores = dispatch.chunk_scores(self.backend, folded, self.codes, grid, starts, counts, longest=self.longest)
         return chunk_bounds.choose(scores, slots, self.most).view(batch, new, -1, self.most)
 
-    def _attend_block(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, logits: dict) -> torch.Tensor:
+    def _attend_block(
+        self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, logits: LogitOptions
+    ) -> torch.Tensor:
         batch, new, query_heads, size = query.shape
         chosen = self.choose(query)
         self._tally(chosen)
@@ -249,17 +253,10 @@ class ChunkStore:
         out = dispatch.attend_chunks(
             self.backend,
             query.reshape(batch * new, query_heads, 1, size),
-            store.key,
-            store.value,
-            self._each(store.starts, new),
-            lengths.flatten(),
-            pool.key,
-            pool.value,
-            blocks.to(torch.int32),
-            block_rows.to(torch.int32),
-            chunk=self.chunk,
+            store.buffers._replace(starts=self._each(store.buffers.starts, new), lengths=lengths.flatten()),
+            ChosenChunks(pool.key, pool.value, blocks.to(torch.int32), block_rows.to(torch.int32), self.chunk),
+            logits,
             max_length=store.max_length,
-            **logits,
         )
         return out.view(batch, new, query_heads, -1)
 

@@ -16,6 +16,7 @@ import mixkv
 from mixkv import MixKVConfig, tensor_parallel
 from mixkv.cache.layer import MixKVLayer
 from mixkv.cache.state import Shared
+from mixkv.ops.arguments import LogitOptions
 
 RANKS, HEADS = 2, 4
 # phi3 keeps all heads in every process, gemma3 has norms behind its output projection.
@@ -149,12 +150,12 @@ def layers(mesh, method, seed):
                 ]
                 act(caches[part][index], modules[part][index], *cut)
 
-    step(40, lambda layer, module, *new: layer.adopt(module, *new, new[0].transpose(1, 2), mask, {"scaling": 0.4}))
+    step(40, lambda layer, module, *new: layer.adopt(module, *new, new[0].transpose(1, 2), mask, LogitOptions(0.4)))
     kept = [compare(caches, mesh)]
 
     def decode(layer, module, query, key, value):
         layer.seen, layer.arrived = layer.seen + 1, 1
-        layer.decode(query, key, value, {"scaling": 0.4})
+        layer.decode(query, key, value, LogitOptions(0.4))
         layer.settle(query, None)
 
     for _ in range(9):
