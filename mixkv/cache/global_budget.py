@@ -103,7 +103,7 @@ class SlotContest:
         shared = budgets.slots(slots.flatten(1), rows.flatten(1), counts.flatten(1)).view_as(slots)
         for index, store in enumerate(stores):
             if store is not None:
-                store.allot(shared[:, index].flatten())
+                store.set_slots(shared[:, index].flatten())
 
 
 def _vote(votes: Votes, ranking: Ranking, scale: torch.Tensor | None, num_layers: int) -> None:

@@ -179,7 +179,7 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if layer.chunks is not None:
         chunk_key, chunk_value = layer.chunks.held()
         tensors |= {"chunk_key": chunk_key, "chunk_value": chunk_value}
-        layout = (layer.chunks.rows, layer.chunks.columns, layer.chunks.slots)
+        layout = (layer.chunks.rows, layer.chunks.first_positions, layer.chunks.slots)
         tensors |= {name: part.view(store.batch, heads) for name, part in zip(_CHUNK_NUMBERS, layout)}
     module = layer.module and layer.module()
     numbers = {
