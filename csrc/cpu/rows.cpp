@@ -20,7 +20,7 @@ static int64_t grain(const Tensor& buffer, int64_t rows) {
 }
 
 void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
-            int64_t column, std::optional<Tensor> valid) {
+            int64_t first_position, std::optional<Tensor> valid) {
   const Store store(key_buffer, value_buffer, starts, lengths);
   check_positions(store, position_buffer);
   check_new(store, key_buffer, key, value);
@@ -63,7 +63,7 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
         std::memcpy(to_key + row * key_bytes, from_key + b * key_strides[0] + h * key_strides[1] + i * key_strides[2], key_bytes);
         std::memcpy(to_value + row * value_bytes, from_value + b * value_strides[0] + h * value_strides[1] + i * value_strides[2],
                     value_bytes);
-        to_position[row] = int32_t(column + i);
+        to_position[row] = int32_t(first_position + i);
         ++row;
       }
       counts[s] = int32_t(row - extents.starts[s]);
