@@ -38,10 +38,12 @@ def _demo(options: argparse.Namespace) -> None:
         _vision_demo(options)
         return
     if options.all:
-        print(
-            "sparsemm is left out: it needs a head profile of the model; with one: mixkv compare --method sparsemm --profile FILE"
-        )
-        configs = compare.grid(list(product([method for method in METHODS if method != "sparsemm"], SCORES)), [64, 128, 256])
+        for name in (name for name, method in METHODS.items() if method.needs_profile):
+            print(
+                f"{name} is left out: it needs a head profile of the model; with one: mixkv compare --method {name} --profile FILE"
+            )
+        methods = [name for name, method in METHODS.items() if not method.needs_profile]
+        configs = compare.grid(list(product(methods, SCORES)), [64, 128, 256])
     else:
         kinds = [("snapkv", "attn"), ("adakv", "mix"), ("adakv", "mix-output"), ("global", "mix-output")]
         configs = [config for kind in kinds for config in compare.grid([kind], [64, 128])]
