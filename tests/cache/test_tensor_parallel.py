@@ -13,7 +13,7 @@ from support import zoo
 from torch import nn
 
 import mixkv
-from mixkv import MixKVConfig, tensor_parallel
+from mixkv import MixKVConfig, registry, tensor_parallel
 from mixkv.cache.layer import MixKVLayer
 from mixkv.cache.state import Shared
 from mixkv.ops.arguments import LogitOptions
@@ -118,7 +118,7 @@ def refusals(model, folder):
     return told
 
 
-TIED = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global")
+TIED = [name for name, method in registry.METHODS.items() if method.tensor_parallel]
 
 
 def layers(mesh, method, seed):
@@ -236,7 +236,7 @@ def test_at_most_one_collective_a_layer_and_compression(found, case):
     if name == "phi3":
         # The output projection alone is shared out: it is gathered once a model.
         assert calls == {layers}
-    elif config.get("method", "global") not in ("adakv", "global"):
+    elif not registry.method(config.get("method", "global")).uses_importance:
         assert calls == {0}
     elif "decode_budget" not in config:
         assert calls == {layers}
