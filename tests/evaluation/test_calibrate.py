@@ -361,7 +361,7 @@ def text_alone(command):
 @pytest.mark.parametrize(
     "options, spoil, message",
     [
-        (["--kind", "screen"], None, "--kind 'screen' is none of the pages on which answers stand; choose from form, table"),
+        (["--kind", "screen"], None, "--kind 'screen' is not a kind of page that shows its answers; choose from form, table"),
         (["--out", "profile.txt"], None, "--out profile.txt must end in .safetensors or .json"),
         (["--out", "no/such/folder/profile.json"], None, "--out no/such/folder/profile.json cannot be written"),
         ([], none_right, "qwen2_vl gets none of the"),
