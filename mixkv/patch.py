@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cache import MixKVCache
-from .config import MixKVConfig
+from .config import MixKVConfig, checked_config
 from .hf.binding import bind, unbind, unwrap
 
 _HOOK = "_prepare_cache_for_generation"
@@ -33,7 +33,7 @@ def patch(model: nn.Module, config: MixKVConfig | None = None, **options) -> nn.
         ValueError: bad options, or a model that cannot be compressed.
     """
     inner = unwrap(model)
-    config = (config or MixKVConfig()).replace(**options)
+    config = checked_config(config, **options)
     bind(inner)
     setattr(inner, _CONFIG, config)
     inner.__dict__[_HOOK] = MethodType(_prepare_cache, inner)

@@ -13,11 +13,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .. import head_profile
-from ..config import MixKVConfig
+from .. import head_profile, registry
+from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, versions
 from ..hf.image_tokens import ImageColumns
-from ..registry import CONTESTS
 from . import save, stats
 from .layer import MixKVLayer
 from .state import Shared
@@ -56,7 +55,7 @@ class MixKVCache(Cache):
             raise ValueError(
                 f"model must be a transformers model, not {type(model).__name__}; a config goes by name: config=..."
             )
-        self.config = (config or MixKVConfig()).replace(**options)
+        self.config = checked_config(config, **options)
         self._shared = Shared(self.config)
         self._batch: int | None = None
         self._model: weakref.ref | None = None
@@ -66,7 +65,7 @@ class MixKVCache(Cache):
 
     def _bind(self, model: PreTrainedModel) -> None:
         model = binding.unwrap(model)
-        if self.config.method == "sparsemm":
+        if registry.method(self.config.method).needs_profile:
             head_profile.check_model(self.config.profile, model.config.model_type)
         self._slots = binding.bind(model)
         self._shared.num_layers = sum(slot is None for slot in self._slots)
@@ -112,8 +111,8 @@ class MixKVCache(Cache):
                 self._shared.recording |= assisted
                 columns = self._shared.prompt_length or columns
             self._shared.images.read(layer.seen, columns, key_states)
-            if self.config.method in CONTESTS and layer.seen == 0 and columns < key_states.shape[2]:
-                # They are read beside rows that layers to come have had no say in yet: not what greedy decoding would see.
+            drafts = layer.seen == 0 and columns < key_states.shape[2]
+            if drafts and not registry.method(self.config.method).drafts_with_prompt:
                 call_stack.decline_drafts()
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._batch = batch

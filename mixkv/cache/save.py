@@ -101,8 +101,8 @@ def read(path: str | os.PathLike) -> Saved:
         config = MixKVConfig.from_dict(header["config"])
     except ValueError as error:
         raise ValueError(
-            f"{path} was saved by mixkv {header['mixkv']} with a config that this mixkv does not take ({error}): load it with "
-            f"that version"
+            f"{path} was saved by mixkv {header['mixkv']} with a config that this mixkv does not take ({error}). Register what "
+            f"it names first, or load it with that version"
         ) from error
     return Saved(str(path), header, tensors, config)
 

@@ -15,7 +15,9 @@ def add_parser(commands) -> None:
         "--prompt-tokens", type=list_of(positive), default=[1024, 4096], metavar="N,N", help="default 1024,4096"
     )
     command.add_argument("--budget", type=positive, default=128, metavar="N", help="KV entries per KV head (default 128)")
-    methods = ["snapkv", "pyramidkv", "adakv", "sparsemm", "global+mix-output"]
+    methods = [
+        f"{method.name}+mix-output" if method.uses_output_importance else method.name for method in registry.METHODS.values()
+    ]
     command.add_argument(
         "--methods",
         type=list_of(str),

@@ -37,11 +37,13 @@ def run(options: argparse.Namespace) -> None:
         _run_vision(options)
         return
     if options.all:
-        print(
-            "sparsemm is left out because it needs a head profile of the model. With one, run: "
-            "mixkv compare --method sparsemm --profile FILE"
-        )
-        methods = [method for method in registry.METHODS if method != "sparsemm"]
+        for method in registry.METHODS.values():
+            if method.needs_profile:
+                print(
+                    f"{method.name} is left out because it needs a head profile of the model. With one, run: "
+                    f"mixkv compare --method {method.name} --profile FILE"
+                )
+        methods = [method.name for method in registry.METHODS.values() if not method.needs_profile]
         configs = compare.grid(list(product(methods, registry.SCORES)), [64, 128, 256])
     else:
         kinds = [("snapkv", "attn"), ("adakv", "mix"), ("adakv", "mix-output"), ("global", "mix-output")]

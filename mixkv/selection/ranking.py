@@ -57,8 +57,8 @@ class Ranking:
     redundancy: torch.Tensor
     scores: torch.Tensor
 
-    def over(self, importance: torch.Tensor, real: torch.Tensor) -> Ranking:
-        """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `quota`."""
+    def for_heads(self, importance: torch.Tensor, real: torch.Tensor) -> Ranking:
+        """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `allocate`."""
         choosable = (real - self.window.shape[-1]).clamp(min=0)
         return dataclasses.replace(self, importance=importance, real=real, choosable=choosable)
 

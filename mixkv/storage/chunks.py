@@ -64,10 +64,10 @@ class ChunkStore:
         rows = plan.chunked.flatten()
         total = int(rows.sum())
         sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(rows, output_size=total)
-        columns = reference.flat_rows(plan.columns.flatten(), rows, total)
+        columns = reference.flat_rows(plan.first_chunked.flatten(), rows, total)
         batch, heads = key.shape[:2]
         taken = [part.detach()[sequence // heads, sequence % heads, columns] for part in (key, value)]
-        layout = (rows, plan.columns.flatten(), plan.slots.flatten())
+        layout = (rows, plan.first_chunked.flatten(), plan.slots.flatten())
         return cls.from_rows(*taken, *layout, batch, backend, chunk=plan.chunk, offload=offload)
 
     @classmethod
