@@ -17,6 +17,8 @@ _MOVED = {
     "compat": "hf.versions",
     "compression": "cache.compress",
     "contest": "selection.global_budget",
+    "document.model": "evaluation.document_model",
+    "evaluation.models": "evaluation.loading",
     "headprofile": "head_profile",
     "hybrid": "selection.hybrid",
     "kernels": "ops.dispatch",

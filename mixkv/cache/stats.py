@@ -37,7 +37,7 @@ def stats(cache) -> dict[str, Any]:
         method, score, budget: from the config.
     """
     layers = cache.layers
-    held = sum(map(_held, layers))
+    held = sum(map(held_bytes, layers))
     full = sum(map(_full, layers))
     stores = [layer.store for layer in layers if _ours(layer) and layer.store is not None]
     lengths = [layer.lengths() if _ours(layer) else None for layer in layers]
@@ -154,7 +154,7 @@ def _modal(layer, kind: int):
     return None if found is None else found[..., kind].cpu()
 
 
-def _held(layer) -> int:
+def held_bytes(layer) -> int:
     """Bytes of memory a layer keeps alive; a stock layer's tensors may be views of larger ones."""
     return layer.nbytes if _ours(layer) else sum(tensor.untyped_storage().nbytes() for tensor in _tensors(layer))
 
