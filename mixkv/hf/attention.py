@@ -12,11 +12,13 @@ from collections.abc import Callable
 import torch
 
 from ..ops.arguments import LogitOptions
+from .versions import CACHE_ARGUMENT
 
 MARK = "mixkv_layer"
+# A forward that has no such argument hands it down to here, among those it does not know.
+_CACHE_IS_IGNORED = CACHE_ARGUMENT != "cache"
 
 
-@torch.compiler.disable
 def attend_with_cache(
     base: Callable,
     module: torch.nn.Module,
@@ -30,22 +32,32 @@ def attend_with_cache(
 
     Args:
         base: the attention function that this one stands before.
-        query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], with all columns read so far while a prompt is being read.
+        query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], with all tokens read so far while a prompt is being read.
         attention_mask: 4-D bool or additive, 2-D (flash attention), or None.
 
     Returns: the output [B, n, Hq, Dv], and attention weights where the base gives them (prefill only).
+
+    Raises:
+        TypeError: ``forward`` was given a cache under a name that this transformers does not know.
     """
-    layer = getattr(key, MARK, None)
-    if layer is None:
-        return base(module, query, key, value, attention_mask, **kwargs)
+    # The mark is looked for outside what torch.compile leaves out: with other caches a bound model compiles to one graph.
+    if (layer := getattr(key, MARK, None)) is not None:
+        return _attend(layer, base, module, query, key, value, attention_mask, kwargs)
+    if _CACHE_IS_IGNORED and kwargs.get("cache") is not None:
+        raise TypeError("this transformers calls the cache past_key_values: pass past_key_values=cache to the model's forward")
+    return base(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable
+def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     with layer.arriving(module, kwargs):
         if layer.store is None:
-            return _read_prompt(layer, base, module, query, key, value, attention_mask, kwargs)
+            return _read_prompt(layer, base, module, query, key, value, mask, kwargs)
         if kwargs.get("output_attentions"):
             warnings.warn(
                 "attention weights exist for the prompt only: rows of a compressed cache have no full rows of weights"
             )
-        return _continue(layer, query, key, value, attention_mask, _logit_options(query, kwargs)), None
+        return _continue(layer, query, key, value, mask, _logit_options(query, kwargs)), None
 
 
 def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
