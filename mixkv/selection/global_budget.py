@@ -133,9 +133,12 @@ def allocate_chunks(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor
         rows: [B, H] int, KV entries that `Votes` allocates to them.
         limit: [B, H] int, the chunks there are, no fewer than ``equal``.
     """
+    device = equal.device
+    # Not every device has float64.
+    equal, rows, limit = equal.cpu(), rows.cpu(), limit.cpu()
     certain = (equal > 0).long()
     total = (equal - certain).sum(dim=-1)
     # What is added decides only where no head has any rows.
     weight = (rows.double() + 1e-6) * certain
     shares = total.unsqueeze(-1) * weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    return certain + apportion(shares, total, (limit - certain) * certain)
+    return (certain + apportion(shares, total, (limit - certain) * certain)).to(device)
