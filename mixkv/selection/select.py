@@ -118,7 +118,6 @@ def rank(
         importance = output
     else:
         importance = scores.pool(attention("mean"), config.kernel_size, config.pooling).masked_fill(padding, 0.0)
-    key = key.float()
     found = scores.directions(key, valid)
     if redundancy is None:
         redundancy = _configured_redundancy(config, layer_idx, num_layers, found, part or Slice(heads, heads))
