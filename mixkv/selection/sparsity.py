@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Queries whose attention is in memory at once.
-_QUERIES = 8
+from ..ops import score_reference
 
 
 def scoring_queries(
@@ -48,27 +47,12 @@ def sparsity(
 
     Returns: float32 [B, Hkv], from 0 to 1.
     """
-    batch, query_heads, window, size = query.shape
-    heads, length = key.shape[1], key.shape[2]
-    keys = key.float().transpose(-1, -2)
+    length, window = key.shape[2], query.shape[2]
     positions = torch.arange(length, device=key.device)
     real = torch.ones(1, length, dtype=torch.bool, device=key.device) if valid is None else valid
     others = (real.cumsum(dim=-1) > first) & (positions < length - window)
-    found = []
-    for start in range(0, window, _QUERIES):
-        part = query[:, :, start : start + _QUERIES].float() * scaling
-        count = part.shape[2]
-        logits = (part.reshape(batch, heads, -1, size) @ keys).view(batch, heads, -1, count, length)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        seen = positions <= (length - window + start + torch.arange(count, device=key.device)).unsqueeze(-1)
-        seen = seen & real.unsqueeze(1)
-        logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
-        if sinks is not None:
-            extra = sinks.float().view(1, heads, -1, 1, 1).expand(batch, -1, -1, count, 1)
-            logits = torch.cat([logits, extra], dim=-1)
-        weights = logits.softmax(dim=-1)[..., :length]
-        found.append((weights * others[:, None, None, None]).sum(dim=-1).amax(dim=2))
+    logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    mask = None if valid is None else valid.unsqueeze(1)
+    found = score_reference.attention_share(query, key, mask, others.unsqueeze(1), **logits).amax(dim=2)
     counted = scoring.unsqueeze(1)
-    drawn = torch.cat(found, dim=-1).masked_fill(~counted, 0.0)
-    return 1 - drawn.sum(dim=-1) / counted.sum(dim=-1)
+    return 1 - found.masked_fill(~counted, 0.0).sum(dim=-1) / counted.sum(dim=-1)

@@ -20,6 +20,11 @@ _READ_ROWS = 1 << 20
 _LAYOUT = ("starts", "rows", "bound_starts", "counts", "slots", "first_positions")
 
 
+def _heads(rows: torch.Tensor) -> list[torch.Tensor]:
+    """[B, Hkv, N, D] as views [N, D], head by head."""
+    return [head for row in rows.detach().unbind() for head in row.unbind()]
+
+
 class ChunkStore:
     """The chunks of B x Hkv sequences; those of static heads have none.
 
@@ -78,13 +83,13 @@ class ChunkStore:
         if not plan.dynamic.any():
             return None
         rows = plan.chunked.flatten()
-        total = int(rows.sum())
-        sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(rows, output_size=total)
-        positions = reference.flat_rows(plan.first_chunked.flatten(), rows, total)
-        batch, heads = key.shape[:2]
-        taken = [part.detach()[sequence // heads, sequence % heads, positions] for part in (key, value)]
+        spans = torch.stack([plan.first_chunked.flatten(), rows], dim=1).tolist()
+        taken = [
+            torch.cat([head[first : first + count] for head, (first, count) in zip(_heads(part), spans)])
+            for part in (key, value)
+        ]
         layout = (rows, plan.first_chunked.flatten(), plan.slots.flatten())
-        return cls.from_rows(*taken, *layout, batch, backend, chunk=plan.chunk, offload=offload)
+        return cls.from_rows(*taken, *layout, key.shape[0], backend, chunk=plan.chunk, offload=offload)
 
     @classmethod
     def from_rows(
