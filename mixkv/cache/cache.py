@@ -59,6 +59,7 @@ class MixKVCache(Cache):
         self._shared = Shared(self.config)
         self._batch: int | None = None
         self._model: weakref.ref | None = None
+        self._bound_to: binding.ModelReference | None = None
         super().__init__(layers=[])
         if model is not None:
             self._bind(model)
@@ -67,7 +68,12 @@ class MixKVCache(Cache):
         model = binding.unwrap(model)
         if registry.method(self.config.method).needs_profile:
             head_profile.check_model(self.config.profile, model.config.model_type)
-        self._slots = binding.bind(model, self)
+        slots = binding.bind(model, self)
+        self._bound_to = binding.ModelReference(model)
+        if self.layers:
+            # A cache that was unpickled, or whose model was loaded again: only the binding is new.
+            return
+        self._slots = slots
         self._shared.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
@@ -76,6 +82,12 @@ class MixKVCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"_bound_to": None, **state})
+        model = self._bound_to and self._bound_to()
+        if model is not None:
+            binding.add_holder(model, self)
 
     def _make_layers(self) -> None:
         ordinals = itertools.count()
@@ -87,7 +99,7 @@ class MixKVCache(Cache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         if self._shared.waiting is not None:
             raise RuntimeError(_NEVER_MET.format(self._model_name))
-        if not self.layers:
+        if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
         if layer_idx >= len(self.layers):
             raise ValueError(
@@ -139,6 +151,8 @@ class MixKVCache(Cache):
 
     def _bind_to_caller(self) -> None:
         model = call_stack.calling_model()
+        if model is None and self.layers:
+            return
         if model is None:
             raise RuntimeError("this cache cannot tell which model is using it: make it with MixKVCache(model, ...)")
         self._bind(model)

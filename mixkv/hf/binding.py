@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -35,6 +36,16 @@ class _BoundName(str):
 
     def __deepcopy__(self, memo):
         return self
+
+
+class ModelReference(weakref.ref):
+    """A weak reference to a model that a copied cache keeps, and a pickled one gives up."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return type(None), ()
 
 
 # One object a name: compiled code may compare them by identity.
