@@ -17,6 +17,8 @@ from .head_profile import load as load_profile
 class MixKVConfig:
     """How a prompt's keys and values are compressed.
 
+    A config does not change; `replace` makes another. It is stored with a saved cache.
+
     Args:
         method: how the budget is allocated to KV heads. ``snapkv`` every head the same (arXiv 2404.14469), ``pyramidkv`` fewer
             in later layers (2406.02069), ``adakv`` among the heads of a layer by importance (2407.11550), ``sparsemm`` over the
@@ -37,7 +39,7 @@ class MixKVConfig:
             ``hybridkv``; odd.
         pooling: ``avg`` or ``max``.
         group_reduce: ``mean`` or ``max`` over the query heads that share a KV head.
-        redundancy: ``online`` (measured on every prompt) or a table of numbers in [0, 1], one row a layer, one column a
+        redundancy: ``online`` (measured on every prompt) or a table of numbers in [0, 1], one row a layer, one number a
             KV head.
         pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
         ada_floor: the share of adakv's budget that goes out in equal parts.
@@ -149,7 +151,7 @@ class MixKVConfig:
         else:
             table = as_table("redundancy", self.redundancy)
             if not all(0 <= value <= 1 for row in table for value in row):
-                raise ValueError("redundancy as a table must hold numbers from 0 to 1: mean cosines between keys")
+                raise ValueError("redundancy as a table must have numbers from 0 to 1: mean cosines between keys")
             object.__setattr__(self, "redundancy", table)
         profile = self.profile
         if isinstance(profile, (str, Path)):
@@ -157,7 +159,7 @@ class MixKVConfig:
         if profile is not None:
             profile = as_profile("profile", profile)
             if any(value < 0 for row in profile for value in row) or sum(map(sum, profile)) <= 0:
-                raise ValueError("profile must hold scores >= 0 with a positive sum: they are shares of the whole budget")
+                raise ValueError("profile must have scores >= 0 with a positive sum: they are shares of the whole budget")
             object.__setattr__(self, "profile", profile)
         if profile is None and registry.method(self.method).needs_profile:
             raise ValueError(

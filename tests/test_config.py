@@ -70,3 +70,28 @@ def test_what_is_no_config_is_refused(given, remedy):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         MixKVConfig(**options)
+
+
+# Constants of version 0.1.0 that are options now.
+CONSTANTS = dict(output_kernel_size=9, sparsemm_floor=0.1, layer_exponent=2 / 3, hybrid_first=4, hybrid_last=8)
+
+
+def test_a_config_without_newer_options_has_their_former_constants():
+    config = MixKVConfig(method="adakv", budget=64)
+    values = {name: value for name, value in config.to_dict().items() if name not in CONSTANTS}
+    unpickled = object.__new__(MixKVConfig)
+    unpickled.__setstate__({name: getattr(config, name) for name in values})
+    for earlier in (MixKVConfig.from_dict(values), unpickled, unpickled.replace(budget=64)):
+        assert earlier == config
+        assert {name: getattr(earlier, name) for name in CONSTANTS} == CONSTANTS
+    assert MixKVConfig.from_dict(unpickled.to_dict()) == config
+
+
+def test_a_saved_cache_keeps_its_options(tmp_path):
+    model = zoo.build("llama")
+    options = dict(output_kernel_size=3, sparsemm_floor=0.5, layer_exponent=0.25, hybrid_first=1, hybrid_last=2)
+    cache = MixKVCache(model, budget=14, window=6, **options)
+    with torch.no_grad():
+        model(**zoo.inputs("llama", 40), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    assert MixKVCache.load(tmp_path / "cache", model).config == cache.config

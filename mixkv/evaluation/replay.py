@@ -15,6 +15,7 @@ from .. import registry
 from ..cache import MixKVCache
 from ..cache.layer import MixKVLayer
 from ..config import MixKVConfig
+from ..hf.versions import cache_argument
 from ..selection.ranking import Ranking
 from ..selection.select import base_entries
 from ..storage.chunks import ChunkStore
@@ -43,7 +44,7 @@ class Recording:
         self.model = model
         self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
         options = {**inputs, **last_logits_only(model)}
-        self.logits = model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **options).logits[:, -1]
+        self.logits = model(input_ids=input_ids, **cache_argument(self.cache), use_cache=True, **options).logits[:, -1]
         self._inputs = [
             layer.recorded if isinstance(layer, MixKVLayer) else copy.deepcopy(layer) for layer in self.cache.layers
         ]
@@ -72,7 +73,7 @@ class Recording:
         bind(self.model, cache)
         last = last or input_ids.shape[1]
         options = last_logits_only(self.model, last)
-        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options).logits[:, -last:]
+        return self.model(input_ids=input_ids, **cache_argument(cache), use_cache=True, **options).logits[:, -last:]
 
     @torch.no_grad()
     def answer(self, first: torch.Tensor, count: int) -> torch.Tensor:

@@ -25,10 +25,14 @@ from .scores.match import match
 class AllocationContext:
     """What a method allocates a layer's budget by.
 
+    ``budget`` and ``candidates`` are on the CPU, whatever the model's device: allocation is exact in float64, which not every
+    device has, and small.
+
     Attributes:
         budget: int64 [B], candidates that a head keeps on average; the observation window is kept beside them.
         candidates: int64 [B, Hkv], how many candidates each head has to choose from, padding left out.
-        importance: float32 [B, Hkv, M], importance of each candidate, comparable between the heads of the layer; -inf for padding.
+        importance: float32 [B, Hkv, M], importance of each candidate, comparable between the heads of the layer; -inf for
+            padding. On the model's device.
         layer_idx, num_layers: which of the model's compressed layers this is.
         config: the `MixKVConfig`.
     """
@@ -50,7 +54,7 @@ class AllocationContext:
 
         What a head cannot use goes to the others; without any weight all heads get the same.
         """
-        shares = weights.double()
+        shares = weights.cpu().double()
         shares = torch.where(shares.sum(dim=-1, keepdim=True) > 0, shares, 1.0)
         shares = shares / shares.sum(dim=-1, keepdim=True) * self.total.unsqueeze(-1)
         return apportion(shares, self.total, self.candidates)

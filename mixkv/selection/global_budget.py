@@ -105,7 +105,7 @@ class SlotContest:
         shared = allocate_chunks(slots.flatten(1), rows.flatten(1), counts.flatten(1)).view_as(slots)
         for index, store in enumerate(stores):
             if store is not None:
-                store.allot(shared[:, index].flatten())
+                store.set_slots(shared[:, index].flatten())
 
 
 def _vote(votes: Votes, ranking: Ranking, scale: torch.Tensor | None, num_layers: int, layer_exponent: float) -> None:
@@ -133,9 +133,12 @@ def allocate_chunks(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor
         rows: [B, H] int, KV entries that `Votes` allocates to them.
         limit: [B, H] int, the chunks there are, no fewer than ``equal``.
     """
+    device = equal.device
+    # Not every device has float64.
+    equal, rows, limit = equal.cpu(), rows.cpu(), limit.cpu()
     certain = (equal > 0).long()
     total = (equal - certain).sum(dim=-1)
     # What is added decides only where no head has any rows.
     weight = (rows.double() + 1e-6) * certain
     shares = total.unsqueeze(-1) * weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    return certain + apportion(shares, total, (limit - certain) * certain)
+    return (certain + apportion(shares, total, (limit - certain) * certain)).to(device)

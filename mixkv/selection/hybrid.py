@@ -44,6 +44,9 @@ class Split(NamedTuple):
         """Entries [B, Hkv] beside the last that are always resident."""
         return self.entries - self.chunk * self.slots
 
+    def to(self, device: torch.device) -> Split:
+        return Split(*(part.to(device) for part in self[:-1]), self.chunk)
+
 
 class Plan(NamedTuple):
     """Which heads of a layer are pruned and which are not: `plan`.
@@ -99,15 +102,15 @@ def plan(
         ranks = text_first(ranks, image[:, : ranks.shape[-1]])
     ranking, candidates = narrowed(dataclasses.replace(ranking, ranks=ranks), config.hybrid_last), ranking.choosable
     split = allocate_entries(
-        sparse,
-        ranking.base,
-        ranking.choosable,
-        window=ranking.choosable - candidates,
+        sparse.cpu(),
+        ranking.base.cpu(),
+        ranking.choosable.cpu(),
+        window=(ranking.choosable - candidates).cpu(),
         chunk=config.hybrid_chunk,
         threshold=config.hybrid_threshold,
         floor=config.hybrid_floor,
         first=config.hybrid_first,
-    )
+    ).to(key.device)
     fixed = fixed_ranks(split, ranking.choosable, padding, ranking.ranks.shape[-1])
     ranks = torch.where(split.dynamic.unsqueeze(-1), fixed, ranking.ranks)
     return Plan(
@@ -161,7 +164,7 @@ def allocate_entries(
     many chunks a dynamic head attends to in the end, `mixkv.selection.global_budget` decides.
 
     Args:
-        sparse: [B, Hkv], of `sparsity`.
+        sparse: [B, Hkv], of `sparsity`; like all tensors here on the CPU, since not every device has float64.
         base: [B] int, entries per head on average, beside the window.
         choosable: [B, Hkv] int, tokens of the prompt but for its last, those of the window included.
         window: [B, Hkv] int, how many of them are the window's.

@@ -150,9 +150,10 @@ def allocate(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: 
         ValueError: a registered method returned something else.
     """
     method = registry.method(config.method)
-    context = AllocationContext(ranking.base, ranking.choosable, ranking.importance, layer_idx, num_layers, config)
-    entries = method.allocate(context)
-    return entries if method.built_in else _checked_entries(method.name, entries, ranking.choosable)
+    budget, candidates = ranking.base.cpu(), ranking.choosable.cpu()
+    entries = method.allocate(AllocationContext(budget, candidates, ranking.importance, layer_idx, num_layers, config))
+    entries = entries if method.built_in else _checked_entries(method.name, entries, candidates)
+    return entries.to(ranking.choosable.device)
 
 
 def base_entries(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,7 @@ def base_entries(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
 def entries_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:
     """The budget in KV entries for prompts of ``length`` [B] real tokens; a float is a share, rounded to the nearest entry."""
     if isinstance(budget, float):
-        return (length.double() * budget).round().long()
+        return (length.cpu().double() * budget).round().long().to(length.device)
     return torch.full_like(length, budget)
 
 

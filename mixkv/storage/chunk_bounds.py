@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-# Steps between the smallest and the largest element of a head's keys, in which bounds are told.
+# Steps between the smallest and the largest element of a head's keys, to which bounds are rounded.
 _STEPS = 15
 
 

@@ -58,7 +58,7 @@ class Layer:
         return self.store.row_totals
 
     def trim(self, ranks, quota):
-        return self.store.trim(ranks, quota.flatten())
+        return self.store.evict(ranks, quota.flatten())
 
 
 def prompt(layers, heads, length, window, seed, pads, levels):

@@ -255,7 +255,7 @@ def test_no_chosen_chunk_is_below_one_not_chosen():
 def choose_all(cache):
     """Every chunk is chosen from now on."""
     for layer in chunked_layers(cache):
-        layer.chunks.allot(layer.chunks.counts)
+        layer.chunks.set_slots(layer.chunks.counts)
 
 
 @pytest.mark.parametrize("offload", ["in place", "slots"])
@@ -326,7 +326,7 @@ def watch(layer, index, chosen):
             torch.cartesian_prod(*map(torch.arange, found.shape[:3])).tolist(), found.flatten(0, 2).tolist()
         ):
             s = row * found.shape[2] + head
-            first, last = int(store.columns[s]), int(store.columns[s] + store.rows[s])
+            first, last = int(store.first_positions[s]), int(store.first_positions[s] + store.rows[s])
             spans = [range(first + CHUNK * c, min(first + CHUNK * (c + 1), last)) for c in chunks if c >= 0]
             chosen.setdefault(index, {})[row, head] = [column for span in spans for column in span]
         return found
@@ -534,7 +534,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     cache = empty(model, "llama")
     with torch.no_grad():
         model(**prompts, past_key_values=cache)
-    chunked_layers(cache)[0].chunks.columns.add_(LENGTH)
+    chunked_layers(cache)[0].chunks.first_positions.add_(LENGTH)
     cache.save(tmp_path / "cache")
     with pytest.raises(ValueError, match="damaged .layer . has chunk_rows"):
         mixkv.MixKVCache.load(tmp_path / "cache", model)

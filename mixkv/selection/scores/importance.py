@@ -21,7 +21,7 @@ def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tenso
 
 
 def output_importance(weights: torch.Tensor, norm: torch.Tensor, kernel_size: int) -> torch.Tensor:
-    """What the window takes out of each row, in units of the residual stream: comparable across heads and layers.
+    """What the window takes out of each entry, in units of the residual stream: comparable across heads and layers.
 
     The root mean square of its weights favours what *some* window query needs much over what all need a little; pooling
     keeps the neighbours of a peak.
