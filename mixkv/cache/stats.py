@@ -173,11 +173,11 @@ def _full(layer) -> int:
     return layer.nbytes_full if _ours(layer) else sum(tensor.nbytes for tensor in _tensors(layer))
 
 
-def _tensors(layer) -> list:
-    """What a stock layer holds: keys and values, or states."""
-    held = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
-    flat = [part for item in held for part in (item if isinstance(item, (list, tuple)) else [item])]
-    return [tensor for tensor in flat if hasattr(tensor, "untyped_storage")]
+def _tensors(layer) -> list[torch.Tensor]:
+    """What a stock layer holds: keys and values, and linear-attention states, which are in dicts since transformers 5.23."""
+    held = (getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states"))
+    flat = (part for item in held for part in (item.values() if isinstance(item, dict) else [item]))
+    return [tensor for tensor in flat if torch.is_tensor(tensor)]
 
 
 def _size(count: int) -> str:

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support import zoo
+from support import linear_models, zoo
 
 import mixkv
 from mixkv import MixKVCache
-from mixkv.hf import versions
 
 LIBRARY = (str(Path(mixkv.__file__).parent), transformers.cache_utils.__file__)
 METHODS = {
@@ -248,27 +247,11 @@ def test_faults(step, method, kind, tmp_path):
     assert broken + as_before > 0
 
 
-def build_lfm2(*kinds):
-    config = transformers.Lfm2Config(
-        vocab_size=zoo.VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=len(kinds),
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=list(kinds),
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    return transformers.Lfm2ForCausalLM(config).eval()
-
-
 HYBRIDS = {
     "gemma3": lambda: zoo.build("gemma3"),
-    "conv first": lambda: build_lfm2("conv", "full_attention", "conv", "full_attention"),
-    "conv last": lambda: build_lfm2("full_attention", "conv", "full_attention", "conv"),
+    "conv first": lambda: linear_models.lfm2("conv", "full_attention", "conv", "full_attention"),
+    "mamba": lambda: linear_models.granite("mamba", "attention", "mamba", "attention"),
+    "conv last": lambda: linear_models.lfm2("full_attention", "conv", "full_attention", "conv"),
 }
 
 
@@ -277,10 +260,6 @@ HYBRIDS = {
 @pytest.mark.parametrize("step", [Prefill, Decode, Extend, Reorder], ids=lambda step: step.__name__)
 def test_faults_beside_stock_layers(step, name, kind, tmp_path):
     model = HYBRIDS[name]()
-    if "conv" in name and not any(
-        type(layer).__name__ == "LinearAttentionLayer" for layer in versions.stock_layers(model.config)
-    ):
-        pytest.skip("this transformers keeps the state elsewhere")
     broken, _ = check_faults(step(model, METHODS["global"]), kind, tmp_path)
     assert broken > 0
 
