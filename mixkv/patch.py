@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from .cache import MixKVCache
-from .config import MixKVConfig
-from .hf.binding import bind, unbind, unwrap
+from .config import MixKVConfig, checked_config
+from .hf import binding, versions
 
 _HOOK = "_prepare_cache_for_generation"
 _CONFIG = "_mixkv_config"
@@ -32,43 +33,62 @@ def patch(model: nn.Module, config: MixKVConfig | None = None, **options) -> nn.
     Raises:
         ValueError: bad options, or a model that cannot be compressed.
     """
-    inner = unwrap(model)
-    config = (config or MixKVConfig()).replace(**options)
-    bind(inner)
+    inner = binding.unwrap(model)
+    config = checked_config(config, **options)
+    if not hasattr(type(inner), _HOOK):
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {_HOOK}, through which patch hands in the cache: install "
+            f"transformers=={versions.NEWEST_TESTED}, or pass generate a MixKVCache(model)"
+        )
+    # Unlike a method, a partial of a module's function can be pickled, and copied with its model.
+    hook = partial(_prepare_cache, inner)
+    binding.bind(inner, hook)
     setattr(inner, _CONFIG, config)
-    inner.__dict__[_HOOK] = MethodType(_prepare_cache, inner)
+    inner.__dict__[_HOOK] = hook
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undoes `patch`, and what binding a cache did: the model is as it was, to the bit. Returns ``model``."""
-    inner = unwrap(model)
-    inner.__dict__.pop(_HOOK, None)
-    inner.__dict__.pop(_CONFIG, None)
-    unbind(inner)
+    """Undoes `patch`, and what binding a cache did: the model is as it was, to the bit. Returns ``model``.
+
+    Another model that shares its config object, and is patched or has a compressed cache, stays as it is.
+    """
+    inner = binding.unwrap(model)
+    _remove_hook(inner)
+    binding.unbind(inner)
     return model
 
 
 @contextmanager
 def patched(model: nn.Module, config: MixKVConfig | None = None, **options) -> Iterator[nn.Module]:
-    """`patch` for the length of a with-block; afterwards the model is as it was before, patched otherwise or not."""
-    inner = unwrap(model)
-    before = inner.__dict__.get(_CONFIG)
+    """`patch` for the length of a with-block; afterwards the model is as it was before, patched otherwise or not.
+
+    Caches that still exist then, made before or within the block, stay usable.
+    """
+    inner = binding.unwrap(model)
+    before, was_bound = inner.__dict__.get(_CONFIG), binding.is_bound(inner)
     patch(model, config, **options)
     try:
         yield model
     finally:
-        if before is None:
-            unpatch(model)
-        else:
+        if before is not None:
             patch(model, before)
+        else:
+            _remove_hook(inner)
+            if not was_bound:
+                binding.unbind_if_unused(inner)
+
+
+def _remove_hook(inner: PreTrainedModel) -> None:
+    inner.__dict__.pop(_HOOK, None)
+    inner.__dict__.pop(_CONFIG, None)
 
 
 def _prepare_cache(self: PreTrainedModel, generation_config, model_kwargs, *args, **kwargs):
     """In place of the model's own: supplies the compressed cache where `generate` would make a dynamic one."""
     asked_for = generation_config.cache_implementation
     ours = (
-        model_kwargs.get("past_key_values") is None
+        model_kwargs.get(versions.CACHE_ARGUMENT) is None
         and generation_config.use_cache is not False
         and not getattr(generation_config, "is_assistant", False)
     )
@@ -80,6 +100,6 @@ def _prepare_cache(self: PreTrainedModel, generation_config, model_kwargs, *args
         warnings.warn(f"cache_implementation={asked_for!r} was asked for: this generation is not compressed by mixkv")
         ours = False
     if ours:
-        model_kwargs["past_key_values"] = MixKVCache(self, getattr(self, _CONFIG))
+        model_kwargs[versions.CACHE_ARGUMENT] = MixKVCache(self, getattr(self, _CONFIG))
         return None
     return getattr(type(self), _HOOK)(self, generation_config, model_kwargs, *args, **kwargs)

@@ -13,11 +13,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .. import head_profile
-from ..config import MixKVConfig
-from ..hf import binding, call_stack, versions
+from .. import head_profile, registry
+from ..config import MixKVConfig, checked_config
+from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageColumns
-from ..registry import CONTESTS
 from . import save, stats
 from .layer import MixKVLayer
 from .progress import Progress
@@ -61,19 +60,25 @@ class MixKVCache(Cache):
             raise ValueError(
                 f"model must be a transformers model, not {type(model).__name__}; a config goes by name: config=..."
             )
-        self.config = (config or MixKVConfig()).replace(**options)
+        self.config = checked_config(config, **options)
         self._shared = Shared(self.config)
         self._batch: int | None = None
         self._model: weakref.ref | None = None
+        self._bound_to: binding.ModelReference | None = None
         super().__init__(layers=[])
         if model is not None:
             self._bind(model)
 
     def _bind(self, model: PreTrainedModel) -> None:
         model = binding.unwrap(model)
-        if self.config.method == "sparsemm":
+        if registry.method(self.config.method).needs_profile:
             head_profile.check_model(self.config.profile, model.config.model_type)
-        self._slots = binding.bind(model)
+        slots = binding.bind(model, self)
+        self._bound_to = binding.ModelReference(model)
+        if self.layers:
+            # A cache that was unpickled, or whose model was loaded again: only the binding is new.
+            return
+        self._slots = slots
         self._shared.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
@@ -82,9 +87,12 @@ class MixKVCache(Cache):
         return {**self.__dict__, "_model": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"_bound_to": None, **state})
         if self._shared.progress is None:  # pickled by version 0.1.0
             self._shared.progress = self._new_progress()
+        model = self._bound_to and self._bound_to()
+        if model is not None:
+            binding.add_holder(model, self)
 
     def _make_layers(self) -> None:
         ordinals = itertools.count()
@@ -100,7 +108,7 @@ class MixKVCache(Cache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, MixKVLayer) or getattr(layer, "is_sliding", False):
                 attention.append(index)
-            elif versions.is_bounded(layer):
+            elif stock_layers.is_bounded(layer):
                 linear.append(index)
         return Progress(attention, linear)
 
@@ -108,7 +116,7 @@ class MixKVCache(Cache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         if self._shared.waiting is not None:
             raise RuntimeError(_NEVER_MET.format(self._model_name))
-        if not self.layers:
+        if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
         if layer_idx >= len(self.layers):
             raise ValueError(
@@ -130,7 +138,7 @@ class MixKVCache(Cache):
                 self._read_plan(layer, key_states)
             result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             self._batch = batch
-            if versions.holds_view(layer):
+            if stock_layers.keeps_prompt_alive(layer):
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         except BaseException:
             self._undo_forward()
@@ -151,7 +159,8 @@ class MixKVCache(Cache):
             columns = self._shared.prompt_length or columns
         self._shared.images.read(layer.seen, columns, key_states)
         self._shared.before.images = images
-        if self.config.method in CONTESTS and layer.seen == 0 and columns < key_states.shape[2]:
+        drafts = layer.seen == 0 and columns < key_states.shape[2]
+        if drafts and not registry.method(self.config.method).drafts_with_prompt:
             # They are read beside rows that layers to come have had no say in yet: not what greedy decoding would see.
             call_stack.decline_drafts()
 
@@ -230,6 +239,8 @@ class MixKVCache(Cache):
 
     def _bind_to_caller(self) -> None:
         model = call_stack.calling_model()
+        if model is None and self.layers:
+            return
         if model is None:
             raise RuntimeError("this cache cannot tell which model is using it: make it with MixKVCache(model, ...)")
         self._bind(model)

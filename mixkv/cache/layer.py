@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..hf.attention import MARK, check_caller
+from ..ops.arguments import LogitOptions
 from ..storage.ragged import RaggedStore
 from .compress import Compression
 from .state import Shared
@@ -33,10 +34,17 @@ class MixKVLayer(Compression, CacheLayerMixin):
         self.store = self.chunks = self.dense = self.query_tail = None
         self.redundancy = self.modal_redundancy = self.sparsity = self.dynamic = None
         self.share = self.spread = self.weighs_output = self.shape = self.module = None
-        self.options: dict[str, Any] = {}
+        self.logits: LogitOptions | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "module": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # mixkv 0.1.0 pickled them as a dictionary.
+        if "options" in state:
+            options = state.pop("options")
+            state["logits"] = LogitOptions(**options) if options else None
+        self.__dict__.update(state)
 
     # The transformers protocol.
 
@@ -144,7 +152,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
         seen: int,
         redundancy: torch.Tensor,
         query_tail: torch.Tensor | None,
-        options: dict[str, Any],
+        logits: LogitOptions,
         module: torch.nn.Module | None,
     ) -> None:
         """Goes on from ``store`` as the layer did that filled it after ``seen`` tokens; see `mixkv.saving`."""
@@ -152,7 +160,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
         self.shape = (store.heads, store.key.shape[1], store.value.shape[1])
         self.is_initialized = True
         self.store, self.seen = store, seen
-        self.redundancy, self.query_tail, self.options = redundancy, query_tail, options
+        self.redundancy, self.query_tail, self.logits = redundancy, query_tail, logits
         self.module = None if module is None else weakref.ref(module)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -187,21 +195,21 @@ class MixKVLayer(Compression, CacheLayerMixin):
         value: torch.Tensor,
         output: torch.Tensor,
         valid: torch.Tensor | None,
-        options: dict,
+        logits: LogitOptions,
     ) -> None:
         """`compress` for an empty layer, as if a forward of ``module`` had just brought these columns."""
         self.module = weakref.ref(module)
         self.lazy_initialization(key, value)
         self.seen = self.arrived = key.shape[2]
-        self.compress(query, key, value, output, valid, options)
+        self.compress(query, key, value, output, valid, logits)
 
-    def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict) -> torch.Tensor:
+    def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         """Stores the row of the token seen last, key, value [B, Hkv, 1, D], and attends: query [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
         self.shared.storing = True
         if self.chunks is None:
-            return self.store.append_attend(query, key, value, self.seen - 1, **options)
+            return self.store.append_attend(query, key, value, self.seen - 1, logits)
         self.store.append(key, value, self.seen - 1)
-        return self.chunks.attend(self.store, query, self.store.lengths.view(self.store.batch, 1, -1), **options)
+        return self.chunks.attend(self.store, query, self.store.lengths.view(self.store.batch, 1, -1), logits)
 
     def extend(
         self,
@@ -210,7 +218,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         valid: torch.Tensor | None,
-        options: dict,
+        logits: LogitOptions,
     ) -> torch.Tensor:
         """Attends over the stored rows and the n columns seen last, and stores these, padding left out.
 
@@ -220,7 +228,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
         new = key.shape[2]
         column = self.seen - new
         if self.chunks is None:
-            output = self.store.attend_extend(query, key, value, mask=mask, **options)
+            output = self.store.attend_extend(query, key, value, logits, mask=mask)
             self.shared.storing = True
             self.store.append(key, value, column, valid)
             return output
@@ -232,7 +240,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
             added = torch.arange(1, new + 1, dtype=torch.int32, device=key.device).view(1, -1, 1)
         else:
             added = valid.cumsum(dim=-1, dtype=torch.int32).unsqueeze(-1)
-        return self.chunks.attend(self.store, query, before + added, **options)
+        return self.chunks.attend(self.store, query, before + added, logits)
 
     def settle(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
         """After a continuation of queries [B, Hq, n, D], ``valid`` [B, n] of them real: holds the layer to its decode budget."""

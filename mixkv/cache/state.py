@@ -11,7 +11,7 @@ import torch
 from ..config import MixKVConfig
 from ..hf.attention import visible
 from ..hf.image_tokens import ImageColumns
-from .global_budget import Contest, SlotContest
+from ..selection.global_budget import Contest, SlotContest
 from .progress import Progress
 
 
@@ -36,7 +36,7 @@ class Shared:
     ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
     ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
     ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
-    ``contest``: the layers of a prompt under a method of `config.CONTESTS`, until its last layer has come.
+    ``contest``: the budget that the layers of a prompt share, if the method is cross-layer, until its last layer has come.
     ``valid``: valid columns by (first column, columns), of the present forward: its masks are read once, not once a layer.
     ``images``: which columns are image tokens.
     ``progress``: which layers the present forward has reached.

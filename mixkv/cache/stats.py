@@ -65,7 +65,7 @@ def stats(cache) -> dict[str, Any]:
         "redundancy_image": [_modal(layer, 0) for layer in layers],
         "redundancy_text": [_modal(layer, 1) for layer in layers],
         "rows": rows,
-        "spare_rows": sum(store.key.shape[0] - store.total for store in stores),
+        "spare_rows": sum(store.spare_rows for store in stores),
         "sparsity": [_on_cpu(layer, "sparsity") for layer in layers],
         "dynamic": [_on_cpu(layer, "dynamic") for layer in layers],
         "chunks": _chunks([layer.chunks for layer in layers if _ours(layer) and layer.chunks is not None]),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import registry
 from ..cache import MixKVCache
 from ..config import MixKVConfig
 from ..selection.ranking import Selection
@@ -189,7 +190,8 @@ def append_times(model: PreTrainedModel, stored: tuple[int, ...] = (128, 4096), 
 def _plan(model: PreTrainedModel, lengths: list[int], methods: list[str], budget: int) -> dict[Name, MixKVConfig | None]:
     plan: dict[Name, MixKVConfig | None] = {(FLOOR, budget): None}
     profile = None
-    if any(name.partition("+")[0] == "sparsemm" for name in methods):
+    profiled = {name for name, method in registry.METHODS.items() if method.needs_profile}
+    if any(name.partition("+")[0] in profiled for name in methods):
         heads, _ = _shape(model)
         layers = sum(hasattr(layer, "shared") for layer in MixKVCache(model).layers)
         profile = torch.rand(layers, heads, generator=torch.Generator().manual_seed(0)).pow(2).tolist()
@@ -198,7 +200,7 @@ def _plan(model: PreTrainedModel, lengths: list[int], methods: list[str], budget
         for name in methods:
             method, _, score = name.partition("+")
             configs[name] = MixKVConfig(
-                method=method, score=score or "mix", budget=budget, profile=profile if method == "sparsemm" else None
+                method=method, score=score or "mix", budget=budget, profile=profile if method in profiled else None
             )
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -19,7 +19,8 @@ from ..cache.layer import MixKVLayer
 from ..cache.stats import held_bytes as layer_bytes
 from ..config import MixKVConfig
 from ..hf import binding
-from ..hf.versions import is_full_attention
+from ..hf.stock_layers import is_full_attention
+from ..hf.versions import cache_argument
 from ..patch import unpatch
 from . import InputError, memory
 
@@ -84,7 +85,7 @@ def read_prompt(
     start = perf_counter()
     cache = DynamicCache(config=model.config) if config is None else _TimedCache(model, config)
     made = perf_counter()
-    logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options).logits[:, -1]
+    logits = model(input_ids=input_ids, **cache_argument(cache), use_cache=True, **options).logits[:, -1]
     synchronize(device)
     read = perf_counter()
     logits.argmax(-1).tolist()
@@ -100,7 +101,7 @@ def step(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor) -> tuple[to
     tokens = tokens.unsqueeze(1)
     synchronize(tokens.device)
     start = perf_counter()
-    logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=tokens, **cache_argument(cache), use_cache=True).logits
     synchronize(tokens.device)
     return logits[:, -1], perf_counter() - start
 

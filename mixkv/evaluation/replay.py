@@ -11,27 +11,16 @@ from types import MappingProxyType
 import torch
 from transformers import PreTrainedModel
 
+from .. import registry
 from ..cache import MixKVCache
 from ..cache.layer import MixKVLayer
 from ..config import MixKVConfig
-from ..registry import CONTESTS
+from ..hf.versions import cache_argument
 from ..selection.ranking import Ranking
-from ..selection.select import base_rows
+from ..selection.select import base_entries
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
 from .measure import bind, end_tokens, last_logits_only
-
-# Options by which heads get more or fewer rows, but no other ones.
-_SHARING = (
-    "budget",
-    "profile",
-    "pyramid_beta",
-    "ada_floor",
-    "global_floor",
-    "hybrid_threshold",
-    "hybrid_floor",
-    "hybrid_chunk",
-)
 
 
 class Recording:
@@ -55,7 +44,7 @@ class Recording:
         self.model = model
         self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
         options = {**inputs, **last_logits_only(model)}
-        self.logits = model(input_ids=input_ids, past_key_values=self.cache, use_cache=True, **options).logits[:, -1]
+        self.logits = model(input_ids=input_ids, **cache_argument(self.cache), use_cache=True, **options).logits[:, -1]
         self._inputs = [
             layer.recorded if isinstance(layer, MixKVLayer) else copy.deepcopy(layer) for layer in self.cache.layers
         ]
@@ -84,7 +73,7 @@ class Recording:
         bind(self.model, cache)
         last = last or input_ids.shape[1]
         options = last_logits_only(self.model, last)
-        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options).logits[:, -last:]
+        return self.model(input_ids=input_ids, **cache_argument(cache), use_cache=True, **options).logits[:, -last:]
 
     @torch.no_grad()
     def answer(self, first: torch.Tensor, count: int) -> torch.Tensor:
@@ -122,8 +111,9 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
 
 def _name(config: MixKVConfig) -> str:
     """The same for configurations that differ only in who gets how many rows."""
-    judged = config.to_dict() | dict.fromkeys(_SHARING) | {"method": config.method in CONTESTS}
-    return json.dumps(judged, sort_keys=True)
+    allocation = {"budget"}.union(*(method.options for method in registry.METHODS.values()))
+    importance = {"method": registry.method(config.method).uses_output_importance}
+    return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 
 
 class _ReplayLayer(MixKVLayer):
@@ -140,7 +130,7 @@ class _ReplayLayer(MixKVLayer):
         if self.name not in self.known:
             self.known[self.name] = super()._rank(key, value, valid, options)
         found = self.known[self.name]
-        return replace(found, base=base_rows(self.shared.config, found.real.amax(dim=-1)))
+        return replace(found, base=base_entries(self.shared.config, found.real.amax(dim=-1)))
 
 
 class _ReplayCache(MixKVCache):

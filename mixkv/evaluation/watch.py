@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..cache import MixKVCache
 from ..cache.layer import MixKVLayer
+from ..hf.versions import cache_argument
 from .measure import last_logits_only
 
 
@@ -36,7 +37,7 @@ def most_attended(
         layer.columns = at
     options = last_logits_only(model, length - columns[0])
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    logits = model(**inputs, past_key_values=cache, use_cache=True, **options).logits[0]
+    logits = model(**inputs, **cache_argument(cache), use_cache=True, **options).logits[0]
     return logits[(at - length).to(logits.device)], torch.stack([layer.most.cpu() for layer in layers])
 
 

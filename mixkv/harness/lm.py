@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..cache import MixKVCache
 from ..evaluation.measure import last_logits_only
 from ..hf.binding import unwrap
+from ..hf.versions import cache_argument
 from . import options
 from .tally import Tally
 
@@ -53,7 +54,7 @@ class MixKVLM(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs) -> torch.Tensor:
         cache = self._new_cache()
-        tokens = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
+        tokens = super()._model_generate(context, max_length, stop, **cache_argument(cache), **generation_kwargs)
         self.tally.add(cache, generation_kwargs.get("attention_mask"))
         return tokens
 
@@ -114,7 +115,7 @@ class MixKVLM(HFLM):
         ids = torch.tensor([tokens], device=self.device)
         dtype = self.mixed_precision_dtype
         with torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None):
-            return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **optional).logits[0]
+            return self.model(input_ids=ids, **cache_argument(cache), use_cache=True, **optional).logits[0]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Refused: the likelihood of a text without a prompt has nothing to compress.

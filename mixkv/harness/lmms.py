@@ -14,6 +14,7 @@ from loguru import logger
 
 from ..cache import MixKVCache
 from ..hf.binding import unwrap
+from ..hf.versions import cache_argument
 from . import options
 from .tally import Tally
 
@@ -72,7 +73,7 @@ class _Compressed:
                 if inputs.get("use_cache") is False:
                     raise ValueError("use_cache=False leaves mixkv nothing to compress: leave it out of --model_args")
                 cache = MixKVCache(model, self.kv_config)
-                tokens = plain(*args, past_key_values=cache, **inputs)
+                tokens = plain(*args, **cache_argument(cache), **inputs)
                 self.tally.add(cache, inputs.get("attention_mask"))
                 return tokens
             except Exception as error:

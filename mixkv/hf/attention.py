@@ -11,10 +11,14 @@ from collections.abc import Callable
 
 import torch
 
+from ..ops.arguments import LogitOptions
+from .versions import CACHE_ARGUMENT
+
 MARK = "mixkv_layer"
+# A forward that has no such argument hands it down to here, among those it does not know.
+_CACHE_IS_IGNORED = CACHE_ARGUMENT != "cache"
 
 
-@torch.compiler.disable
 def attend_with_cache(
     base: Callable,
     module: torch.nn.Module,
@@ -28,22 +32,32 @@ def attend_with_cache(
 
     Args:
         base: the attention function that this one stands before.
-        query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], with all columns read so far while a prompt is being read.
+        query: [B, Hq, n, D]; key, value: [B, Hkv, n, D], with all tokens read so far while a prompt is being read.
         attention_mask: 4-D bool or additive, 2-D (flash attention), or None.
 
     Returns: the output [B, n, Hq, Dv], and attention weights where the base gives them (prefill only).
+
+    Raises:
+        TypeError: ``forward`` was given a cache under a name that this transformers does not know.
     """
-    layer = getattr(key, MARK, None)
-    if layer is None:
-        return base(module, query, key, value, attention_mask, **kwargs)
+    # The mark is looked for outside what torch.compile leaves out: with other caches a bound model compiles to one graph.
+    if (layer := getattr(key, MARK, None)) is not None:
+        return _attend(layer, base, module, query, key, value, attention_mask, kwargs)
+    if _CACHE_IS_IGNORED and kwargs.get("cache") is not None:
+        raise TypeError("this transformers calls the cache past_key_values: pass past_key_values=cache to the model's forward")
+    return base(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable
+def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     with layer.arriving(module, kwargs):
         if layer.store is None:
-            return _read_prompt(layer, base, module, query, key, value, attention_mask, kwargs)
+            return _read_prompt(layer, base, module, query, key, value, mask, kwargs)
         if kwargs.get("output_attentions"):
             warnings.warn(
                 "attention weights exist for the prompt only: rows of a compressed cache have no full rows of weights"
             )
-        return _continue(layer, query, key, value, attention_mask, _options(query, kwargs)), None
+        return _continue(layer, query, key, value, mask, _logit_options(query, kwargs)), None
 
 
 def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
@@ -57,37 +71,31 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
     head = new - (total - prompt)
     prompt_mask = mask if total == prompt else _slice_mask(mask, slice(head), slice(prompt))
     output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
-    options = _options(query, kwargs)
+    logits = _logit_options(query, kwargs)
     valid = layer.shared.valid_columns(prompt_mask, 0, prompt)
-    layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, options)
+    layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
     if total == prompt:
         return output, weights
     # Draft tokens came along with the prompt: they see the compressed cache, as they would in a forward of their own.
     draft_mask = _slice_mask(mask, slice(head, None), slice(prompt, None))
-    draft = _continue(layer, query[:, :, head:], key[:, :, prompt:], value[:, :, prompt:], draft_mask, options)
+    draft = _continue(layer, query[:, :, head:], key[:, :, prompt:], value[:, :, prompt:], draft_mask, logits)
     return torch.cat([output, draft], dim=1), None
 
 
-def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
+def _continue(layer, query, key, value, mask, logits) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
     new = query.shape[2]
     valid = layer.shared.valid_columns(mask, layer.seen - new, new)
     if new == 1 and valid is None:
-        output = layer.decode(query, key, value, options)
+        output = layer.decode(query, key, value, logits)
     else:
-        output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, options)
+        output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, logits)
     layer.settle(query, valid)
     return output
 
 
-def _options(query: torch.Tensor, kwargs: dict) -> dict:
-    """What the model does to its logits."""
-    scaling, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
-    return {
-        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "softcap": kwargs.get("softcap"),
-        "sinks": None if sinks is None else sinks.detach(),
-    }
+def _logit_options(query: torch.Tensor, kwargs: dict) -> LogitOptions:
+    return LogitOptions.of(query.shape[-1], kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
 def check_caller(known: torch.nn.Module | None, module: torch.nn.Module, seen: int, kwargs: dict) -> None:

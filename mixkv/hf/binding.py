@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,21 +17,56 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import tensor_parallel
-from . import output_projection, versions
+from . import generation, output_projection, stock_layers, versions
 from .attention import attend_with_cache
 
 _PREFIX = "mixkv_"
 _LOCK = threading.Lock()
 
 
-def bind(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
-    """Makes the attention of ``model``'s decoder look for compressed caches. Doing it again changes nothing.
+class _BoundName(str):
+    """The name of a cache-aware attention function, in the config of a bound model.
+
+    It is pickled as the name of the attention that it stands for, so that a bound model can be used where this library is
+    not imported.
+    """
+
+    def __reduce__(self):
+        return str, (self.removeprefix(_PREFIX),)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class ModelReference(weakref.ref):
+    """A weak reference to a model that a copied cache keeps, and a pickled one gives up."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+# One object a name: compiled code may compare them by identity.
+_names: dict[str, _BoundName] = {}
+# Who relies on a model being bound: its caches, and the hook of `patch`. Guarded by _LOCK, like the configs.
+_holders: WeakKeyDictionary[PreTrainedModel, WeakSet] = WeakKeyDictionary()
+
+
+def bind(model: PreTrainedModel, holder: object | None = None) -> list[CacheLayerMixin | None]:
+    """Makes the attention of ``model``'s decoder look for compressed caches. Doing it again only adds a holder.
+
+    Args:
+        model: a transformers model.
+        holder: what relies on the binding: as long as it exists, only `unbind` of this model undoes it. None: nothing does.
 
     Returns: one entry a decoder layer: None where this library's layer belongs, else the stock layer to use.
 
     Raises:
         ValueError: a model that cannot be compressed; the message says why.
     """
+    versions.warn_if_untested()
     slots = _slots(model)
     modules = attention_modules(model)
     missing = [index for index, slot in enumerate(slots) if slot is None and index not in modules]
@@ -41,19 +78,54 @@ def bind(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
     tensor_parallel.learn(versions.tensor_parallel_mesh(model), modules.values())
     with _LOCK:
         for config in _configs(modules):
-            base = config._attn_implementation or "eager"
-            if not base.startswith(_PREFIX):
-                config._attn_implementation_internal = _register(model, base)
+            # A model pickled by an earlier version may name a function that this process does not know yet.
+            base = (config._attn_implementation or "eager").removeprefix(_PREFIX)
+            name = _register(model, base)
+            if config._attn_implementation is not name:
+                config._attn_implementation_internal = name
+        generation.override(model)
+        if holder is not None:
+            _holders.setdefault(model, WeakSet()).add(holder)
     return slots
 
 
-def unbind(model: PreTrainedModel) -> None:
-    """Undoes `bind`: the attention implementation is what it was."""
+def add_holder(model: PreTrainedModel, holder: object) -> None:
+    """Says that ``holder``, too, relies on ``model`` being bound, if it is."""
     with _LOCK:
-        for config in _configs(attention_modules(model)):
-            name = config._attn_implementation
-            if name is not None and name.startswith(_PREFIX):
-                config._attn_implementation_internal = name.removeprefix(_PREFIX)
+        if model in _holders:
+            _holders[model].add(holder)
+
+
+def is_bound(model: PreTrainedModel) -> bool:
+    """Whether `bind` has been called for ``model``, or for a model that has its config, and not been undone."""
+    return any(_is_bound(config) for config in _configs(attention_modules(model)))
+
+
+def unbind(model: PreTrainedModel) -> None:
+    """Undoes `bind`: the attention implementation is what it was, unless it is shared with a model that is in use."""
+    with _LOCK:
+        _holders.pop(model, None)
+        _restore_unused(model)
+
+
+def unbind_if_unused(model: PreTrainedModel) -> None:
+    """`unbind`, if no cache exists that relies on the binding."""
+    with _LOCK:
+        _restore_unused(model)
+
+
+def _restore_unused(model: PreTrainedModel) -> None:
+    in_use = [other for other, holders in list(_holders.items()) if len(holders)]
+    kept = {id(config) for other in in_use for config in _configs(attention_modules(other))}
+    for config in _configs(attention_modules(model)):
+        if _is_bound(config) and id(config) not in kept:
+            config._attn_implementation_internal = config._attn_implementation.removeprefix(_PREFIX)
+    if not any(other is model for other in in_use):
+        generation.restore(model)
+
+
+def _is_bound(config) -> bool:
+    return (config._attn_implementation or "").startswith(_PREFIX)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -81,10 +153,10 @@ def _slots(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
         raise ValueError(f"{_name(model)} shares keys and values between layers: not supported")
     cross = getattr(text, "cross_attention_layers", None) or ()
     slots: list[CacheLayerMixin | None] = []
-    for index, layer in enumerate(versions.stock_layers(text)):
-        if versions.is_full_attention(layer) and index not in cross:
+    for index, layer in enumerate(stock_layers.of_decoder(text)):
+        if stock_layers.is_full_attention(layer) and index not in cross:
             slots.append(None)
-        elif versions.is_bounded(layer) or index in cross:
+        elif stock_layers.is_bounded(layer) or index in cross:
             slots.append(layer)
         else:
             raise ValueError(f"layer {index} of {_name(model)} needs a {type(layer).__name__}, which cannot be compressed")
@@ -113,18 +185,19 @@ def _configs(modules: dict[int, nn.Module]) -> list:
     return list({id(module.config): module.config for module in modules.values()}.values())
 
 
-def _register(model: PreTrainedModel, base: str) -> str:
+def _register(model: PreTrainedModel, base: str) -> _BoundName:
     """The name under which the cache-aware variant of attention ``base`` is known to transformers."""
     if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS or base not in ALL_MASK_ATTENTION_FUNCTIONS or "flex" in base:
         raise ValueError(
             f"{_name(model)} uses attn_implementation={base!r}, which is not supported: call "
             f"model.set_attn_implementation('sdpa') (or 'eager', 'flash_attention_2') first"
         )
-    name = _PREFIX + base
-    if name not in ALL_ATTENTION_FUNCTIONS:
+    if base not in _names:
+        name = _BoundName(_PREFIX + base)
         ALL_ATTENTION_FUNCTIONS.register(name, partial(attend_with_cache, _base_attention(base)))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
+        _names[base] = name
+    return _names[base]
 
 
 def _base_attention(base: str) -> Callable:

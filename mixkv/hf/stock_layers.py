@@ -1,10 +1,11 @@
-"""What transformers' own cache layers hold, as tensors and numbers, and back: sliding windows, linear-attention states, plain."""
+"""transformers' own cache layers: which a model uses, which of them a compressed cache replaces, and what they hold."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 from transformers import cache_utils as transformers_cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -18,6 +19,29 @@ _KNOWN = (
 
 Numbers = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
+
+
+def of_decoder(text_config) -> list[CacheLayerMixin]:
+    """The cache layers that transformers itself would use for this decoder, one a model layer."""
+    return DynamicCache(config=text_config).layers
+
+
+def is_full_attention(layer: CacheLayerMixin) -> bool:
+    """A layer whose cache grows with every token: what this library replaces."""
+    return type(layer) is DynamicLayer
+
+
+def is_bounded(layer: CacheLayerMixin) -> bool:
+    """A layer whose memory does not grow with the sequence: sliding-window attention or a linear-attention state."""
+    linear = getattr(transformers_cache, "LinearAttentionCacheLayerMixin", ())
+    return isinstance(layer, DynamicSlidingWindowLayer) or (isinstance(layer, linear) and not isinstance(layer, DynamicLayer))
+
+
+def keeps_prompt_alive(layer: CacheLayerMixin) -> bool:
+    """A sliding-window layer whose tensors are views of a whole prompt, which they keep in memory."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.keys is None:
+        return False
+    return layer.keys.untyped_storage().nbytes() > 2 * layer.keys.nbytes
 
 
 def state(layer: CacheLayerMixin) -> tuple[Tensors, Numbers]:
@@ -37,7 +61,7 @@ def state(layer: CacheLayerMixin) -> tuple[Tensors, Numbers]:
         numbers |= {"sliding_window": layer.sliding_window, "cumulative_length": layer.cumulative_length}
     if _is_linear(layer):
         for name, states in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
-            tensors |= {f"{name}.{index}": held for index, held in states.items() if held is not None}
+            tensors |= {f"{name}.{index}": tensor for index, tensor in states.items() if tensor is not None}
         numbers["has_previous_state"] = list(layer.has_previous_state.values())
         numbers["conv_kernel_size"] = list(layer.conv_kernel_size.values())
     return tensors, numbers

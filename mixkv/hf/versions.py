@@ -1,39 +1,45 @@
-"""What differs between transformers versions, and what is read off its internals. Nothing else."""
+"""What differs between transformers versions. Nothing else asks for a version."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import warnings
+
+import transformers
+from packaging.version import Version
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers import cache_utils as transformers_cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel, masking_utils
+
+NEWEST_TESTED = "5.24.0"
+"""The newest transformers release that the tests run with; a newer one warns once and runs."""
+
+# Asked of a function that is imported anyway: the module of `generate` brings dozens of others.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(masking_utils.create_causal_mask).parameters else "past_key_values"
+"""The name by which ``generate`` and ``forward`` take a cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+
+From 5.24 on transformers takes the old name, too, with a deprecation warning.
+"""
 
 
-def stock_layers(text_config) -> list[CacheLayerMixin]:
-    """The cache layers that transformers itself would use for this decoder, one a model layer."""
-    return DynamicCache(config=text_config).layers
+def cache_argument(cache) -> dict:
+    """``cache`` as a keyword argument of ``model(...)`` and ``model.generate(...)``, under this version's name."""
+    return {CACHE_ARGUMENT: cache}
 
 
-def is_full_attention(layer) -> bool:
-    """A layer whose cache grows with every token: what this library replaces."""
-    return type(layer) is DynamicLayer
+def returned_cache(output):
+    """The cache in what ``model(...)`` or ``model.generate(..., return_dict_in_generate=True)`` returned."""
+    return getattr(output, CACHE_ARGUMENT)
 
 
-def is_bounded(layer) -> bool:
-    """A layer whose memory does not grow with the sequence: sliding-window attention or a linear-attention state."""
-    linear = getattr(transformers_cache, "LinearAttentionCacheLayerMixin", ())
-    return isinstance(layer, DynamicSlidingWindowLayer) or (isinstance(layer, linear) and not isinstance(layer, DynamicLayer))
-
-
-def holds_view(layer) -> bool:
-    """A sliding-window layer that keeps a whole prompt in memory through a view of its last columns."""
-    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.keys is None:
-        return False
-    return layer.keys.untyped_storage().nbytes() > 2 * layer.keys.nbytes
-
-
-def position_keepers(model: PreTrainedModel) -> list[nn.Module]:
-    """Modules that remember on themselves, as ``rope_deltas`` [B, 1] or None, how far an image moved the positions after it."""
-    return [module for module in model.modules() if hasattr(module, "rope_deltas")]
+@functools.cache
+def warn_if_untested() -> None:
+    """Warns, once a process, if transformers is of a newer release than `NEWEST_TESTED`."""
+    if Version(transformers.__version__).release[:2] > Version(NEWEST_TESTED).release[:2]:
+        warnings.warn(
+            f"mixkv was tested with transformers up to {NEWEST_TESTED}, and this is {transformers.__version__}: compare a few "
+            f"answers, or install transformers=={NEWEST_TESTED}"
+        )
 
 
 def tensor_parallel_mesh(model: nn.Module):
@@ -43,3 +49,8 @@ def tensor_parallel_mesh(model: nn.Module):
         return None
     mesh = model._device_mesh
     return mesh["tp"] if mesh.ndim > 1 else mesh
+
+
+def position_keepers(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules that remember on themselves, as ``rope_deltas`` [B, 1] or None, how far an image moved the positions after it."""
+    return [module for module in model.modules() if hasattr(module, "rope_deltas")]

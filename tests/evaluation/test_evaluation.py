@@ -10,8 +10,7 @@ import torch
 from support.text_models import make_model, make_text, make_tokenizer
 
 from mixkv import MixKVConfig
-from mixkv.evaluation import InputError, bench, charts, compare, machine, measure, memory, prompts
-from mixkv.evaluation import models as loading
+from mixkv.evaluation import InputError, bench, charts, compare, loading, machine, measure, memory, prompts
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from mixkv.hf import versions
+from mixkv.hf import stock_layers
 from support import zoo
 
 _COMMON = dict(
@@ -44,7 +44,7 @@ def granite(*kinds):
 
 
 def _build(model_class, config):
-    if not any(type(layer).__name__ == "LinearAttentionLayer" for layer in versions.stock_layers(config)):
+    if not any(type(layer).__name__ == "LinearAttentionLayer" for layer in stock_layers.of_decoder(config)):
         pytest.skip("this transformers keeps the states elsewhere")
     with torch.random.fork_rng():
         torch.manual_seed(0)
