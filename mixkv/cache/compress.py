@@ -71,6 +71,7 @@ class Compression:
 
         key, value [B, Hkv, N, D]; query [B, Hq, n, D] and attention's output [B, n, Hq, Dv] hold at least the last columns.
         """
+        self.shared.storing = True
         self._remember(query)
         key, value = key.detach(), value.detach()
         config, contest, part = self.shared.config, self._contest(), self._part
