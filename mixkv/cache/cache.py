@@ -120,18 +120,56 @@ class MixKVCache(Cache):
         if first and layer.dense is None:
             columns = key_states.shape[2]
             if layer.seen == 0:
-                self._shared.prompt_length, assisted = call_stack.prompt_plan()
-                self._shared.recording |= assisted
+                self._plan_prompt(columns)
                 columns = self._shared.prompt_length or columns
             self._shared.images.read(layer.seen, columns, key_states)
-            if self.config.method in CONTESTS and layer.seen == 0 and columns < key_states.shape[2]:
-                # They are read beside rows that layers to come have had no say in yet: not what greedy decoding would see.
-                call_stack.decline_drafts()
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._batch = batch
         if stock_layers.keeps_prompt_alive(layer):
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         return result
+
+    def _plan_prompt(self, tokens: int) -> None:
+        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
+        shared = self._shared
+        if shared.expected_prompt is None:
+            shared.prompt_length, assisted = call_stack.prompt_plan(tokens)
+            shared.recording |= assisted
+        else:
+            shared.prompt_length, shared.expected_prompt = shared.expected_prompt, None
+        if self.config.method in CONTESTS and shared.prompt_length is not None and shared.prompt_length < tokens:
+            raise RuntimeError(
+                f"a prompt of {shared.prompt_length} tokens came in one forward with {tokens - shared.prompt_length} more, which would "
+                f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
+                f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
+            )
+
+    def expect_prompt(self, length: int) -> None:
+        """Says how long the next prompt is, so that it is compressed when all of it has been read.
+
+        Needed where you read a prompt in several forwards of your own; `generate` with ``prefill_chunk_size`` or assisted decoding
+        needs it only in a transformers that this library does not know.
+
+        Args:
+            length: the length of the prompt in tokens, padding included, images as the tokens that stand for them.
+
+        Raises:
+            ValueError: it is not a positive int.
+            RuntimeError: something has been read already.
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f"length={length!r} must be a positive int: the length of the prompt in tokens")
+        if self:
+            raise RuntimeError(
+                f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
+                f"after cache.reset()"
+            )
+        self._shared.expected_prompt = length
+
+    @property
+    def reads_prompt_alone(self) -> bool:
+        """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
+        return self.config.method in CONTESTS and not self
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -160,6 +198,9 @@ class MixKVCache(Cache):
 
     def activate_past_recording(self) -> None:
         self._shared.recording = True
+        model = None if self.layers else call_stack.assisted_model()
+        if model is not None:
+            self._bind(model)
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -168,7 +209,7 @@ class MixKVCache(Cache):
         if self.layers:
             self._make_layers()
         self._batch = None
-        self._shared.prompt_length = self._shared.waiting = self._shared.contest = None
+        self._shared.prompt_length = self._shared.waiting = self._shared.contest = self._shared.expected_prompt = None
         self._shared.recording = False
         self._shared.images = ImageColumns()
 

@@ -18,6 +18,7 @@ class Shared:
     """What the layers of one cache share.
 
     ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
+    ``expected_prompt``: the length of the next prompt, if the caller gave it.
     ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
     ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
     ``contest``: the layers of a prompt under a method of `config.CONTESTS`, until its last layer has come.
@@ -28,6 +29,7 @@ class Shared:
     config: MixKVConfig
     num_layers: int = 0
     prompt_length: int | None = None
+    expected_prompt: int | None = None
     recording: bool = False
     waiting: Any | None = None
     contest: Contest | SlotContest | None = None
