@@ -154,20 +154,15 @@ class MixKVCache(Cache):
             return
         columns, images = key_states.shape[2], copy.copy(self._shared.images)
         if layer.seen == 0:
-            self._shared.prompt_length, assisted = call_stack.prompt_plan()
-            self._shared.recording |= assisted
+            self._plan_prompt(columns)
             columns = self._shared.prompt_length or columns
         self._shared.images.read(layer.seen, columns, key_states)
         self._shared.before.images = images
-        drafts = layer.seen == 0 and columns < key_states.shape[2]
-        if drafts and not registry.method(self.config.method).drafts_with_prompt:
-            # They are read beside rows that layers to come have had no say in yet: not what greedy decoding would see.
-            call_stack.decline_drafts()
 
     def _start_forward(self) -> None:
         shared = self._shared
         seen = next(layer.seen for layer in self.layers if isinstance(layer, MixKVLayer))
-        shared.before = Before(seen, self._batch, shared.prompt_length, shared.recording)
+        shared.before = Before(seen, self._batch, shared.prompt_length, shared.expected_prompt, shared.recording)
         shared.cache, shared.storing = weakref.ref(self), False
 
     def _undo_forward(self) -> None:
@@ -187,6 +182,7 @@ class MixKVCache(Cache):
             shared.contest, shared.recording = None, before.recording
             self._make_layers()
         self._batch, shared.prompt_length = before.batch, before.prompt_length
+        shared.expected_prompt = before.expected_prompt
         if before.images is not None:
             shared.images = before.images
         shared.progress.forget()
@@ -220,6 +216,49 @@ class MixKVCache(Cache):
             self._shared.progress.finish_state(layer_idx, method)
         return result
 
+    def _plan_prompt(self, tokens: int) -> None:
+        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
+        shared = self._shared
+        if shared.expected_prompt is None:
+            shared.prompt_length, assisted = call_stack.prompt_plan(tokens)
+            shared.recording |= assisted
+        else:
+            shared.prompt_length, shared.expected_prompt = shared.expected_prompt, None
+        drafts = shared.prompt_length is not None and shared.prompt_length < tokens
+        if drafts and not registry.method(self.config.method).drafts_with_prompt:
+            raise RuntimeError(
+                f"a prompt of {shared.prompt_length} tokens came in one forward with {tokens - shared.prompt_length} more, which would "
+                f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
+                f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
+            )
+
+    def expect_prompt(self, length: int) -> None:
+        """Says how long the next prompt is, so that it is compressed when all of it has been read.
+
+        Needed where you read a prompt in several forwards of your own; `generate` with ``prefill_chunk_size`` or assisted decoding
+        needs it only in a transformers that this library does not know.
+
+        Args:
+            length: the length of the prompt in tokens, padding included, images as the tokens that stand for them.
+
+        Raises:
+            ValueError: it is not a positive int.
+            RuntimeError: something has been read already.
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f"length={length!r} must be a positive int: the length of the prompt in tokens")
+        if self:
+            raise RuntimeError(
+                f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
+                f"after cache.reset()"
+            )
+        self._shared.expected_prompt = length
+
+    @property
+    def reads_prompt_alone(self) -> bool:
+        """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
+        return not registry.method(self.config.method).drafts_with_prompt and not self
+
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
         return any(isinstance(layer, MixKVLayer) and layer.seen for layer in self.layers)
@@ -247,6 +286,9 @@ class MixKVCache(Cache):
 
     def activate_past_recording(self) -> None:
         self._shared.recording = True
+        model = None if self.layers else call_stack.assisted_model()
+        if model is not None:
+            self._bind(model)
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()

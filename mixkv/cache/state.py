@@ -25,6 +25,7 @@ class Before:
     seen: int
     batch: int | None
     prompt_length: int | None
+    expected_prompt: int | None
     recording: bool
     images: ImageColumns | None = None
 
@@ -34,6 +35,7 @@ class Shared:
     """What the layers of one cache share.
 
     ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
+    ``expected_prompt``: the length of the next prompt, if the caller gave it.
     ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
     ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
     ``contest``: the budget that the layers of a prompt share, if the method is cross-layer, until its last layer has come.
@@ -47,6 +49,7 @@ class Shared:
     config: MixKVConfig
     num_layers: int = 0
     prompt_length: int | None = None
+    expected_prompt: int | None = None
     recording: bool = False
     waiting: Any | None = None
     contest: Contest | SlotContest | None = None

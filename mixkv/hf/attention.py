@@ -51,6 +51,9 @@ def attend_with_cache(
 @torch.compiler.disable
 def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     with layer.arriving(module, kwargs):
+        # A prompt's own attention is the base's, on full keys and values; stored rows are cut off from what made them.
+        if layer.store is not None or layer.prompt_length not in (None, key.shape[2]):
+            _refuse_gradients(query, key, value)
         if layer.store is None:
             return _read_prompt(layer, base, module, query, key, value, mask, kwargs)
         if kwargs.get("output_attentions"):
@@ -73,7 +76,8 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
     output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
     logits = _logit_options(query, kwargs)
     valid = layer.shared.valid_columns(prompt_mask, 0, prompt)
-    layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
+    with torch.no_grad():
+        layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
     if total == prompt:
         return output, weights
     # Draft tokens came along with the prompt: they see the compressed cache, as they would in a forward of their own.
@@ -96,6 +100,16 @@ def _continue(layer, query, key, value, mask, logits) -> torch.Tensor:
 
 def _logit_options(query: torch.Tensor, kwargs: dict) -> LogitOptions:
     return LogitOptions.of(query.shape[-1], kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
+
+
+def _refuse_gradients(*tensors: torch.Tensor) -> None:
+    """Raises a RuntimeError if a backward pass could come through ``tensors``, which would miss what reaches stored rows."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "gradients through a compressed cache would be wrong: its rows are detached from the forward that made them. Go on "
+            "under torch.no_grad() or with model.generate, or read the whole sequence in one forward with an empty cache, whose "
+            "gradients are exact"
+        )
 
 
 def check_caller(known: torch.nn.Module | None, module: torch.nn.Module, seen: int, kwargs: dict) -> None:
