@@ -297,7 +297,8 @@ class MixKVCache(Cache):
         """Forgets everything that was read, and makes a broken cache usable."""
         shared = self._shared
         shared.progress.change = "reset()"
-        self._batch = shared.prompt_length = shared.waiting = shared.contest = shared.before = None
+        self._batch = shared.prompt_length = shared.expected_prompt = None
+        shared.waiting = shared.contest = shared.before = None
         shared.recording = False
         shared.images = ImageColumns()
         if self.layers:
