@@ -10,7 +10,7 @@ import torch
 # Steps between the smallest and the largest element of a head's keys, in which bounds are told.
 _STEPS = 15
 # Chunks whose bounds are computed at once, at least.
-_BLOCK = 256
+_BLOCK = 64
 
 
 def of_chunks(

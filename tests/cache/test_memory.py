@@ -11,7 +11,7 @@ from mixkv.selection.select import quota, rank
 from mixkv.storage.chunks import ChunkStore
 from mixkv.storage.ragged import RaggedStore
 
-TOKENS, HEADS, GROUPS, SIZE = 8192, 2, 3, 64
+TOKENS, HEADS, GROUPS, SIZE = 16384, 1, 3, 64
 
 
 def compress(query, key, value, config, factor):
@@ -33,11 +33,10 @@ def test_extra_memory_is_less_than_a_quarter_of_the_layer(method, backend, dtype
         torch.randn(1, count, heads, SIZE).to(dtype).transpose(1, 2)
         for count, heads in ((32, HEADS * GROUPS), (TOKENS, HEADS), (TOKENS, HEADS))
     )
-    profile = ((1.0, 2.0), (3.0, 1.0)) if method == "sparsemm" else None
+    profile = ((1.0,), (3.0,)) if method == "sparsemm" else None
     for score in registry.score_names():
         config = MixKVConfig(method=method, score=score, backend=backend, profile=profile)
-        for factor in (None, torch.randn(HEADS, SIZE, SIZE).triu()):
-            with memory.allocations() as allocated:
-                stores = compress(query, key, value, config, factor)
-            extra = allocated.peak - sum(store.nbytes for store in stores if store is not None)
-            assert 0 < extra < (key.nbytes + value.nbytes) / 4, (score, factor is None)
+        with memory.allocations() as allocated:
+            stores = compress(query, key, value, config, torch.randn(HEADS, SIZE, SIZE).triu())
+        extra = allocated.peak - sum(store.nbytes for store in stores if store is not None)
+        assert 0 < extra < (key.nbytes + value.nbytes) / 4, score
