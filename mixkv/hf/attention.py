@@ -88,8 +88,9 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
 def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
     new = query.shape[2]
-    valid = layer.shared.valid_columns(mask, layer.seen - new, new)
-    if new == 1 and valid is None:
+    # A decode step's one token is real in every batch row, as padding on the right is refused: nothing waits for the device.
+    valid = None if new == 1 else layer.shared.valid_columns(mask, layer.seen - new, new)
+    if new == 1:
         output = layer.decode(query, key, value, options)
     else:
         output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, options)
