@@ -23,6 +23,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mixkv.ops import flash, native, reference, score_reference  # noqa: E402
+from mixkv.ops.arguments import ChosenChunks, LogitOptions, RaggedBuffers  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = ((64, 64), (128, 128), (256, 256), (16, 16), (80, 80), (96, 48), (192, 128), (16, 256))
@@ -89,7 +90,7 @@ def make_store(batch, heads, size, value_size, lengths, dtype, spare=24):
         torch.randn(at + 2, width).masked_fill(~owned.unsqueeze(1), torch.nan).to(dtype).cuda() for width in (size, value_size)
     ]
     buffers.append(torch.full((at + 2,), -7, dtype=torch.int32, device="cuda"))
-    return tuple(buffers), ints(starts), ints(lengths)
+    return RaggedBuffers(*buffers, ints(starts), ints(lengths))
 
 
 def ints(values) -> torch.Tensor:
@@ -105,6 +106,16 @@ def strided(batch, rows, heads, size, dtype) -> torch.Tensor:
     whole = torch.randn(batch, rows, heads, size + extra, device="cuda").to(dtype)
     # An odd offset: rows that do not begin at a multiple of 16 bytes.
     return whole[..., extra // 8 : extra // 8 + size].transpose(1, 2)
+
+
+def clean(store: RaggedBuffers, dtype: torch.dtype | None = None) -> RaggedBuffers:
+    """A copy without NaNs, its rows in ``dtype``: plain torch reads spare rows, masked."""
+    key, value = (part.nan_to_num(0.0).to(dtype or part.dtype) for part in (store.key, store.value))
+    return store._replace(key=key, value=value)
+
+
+def copied(store: RaggedBuffers) -> RaggedBuffers:
+    return RaggedBuffers(*(part.clone() for part in store))
 
 
 def poison() -> None:
@@ -167,26 +178,22 @@ class Checks:
     def attention(self, dtype, size, value_size, batch, heads, groups, top) -> None:
         lengths = [min(top, random.choice((0, 1, 15, 16, 17, 64, top, random.randint(0, top)))) for _ in range(batch * heads)]
         lengths[random.randrange(len(lengths))] = top
-        buffers, starts, counts = make_store(batch, heads, size, value_size, lengths, dtype)
-        wide = tuple(buffer.double() for buffer in buffers[:2])
-        options = {
-            "scaling": size**-0.5,
-            "softcap": random.choice((None, None, 5.0)),
-            "sinks": torch.randn(heads * groups, device="cuda") if random.random() < 0.4 else None,
-        }
+        store = make_store(batch, heads, size, value_size, lengths, dtype)
+        softcap = random.choice((None, None, 5.0))
+        sinks = torch.randn(heads * groups, device="cuda") if random.random() < 0.4 else None
+        logits = LogitOptions(size**-0.5, softcap, sinks)
         bound = {"max_length": top + random.choice((0, 70)), "stride": None}
         what = f"{size}/{value_size} B{batch} H{heads} G{groups} {lengths}"
-        # Plain torch reads spare rows, masked: there they must not be NaN.
-        clean, wide = tuple(b.nan_to_num(0.0) for b in buffers[:2]), tuple(b.nan_to_num(0.0) for b in wide)
+        plain, wide = clean(store), clean(store, torch.float64)
 
         query = strided(batch, 1, heads * groups, size, dtype)
         poison()
-        found = native.attend(query, *buffers[:2], starts, counts, **bound, **options)
+        found = native.attend(query, store, logits, **bound)
         twins = (
-            reference.attend(query, *clean, starts, counts, **bound, **options),
-            reference.attend(query.double(), *wide, starts, counts, **bound, **options),
+            reference.attend(query, plain, logits, **bound),
+            reference.attend(query.double(), wide, logits, **bound),
         )
-        self.compare(f"attend {what}", dtype, found, *self.zeroed(twins, counts, groups))
+        self.compare(f"attend {what}", dtype, found, *self.zeroed(twins, store.lengths, groups))
 
         new = random.choice((1, 2, 5, 19))
         query = strided(batch, new, heads * groups, size, dtype)
@@ -197,24 +204,20 @@ class Checks:
                 new, device="cuda"
             ).bool()
         poison()
-        found = native.attend_extend(query, *buffers[:2], starts, counts, key, value, mask=mask, **bound, **options)
-        twin = reference.attend_extend(query, *clean, starts, counts, key, value, mask=mask, **bound, **options)
-        exact = reference.attend_extend(
-            query.double(), *wide, starts, counts, key.double(), value.double(), mask=mask, **bound, **options
-        )
+        found = native.attend_extend(query, store, key, value, logits, mask=mask, **bound)
+        twin = reference.attend_extend(query, plain, key, value, logits, mask=mask, **bound)
+        exact = reference.attend_extend(query.double(), wide, key.double(), value.double(), logits, mask=mask, **bound)
         self.compare(f"attend_extend n{new} {what}", dtype, found, twin, exact)
 
         query = query[:, :, :1]
-        mine, theirs = tuple(b.clone() for b in buffers), tuple(b.clone() for b in buffers)
-        my_counts, their_counts = counts.clone(), counts.clone()
-        reference.append(theirs, starts, their_counts, key, value, 50)
+        mine, theirs = copied(store), copied(store)
+        reference.append(theirs, key, value, 50)
         poison()
         bound["max_length"] += new
-        found = native.append_attend(query, mine, starts, my_counts, key, value, 50, max_length=bound["max_length"], **options)
-        self.verdict(f"append_attend {dtype} {what}: stored", same(my_counts, their_counts) and all(map(same, mine, theirs)))
-        clean = tuple(b.nan_to_num(0.0) for b in theirs[:2])
-        twin = reference.attend(query, *clean, starts, their_counts, **bound, **options)
-        exact = reference.attend(query.double(), *(b.double() for b in clean), starts, their_counts, **bound, **options)
+        found = native.append_attend(query, mine, key, value, 50, logits, **bound)
+        self.verdict(f"append_attend {dtype} {what}: stored", all(map(same, mine, theirs)))
+        twin = reference.attend(query, clean(theirs), logits, **bound)
+        exact = reference.attend(query.double(), clean(theirs, torch.float64), logits, **bound)
         self.compare(f"append_attend n{new} {what}", dtype, found, twin, exact)
 
     @staticmethod
@@ -227,37 +230,34 @@ class Checks:
         batch, heads = 2, 3
         for new in (1, 3, 64, 65, 150):
             lengths = [random.randint(0, 20) for _ in range(batch * heads)]
-            mine, starts, counts = make_store(batch, heads, size, value_size, lengths, dtype, spare=new)
-            theirs, their_counts = tuple(b.clone() for b in mine), counts.clone()
+            mine = make_store(batch, heads, size, value_size, lengths, dtype, spare=new)
+            theirs = copied(mine)
             key, value = strided(batch, new, heads, size, dtype), strided(batch, new, heads, value_size, dtype)
             valid = torch.rand(batch, new, device="cuda") < 0.6 if random.random() < 0.5 else None
-            native.append(mine, starts, counts, key, value, 9, valid)
-            reference.append(theirs, starts, their_counts, key, value, 9, valid)
-            self.verdict(
-                f"append n{new} {dtype} {size}/{value_size}", same(counts, their_counts) and all(map(same, mine, theirs))
-            )
+            native.append(mine, key, value, 9, valid)
+            reference.append(theirs, key, value, 9, valid)
+            self.verdict(f"append n{new} {dtype} {size}/{value_size}", all(map(same, mine, theirs)))
         for columns in (40, 3000):
             lengths = [random.choice((0, 1, columns, random.randint(0, columns))) for _ in range(batch * heads)]
-            mine, starts, counts = make_store(batch, heads, size, value_size, lengths, dtype)
-            theirs = tuple(b.clone() for b in mine)
+            mine = make_store(batch, heads, size, value_size, lengths, dtype)
+            theirs = copied(mine)
             key, value = strided(batch, columns, heads, size, dtype), strided(batch, columns, heads, value_size, dtype)
             positions = torch.cat([torch.randperm(columns)[:length].sort().values for length in lengths]).int().cuda()
-            native.compact(mine, starts, counts, key, value, positions)
-            reference.compact(theirs, starts, counts, key, value, positions)
+            native.compact(mine, key, value, positions)
+            reference.compact(theirs, key, value, positions)
             self.verdict(f"compact N{columns} {dtype} {size}/{value_size}", all(map(same, mine, theirs)))
             order = torch.tensor([3, 4, 5, 3, 4, 5, 0, 1, 2], device="cuda")
-            from_starts, moved = starts[order], counts[order]
-            to, to_starts, _ = make_store(3, heads, size, value_size, moved.tolist(), dtype)
-            wanted = tuple(b.clone() for b in to)
-            native.move_rows(to, to_starts, moved, mine, from_starts, max_length=int(moved.max()))
-            reference.move_rows(wanted, to_starts, moved, mine, from_starts, total=int(moved.sum()))
+            source, moved = mine._replace(starts=mine.starts[order]), mine.lengths[order]
+            to = make_store(3, heads, size, value_size, moved.tolist(), dtype)
+            wanted = copied(to)
+            native.move_rows(to, source, max_length=int(moved.max()))
+            reference.move_rows(wanted, source, total=int(moved.sum()))
             self.verdict(f"move_rows N{columns} {dtype} {size}/{value_size}", all(map(same, to, wanted)))
 
     def chunks(self, dtype, size, value_size) -> None:
         batch, heads, groups, chunk = 2, 3, random.choice((1, 4, 7)), random.choice((8, 32))
         lengths = [0, 1, 64, 700, 17, 5]
-        buffers, starts, counts = make_store(batch, heads, size, value_size, lengths, dtype)
-        clean = tuple(b.nan_to_num(0.0) for b in buffers[:2])
+        store = make_store(batch, heads, size, value_size, lengths, dtype)
         query = strided(batch, 1, heads * groups, size, dtype)
         for slots in (1, 9, 40):
             pool = [torch.randn(400 * chunk, width).to(dtype).pin_memory() for width in (size, value_size)]
@@ -270,15 +270,15 @@ class Checks:
             reference.fetch_chunks(twins, pool, places, targets, rows, chunk=chunk)
             what = f"{size}/{value_size} G{groups} slots {slots}"
             self.verdict(f"fetch_chunks {dtype} {what}", all(map(same, held, twins)))
-            options = {"scaling": size**-0.5, "softcap": random.choice((None, 5.0)), "chunk": chunk, "max_length": 700}
+            logits, chosen = LogitOptions(size**-0.5, random.choice((None, 5.0))), ChosenChunks(*held, targets, rows, chunk)
+            wide = chosen._replace(key=chosen.key.double(), value=chosen.value.double())
             poison()
-            found = native.attend_chunks(query, *buffers[:2], starts, counts, *held, targets, rows, **options)
-            exact = [part.double() for part in (*clean, *held)]
+            found = native.attend_chunks(query, store, chosen, logits, max_length=700)
             outputs = (
-                reference.attend_chunks(query, *clean, starts, counts, *held, targets, rows, **options),
-                reference.attend_chunks(query.double(), *exact[:2], starts, counts, *exact[2:], targets, rows, **options),
+                reference.attend_chunks(query, clean(store), chosen, logits, max_length=700),
+                reference.attend_chunks(query.double(), clean(store, torch.float64), wide, logits, max_length=700),
             )
-            self.compare(f"attend_chunks {what}", dtype, found, *self.zeroed(outputs, counts + rows.sum(1), groups))
+            self.compare(f"attend_chunks {what}", dtype, found, *self.zeroed(outputs, store.lengths + rows.sum(1), groups))
         counts = ints([0, 1, 7, 400, 1024, 2])
         starts = (counts.cumsum(0) - counts).int()
         low, high = torch.randint(16, (2, int(counts.sum()), size), dtype=torch.uint8, device="cuda").sort(dim=0).values
@@ -325,24 +325,24 @@ class Checks:
     def other_stream(self) -> None:
         """Work queued on a side stream is seen by an operation called there."""
         stream = torch.cuda.Stream()
-        buffers, starts, counts = make_store(1, 2, 64, 64, [3000, 5000], torch.bfloat16)
-        query, zeros = strided(1, 1, 8, 64, torch.bfloat16), torch.zeros_like(buffers[1])
+        store = make_store(1, 2, 64, 64, [3000, 5000], torch.bfloat16)
+        query, zeros = strided(1, 1, 8, 64, torch.bfloat16), torch.zeros_like(store.value)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
-            buffers[1].copy_(zeros)
-            found = native.attend(query, *buffers[:2], starts, counts, max_length=5000, scaling=0.1)
+            store.value.copy_(zeros)
+            found = native.attend(query, store, LogitOptions(0.1), max_length=5000)
         stream.synchronize()
         self.verdict("attend on the current stream", not found.any().item())
 
     def graph(self) -> None:
         """A captured decode step replays: lengths live on the device."""
-        buffers, starts, counts = make_store(1, 2, 64, 64, [30, 50], torch.bfloat16, spare=40)
+        store, logits = make_store(1, 2, 64, 64, [30, 50], torch.bfloat16, spare=40), LogitOptions(0.1)
         query, key = strided(1, 1, 8, 64, torch.bfloat16), torch.randn(1, 2, 1, 64, device="cuda").bfloat16()
-        first = counts.clone()
+        first = store.lengths.clone()
 
         def step():
-            return native.append_attend(query, buffers, starts, counts, key, key, 7, max_length=90, scaling=0.1)
+            return native.append_attend(query, store, key, key, 7, logits, max_length=90)
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -355,10 +355,8 @@ class Checks:
         for _ in range(5):
             graph.replay()
         torch.cuda.synchronize()
-        exact = reference.attend(
-            query, *(b.nan_to_num(0.0) for b in buffers[:2]), starts, counts, max_length=90, stride=None, scaling=0.1
-        )
-        good = torch.equal(counts, first + 6) and torch.allclose(out.float(), exact.float(), atol=2e-2)
+        exact = reference.attend(query, clean(store), logits, max_length=90, stride=None)
+        good = torch.equal(store.lengths, first + 6) and torch.allclose(out.float(), exact.float(), atol=2e-2)
         self.verdict("append_attend in a CUDA graph", good)
 
 
@@ -426,20 +424,21 @@ def time_attend() -> list[dict]:
         starts = (counts.cumsum(0) - counts).int()
         key, value = (torch.randn(total, size, device="cuda").bfloat16() for _ in range(2))
         query = torch.randn(batch, heads * groups, 1, size, device="cuda").bfloat16()
-        options = {"max_length": max(lengths), "stride": None, "scaling": size**-0.5}
+        store = RaggedBuffers(key, value, torch.zeros(total, dtype=torch.int32, device="cuda"), starts, counts)
+        logits, extent = LogitOptions(size**-0.5), {"max_length": max(lengths), "stride": None}
         floor = (key.nbytes + value.nbytes) / bandwidth
 
         def note(seconds, floor=floor):
             return f"{100 * floor / seconds:.0f} % of copy bandwidth"
 
-        mine = device_seconds(lambda: native.attend(query, key, value, starts, counts, **options))
+        mine = device_seconds(lambda: native.attend(query, store, logits, **extent))
         rows.append(row(f"attend 32/8/128 B16 {name}", mine, note(mine)))
-        wanted = native.attend(query, key, value, starts, counts, **options)
+        wanted = native.attend(query, store, logits, **extent)
         for rival, attend in rivals():
             try:
-                out = attend(query, key, value, starts, counts, **options)
+                out = attend(query, store, logits, **extent)
                 close = torch.allclose(out.float(), wanted.float(), atol=2e-2)
-                seconds = device_seconds(lambda: attend(query, key, value, starts, counts, **options))
+                seconds = device_seconds(lambda: attend(query, store, logits, **extent))
                 rows.append(row(f"  {rival}", seconds, note(seconds) + ("" if close else ", ANOTHER RESULT")))
             except Exception as error:
                 rows.append({"what": f"  {rival}", "note": f"failed: {str(error).splitlines()[0][:80]}"})
@@ -477,18 +476,19 @@ def time_decode_step() -> list[dict]:
         first = counts.clone()
         starts = ints([sum(lengths[:h]) + h * steps for h in range(heads)])
         total = sum(lengths) + heads * steps
-        buffers = (
+        store = RaggedBuffers(
             torch.randn(total, size, device="cuda").bfloat16(),
             torch.randn(total, size, device="cuda").bfloat16(),
             torch.zeros(total, dtype=torch.int32, device="cuda"),
+            starts,
+            counts,
         )
         query = torch.randn(1, heads * groups, 1, size, device="cuda").bfloat16()
         key, value = (torch.randn(1, heads, 1, size, device="cuda").bfloat16() for _ in range(2))
 
-        def fused(index, buffers=buffers, starts=starts, counts=counts, longest=max(lengths)):
-            native.append_attend(
-                query, buffers, starts, counts, key, value, index, max_length=longest + index + 1, scaling=size**-0.5
-            )
+        def fused(index, store=store, longest=max(lengths)):
+            logits = LogitOptions(size**-0.5)
+            native.append_attend(query, store, key, value, index, logits, max_length=longest + index + 1)
 
         rows.append(
             row(

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mixkv import MixKVConfig  # noqa: E402
-from mixkv.evaluation import machine, measure, models, prompts  # noqa: E402
+from mixkv.evaluation import loading, machine, measure, prompts  # noqa: E402
 
 SHAPES = {
     "cpu": dict(
@@ -161,7 +161,7 @@ def main() -> None:
             torch.randint(1000, (new, 1), device=device),
         )
     else:
-        loaded = models.load(given.model, device=device)
+        loaded = loading.load(given.model, device=device)
         model, name = loaded.model, loaded.name
         # SmolLM2 ends at 8,192 tokens, those that are decoded included.
         room = model.config.get_text_config(decoder=True).max_position_embeddings - new

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from mixkv import MixKVConfig, select
 from mixkv.hf import output_projection
 from mixkv.ops import native, reference, score_reference
+from mixkv.ops.arguments import LogitOptions, RaggedBuffers
 
 SHAPES = [(9, 3, 64), (32, 8, 128)]
 
@@ -42,14 +43,16 @@ def interleaved(candidates: dict, repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def ragged(sequences: int, size: int, dtype: torch.dtype, low: int = 64, high: int = 1024, spare: int = 16):
+def ragged(sequences: int, size: int, dtype: torch.dtype, low: int = 64, high: int = 1024, spare: int = 16) -> RaggedBuffers:
     lengths = torch.randint(low, high + 1, (sequences,), dtype=torch.int32)
     starts = ((lengths + spare).cumsum(0) - lengths - spare).to(torch.int32)
     rows = int(lengths.sum()) + spare * sequences
-    return torch.randn(rows, size).to(dtype), torch.randn(rows, size).to(dtype), starts, lengths
+    key, value = (torch.randn(rows, size).to(dtype) for _ in range(2))
+    return RaggedBuffers(key, value, torch.zeros(rows, dtype=torch.int32), starts, lengths)
 
 
-def attend_candidates(query, key, value, starts, lengths, scaling) -> dict:
+def attend_candidates(query, store, scaling) -> dict:
+    key, value, _, starts, lengths = store
     batch, query_heads, _, size = query.shape
     heads = starts.numel() // batch
     groups = query_heads // heads
@@ -91,7 +94,7 @@ def attend_candidates(query, key, value, starts, lengths, scaling) -> dict:
         return out
 
     return {
-        "native": lambda: native.attend(query, key, value, starts, lengths, max_length=longest, scaling=scaling),
+        "native": lambda: native.attend(query, store, LogitOptions(scaling), max_length=longest),
         "padded": lambda: F.scaled_dot_product_attention(
             padded_query, padded_keys, padded_values, attn_mask=padded_mask, scale=scaling
         ),
@@ -111,9 +114,9 @@ def bench_attend(threads: list[int], repeats: int) -> None:
     ):
         torch.manual_seed(0)
         torch.set_num_threads(count)
-        key, value, starts, lengths = ragged(batch * heads, size, dtype)
+        store = ragged(batch * heads, size, dtype)
         query = torch.randn(batch, query_heads, 1, size).to(dtype)
-        candidates = attend_candidates(query, key, value, starts, lengths, size**-0.5)
+        candidates = attend_candidates(query, store, size**-0.5)
         expected = candidates["padded"]().flatten()
         torch.testing.assert_close(candidates["native"]().flatten(), expected, rtol=0.05, atol=0.02)
         times = interleaved(candidates, repeats)
@@ -130,32 +133,28 @@ def bench_append(threads: list[int], repeats: int) -> None:
     for rows, count in ((rows, count) for rows in (128, 4096, 65536) for count in threads):
         torch.manual_seed(0)
         torch.set_num_threads(count)
-        key, value, starts, lengths = ragged(8, 128, torch.float32, rows, rows, spare=64)
-        position = torch.zeros(key.shape[0], dtype=torch.int32)
-        buffers = (key, value, position)
+        store, logits = ragged(8, 128, torch.float32, rows, rows, spare=64), LogitOptions(0.1)
         new_key, new_value, query = torch.randn(1, 8, 1, 128), torch.randn(1, 8, 1, 128), torch.randn(1, 32, 1, 128)
-        full = lengths.clone()
+        full = store.lengths.clone()
 
         def run(function):
             def timed():
-                lengths.copy_(full)
+                store.lengths.copy_(full)
                 return function()
 
             return timed
 
         def plain_both():
-            reference.append(buffers, starts, lengths, new_key, new_value, 5)
-            return reference.attend(query, key, value, starts, lengths, max_length=rows + 1, stride=rows + 64, scaling=0.1)
+            reference.append(store, new_key, new_value, 5)
+            return reference.attend(query, store, logits, max_length=rows + 1, stride=rows + 64)
 
         candidates = {
-            "native append": run(lambda: native.append(buffers, starts, lengths, new_key, new_value, 5)),
-            "plain append": run(lambda: reference.append(buffers, starts, lengths, new_key, new_value, 5)),
+            "native append": run(lambda: native.append(store, new_key, new_value, 5)),
+            "plain append": run(lambda: reference.append(store, new_key, new_value, 5)),
         }
         if rows == 128:
             candidates["append_attend"] = run(
-                lambda: native.append_attend(
-                    query, buffers, starts, lengths, new_key, new_value, 5, max_length=rows + 1, scaling=0.1
-                )
+                lambda: native.append_attend(query, store, new_key, new_value, 5, logits, max_length=rows + 1)
             )
             candidates["plain both"] = run(plain_both)
         times = [f"{value:.1f}" for value in interleaved(candidates, repeats).values()]
@@ -170,11 +169,11 @@ def bench_extend(threads: list[int], repeats: int) -> None:
     ):
         torch.manual_seed(0)
         torch.set_num_threads(count)
-        key, value, starts, lengths = ragged(8, 128, dtype)
-        longest = int(lengths.max())
+        store = ragged(8, 128, dtype)
+        longest = int(store.lengths.max())
         query, new_key, new_value = (torch.randn(1, n, new, 128).to(dtype) for n in (32, 8, 8))
-        arguments = (query, key, value, starts, lengths, new_key, new_value)
-        options = {"mask": None, "max_length": longest, "stride": None, "scaling": 0.1}
+        arguments = (query, store, new_key, new_value, LogitOptions(0.1))
+        options = {"mask": None, "max_length": longest, "stride": None}
         times = interleaved(
             {
                 "native": lambda: native.attend_extend(*arguments, **options),

@@ -27,9 +27,9 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mixkv.evaluation import (  # noqa: E402
-    InputError,  # noqa: E402
+    InputError,
+    loading,
     machine,
-    models,
     prompts,
     tables,
 )
@@ -72,7 +72,7 @@ class Worker:
 def environment() -> Path:
     """The Python of an environment with kvpress and this torch version, made if it is not there yet."""
     wanted = [KVPRESS, f"torch=={torch.__version__.split('+')[0]}"]
-    folder = models.cache_folder() / "peers"
+    folder = loading.cache_folder() / "peers"
     python, made = folder / "bin" / "python", folder / "requirements.txt"
     if not made.is_file() or made.read_text().split() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,7 +173,7 @@ def main() -> int:
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            loaded = models.load(given.model, device="cpu")
+            loaded = loading.load(given.model, device="cpu")
             transformers.utils.logging.disable_progress_bar()
             loaded.model.save_pretrained(folder)
             ids = prompts.filler(loaded.tokenizer, max(lengths))[0].tolist()

@@ -6,9 +6,9 @@
 #define MIXKV_LOGITS "int max_length, float scaling, float softcap, Tensor? sinks"
 
 STABLE_TORCH_LIBRARY(mixkv, m) {
-  m.def("append(" MIXKV_BUFFERS "Tensor(d!) lengths, Tensor key, Tensor value, int column, Tensor? valid=None) -> ()");
+  m.def("append(" MIXKV_BUFFERS "Tensor(d!) lengths, Tensor key, Tensor value, int first_position, Tensor? valid=None) -> ()");
   m.def("attend(Tensor query, " MIXKV_STORE MIXKV_LOGITS ") -> Tensor");
-  m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, Tensor key, Tensor value, int column, " MIXKV_LOGITS
+  m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, Tensor key, Tensor value, int first_position, " MIXKV_LOGITS
         ") -> Tensor");
   m.def("attend_extend(Tensor query, " MIXKV_STORE "Tensor key, Tensor value, Tensor? mask, " MIXKV_LOGITS ") -> Tensor");
   m.def("chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor starts, Tensor counts, int longest) -> Tensor");

@@ -136,7 +136,7 @@ struct BoundsShape {
 
 // Observation window [B, Hq, W, D] over keys [B, Hkv, N, D].
 struct WindowShape {
-  int64_t batch, query_heads, heads, groups, window, columns, size;
+  int64_t batch, query_heads, heads, groups, window, tokens, size;
 
   WindowShape(const Tensor& query, const Tensor& key, const std::optional<Tensor>& valid, const std::optional<Tensor>& sinks) {
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query must be [B, Hq, W, D] and key [B, Hkv, N, D]");
@@ -145,16 +145,16 @@ struct WindowShape {
     window = query.size(2);
     size = query.size(3);
     heads = key.size(1);
-    columns = key.size(2);
+    tokens = key.size(2);
     STD_TORCH_CHECK(key.size(0) == batch && key.size(3) == size && heads > 0 && query_heads % heads == 0,
                     "query and key must agree in batch and head size, and Hq be a multiple of Hkv");
-    STD_TORCH_CHECK(window > 0 && window <= columns, "the window must have 1 .. N queries, has ", window);
+    STD_TORCH_CHECK(window > 0 && window <= tokens, "the window must have 1 .. N queries, has ", window);
     STD_TORCH_CHECK(size > 0 && size % 16 == 0 && size <= 256, "the head size must be a multiple of 16 up to 256, is ", size);
     STD_TORCH_CHECK(query.scalar_type() == key.scalar_type(), "query and key must have one dtype");
     groups = query_heads / heads;
     if (valid) {
       STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool && valid->dim() == 3 && valid->size(0) == batch &&
-                          valid->size(1) == heads && valid->size(2) == columns,
+                          valid->size(1) == heads && valid->size(2) == tokens,
                       "valid must be a bool [B, Hkv, N] tensor");
     }
     if (sinks) {

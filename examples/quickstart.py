@@ -5,9 +5,9 @@ python examples/quickstart.py
 """
 
 import mixkv
-from mixkv.evaluation import models, prompts
+from mixkv.evaluation import loading, prompts
 
-loaded = models.load()  # SmolLM2-135M-Instruct, out of a package; any causal language model of transformers will do
+loaded = loading.load()  # SmolLM2-135M-Instruct, out of a package; any causal language model of transformers will do
 model, tokenizer = loaded.model, loaded.tokenizer
 ids = prompts.encode(tokenizer, prompts.demo()).to(model.device)
 options = {"attention_mask": ids.new_ones(ids.shape), "max_new_tokens": 24, "do_sample": False}

@@ -4,13 +4,24 @@ from . import moved, plot
 from .cache import MixKVCache
 from .config import MixKVConfig
 from .patch import patch, patched, unpatch
-from .registry import register_score
+from .registry import register_method, register_score
 from .selection import Selection, select
 
 moved.install()
 
 __version__ = "0.1.0"
-__all__ = ["MixKVCache", "MixKVConfig", "Selection", "patch", "patched", "plot", "register_score", "select", "unpatch"]
+__all__ = [
+    "MixKVCache",
+    "MixKVConfig",
+    "Selection",
+    "patch",
+    "patched",
+    "plot",
+    "register_method",
+    "register_score",
+    "select",
+    "unpatch",
+]
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""One safetensors file with a JSON header and a checksum: written at once or not at all, and told from any other file."""
+"""One safetensors file with a JSON header and a checksum: written at once or not at all, and distinguished from any other file."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import registry
-from .head_profile import Profile, Table, as_table
+from .head_profile import Profile, Table, as_profile, as_table
 from .head_profile import load as load_profile
 
 
@@ -17,43 +17,52 @@ from .head_profile import load as load_profile
 class MixKVConfig:
     """How a prompt's keys and values are compressed.
 
+    A config does not change; `replace` makes another. It is stored with a saved cache.
+
     Args:
-        method: who gets how many rows. ``snapkv`` every head the same (arXiv 2404.14469), ``pyramidkv`` fewer in later
-            layers (2406.02069), ``adakv`` shared out among the heads of a layer by attention mass (2407.11550),
-            ``sparsemm`` shared out over the whole model by ``profile`` (2506.05344), ``global`` shared out over the whole
-            model, prompt by prompt, by what rows add to the layers' outputs, ``hybridkv`` as `mixkv.hybrid` does: heads of
-            sparse attention are pruned, the others keep all rows in chunks and attend to some of them (after 2604.05887), to how
-            many is shared out as under ``global``.
-        score: which rows a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
+        method: how the budget is allocated to KV heads. ``snapkv`` every head the same (arXiv 2404.14469), ``pyramidkv`` fewer
+            in later layers (2406.02069), ``adakv`` among the heads of a layer by importance (2407.11550), ``sparsemm`` over the
+            whole model by ``profile`` (2506.05344), ``global`` over the whole model, prompt by prompt, by what entries add to
+            the layers' outputs, ``hybridkv`` as `mixkv.selection.hybrid` does: heads of sparse attention are pruned, the others
+            keep all entries in chunks and attend to some of them (after 2604.05887), to how many is allocated as under
+            ``global``; or one of your own: `mixkv.register_method`.
+        score: which entries a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
             (MixKV, 2510.20707), ``mix-fixed`` their plain mean, ``attn`` window attention (SnapKV), ``vnorm`` attention
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
-            attention times what the row adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``; or
+            attention times what the entry adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``; or
             one of your own: `mixkv.register_score`.
-        budget: rows kept per KV head and layer, on average, window included (int), or a share of the prompt
+        budget: entries kept per KV head and layer, on average, window included (int), or a share of the prompt
             (float in (0, 1]). A prompt no longer than its budget is kept whole.
         window: the last prompt tokens, whose queries score the others; always kept.
-        kernel_size: width of the pooling of attention over neighbouring positions; odd. (Output importance has its own:
-            `mixkv.selection.scores.output_importance`.)
+        kernel_size: width of the pooling of attention over neighbouring positions; odd.
+        output_kernel_size: width of the max pooling of output importance, for ``output``, ``mix-output``, ``global`` and
+            ``hybridkv``; odd.
         pooling: ``avg`` or ``max``.
         group_reduce: ``mean`` or ``max`` over the query heads that share a KV head.
-        redundancy: ``online`` (measured on every prompt) or a table of numbers in [0, 1], one row a layer, one column a
+        redundancy: ``online`` (measured on every prompt) or a table of numbers in [0, 1], one row a layer, one number a
             KV head.
         pyramid_beta: pyramidkv's steepness: the last layer keeps ``budget_without_window // pyramid_beta`` candidates.
-        ada_floor: the share of adakv's budget that every head gets for certain.
-        global_floor: the share of global's budget that every head gets for certain.
-        hybrid_threshold: hybridkv's heads are pruned if at least this share of their attention rests on the prompt's first rows
+        ada_floor: the share of adakv's budget that goes out in equal parts.
+        sparsemm_floor: the share of sparsemm's budget that goes out in equal parts.
+        global_floor: the share of global's budget that goes out in equal parts.
+        layer_exponent: layer normalisation exponent of ``global`` and ``hybridkv``: a layer's importance is divided by its largest
+            to this power before it is compared with other layers'. 0: as it is; 1: every layer's largest is 1.
+        hybrid_threshold: hybridkv's heads are pruned if at least this share of their attention rests on the prompt's first tokens
             and the window; 1: none is.
-        hybrid_floor: the share of hybridkv's rows that goes out in equal parts: of those left to a layer's pruned heads, and, as
-            chunks a step, of the other heads' of the whole model.
-        hybrid_chunk: rows of the chunks that hybridkv's other heads choose from. Small ones find more with as many rows, but each has
-            bounds that stay resident, a byte for every element of a key: at 8 rows in float16 a 32nd of the prompt in all.
+        hybrid_floor: the share of hybridkv's entries that goes out in equal parts: of those left to a layer's pruned heads, and,
+            as chunks a step, of the other heads' of the whole model.
+        hybrid_chunk: tokens of the chunks that hybridkv's other heads choose from. Small ones find more with as many tokens, but
+            each has bounds that stay resident, a byte for every element of a key: at 8 tokens in float16 a 32nd of the prompt in
+            all.
+        hybrid_first: how many of the prompt's first tokens hybridkv's other heads always keep resident.
+        hybrid_last: how many of its last, within the window.
         offload: whether hybridkv's chunks lie in the host's memory and cross over when they are chosen; False: they stay on
             the model's device, and only what is read of them a step is saved.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a file with
-            one, JSON or what ``mixkv calibrate`` writes; see `mixkv.headprofile`. Layers are those that attend to everything.
-        decode_budget: bound for what generation adds: once a layer holds more than ``decode_budget + decode_slack``
-            rows per KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing
-            that came after the first prompt is ever dropped.
+            one, JSON or what ``mixkv calibrate`` writes; see `mixkv.head_profile`. Layers are those that attend to everything.
+        decode_budget: bound for what generation adds: once a layer has more than ``decode_budget + decode_slack`` entries per
+            KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
+            the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
@@ -81,21 +90,28 @@ class MixKVConfig:
     decode_budget: int | None = None
     decode_slack: int = 64
     backend: str = "auto"
+    output_kernel_size: int = 9
+    sparsemm_floor: float = 0.1
+    layer_exponent: float = 2 / 3
+    hybrid_first: int = 4
+    hybrid_last: int = 8
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, registry.METHODS)
-        _one_of("score", self.score, registry.score_names())
+        registry.method(self.method)
+        registry.score(self.score)
         _one_of("backend", self.backend, registry.BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
         _positive_int("window", self.window)
-        _positive_int("kernel_size", self.kernel_size)
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={self.kernel_size} must be odd, so that pooling keeps positions in place")
-        _positive_int("pyramid_beta", self.pyramid_beta)
-        _positive_int("decode_slack", self.decode_slack)
-        _positive_int("hybrid_chunk", self.hybrid_chunk)
-        for name in ("ada_floor", "global_floor", "hybrid_floor", "hybrid_threshold"):
+        for name in ("kernel_size", "output_kernel_size"):
+            _positive_int(name, getattr(self, name))
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be odd, so that pooling keeps positions in place")
+        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last"):
+            _positive_int(name, getattr(self, name))
+        if self.hybrid_first != 0:
+            _positive_int("hybrid_first", self.hybrid_first)
+        for name in ("ada_floor", "sparsemm_floor", "global_floor", "layer_exponent", "hybrid_floor", "hybrid_threshold"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
@@ -107,18 +123,20 @@ class MixKVConfig:
     def _check_budget(self) -> None:
         budget = self.budget
         if not _is_number(budget):
-            raise ValueError(f"budget={budget!r} must be an int (rows per KV head) or a float in (0, 1] (share of the prompt)")
+            raise ValueError(
+                f"budget={budget!r} must be an int (entries per KV head) or a float in (0, 1] (share of the prompt)"
+            )
         if isinstance(budget, float) and not 0 < budget <= 1:
-            raise ValueError(f"budget={budget} as a share of the prompt must lie in (0, 1]; rows are given as an int")
+            raise ValueError(f"budget={budget} as a share of the prompt must lie in (0, 1]; entries are given as an int")
         if isinstance(budget, int) and budget <= self.window:
             raise ValueError(
-                f"budget={budget} must exceed window={self.window}: the window's rows are always kept and count in the "
-                f"budget. Raise the budget or lower the window"
+                f"budget={budget} must exceed window={self.window}: the window is always kept and counts in the budget. "
+                f"Raise the budget or lower the window"
             )
-        if self.decode_budget is not None and self.method == "hybridkv":
+        if self.decode_budget is not None and not registry.method(self.method).decode_budget:
             raise ValueError(
-                f"decode_budget={self.decode_budget} does not go with method='hybridkv', which keeps all that is generated: leave "
-                f"it out, or use another method"
+                f"decode_budget={self.decode_budget} does not go with method={self.method!r}, which keeps all that is generated: "
+                f"leave it out, or use another method"
             )
         if self.decode_budget is not None:
             _positive_int("decode_budget", self.decode_budget)
@@ -133,21 +151,27 @@ class MixKVConfig:
         else:
             table = as_table("redundancy", self.redundancy)
             if not all(0 <= value <= 1 for row in table for value in row):
-                raise ValueError("redundancy as a table must hold numbers from 0 to 1: mean cosines between keys")
+                raise ValueError("redundancy as a table must have numbers from 0 to 1: mean cosines between keys")
             object.__setattr__(self, "redundancy", table)
         profile = self.profile
         if isinstance(profile, (str, Path)):
             profile = load_profile(profile)
         if profile is not None:
-            profile = Profile(as_table("profile", profile), getattr(profile, "model", None))
+            profile = as_profile("profile", profile)
             if any(value < 0 for row in profile for value in row) or sum(map(sum, profile)) <= 0:
-                raise ValueError("profile must hold scores >= 0 with a positive sum: they are shares of the whole budget")
+                raise ValueError("profile must have scores >= 0 with a positive sum: they are shares of the whole budget")
             object.__setattr__(self, "profile", profile)
-        if self.method == "sparsemm" and profile is None:
+        if profile is None and registry.method(self.method).needs_profile:
             raise ValueError(
-                "method='sparsemm' needs profile=: a table of head scores [layers, heads] or the path of a file with one (mixkv calibrate "
-                "makes it)"
+                f"method={self.method!r} needs profile=: a table of head scores [layers, heads] or the path of a file with one "
+                f"(mixkv calibrate makes it)"
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A method or a score of the user's may not be registered in the process that unpickles.
+        registry.method(self.method)
+        registry.score(self.score)
 
     def replace(self, **changes: Any) -> MixKVConfig:
         """A copy with some fields changed, validated again."""
@@ -158,22 +182,47 @@ class MixKVConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings."""
+        """Plain lists, dicts, numbers and strings."""
         return json.loads(self.to_json())
 
     def to_json(self, **options: Any) -> str:
-        """JSON text; `from_json` gives an equal config back. ``options`` go to `json.dumps`."""
-        return json.dumps(dataclasses.asdict(self), **options)
+        """JSON text; `from_json` returns an equal config. ``options`` are passed to `json.dumps`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.profile, Profile):
+            values["profile"] = self.profile.to_json_value()
+        return json.dumps(values, **options)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MixKVConfig:
-        """The inverse of `to_dict`; unknown names are refused."""
+        """The inverse of `to_dict`; fields that are missing have their defaults.
+
+        Raises:
+            ValueError: unknown names, or values that are not allowed.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a config must be a dict of options, not {values!r}: give what to_dict returns")
         return cls().replace(**values)
 
     @classmethod
     def from_json(cls, text: str) -> MixKVConfig:
         """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
+
+
+def checked_config(config: MixKVConfig | None, **options: Any) -> MixKVConfig:
+    """``config``, or the default one, with fields changed to ``options``.
+
+    Raises:
+        ValueError: something else was given as ``config``, or an option is unknown or not allowed.
+    """
+    if config is not None and not isinstance(config, MixKVConfig):
+        remedy = "MixKVConfig.from_dict(...)" if isinstance(config, dict) else "mixkv.MixKVConfig(...)"
+        raise ValueError(
+            f"config must be a MixKVConfig, not the {type(config).__name__} {config!r}: make one with {remedy}, or give options by "
+            f"name, such as method='global', budget=128"
+        )
+    config = MixKVConfig() if config is None else config
+    return config.replace(**options) if options else config
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -28,7 +28,7 @@ class Profile(tuple):
     """A table of head scores, one tuple a layer, that knows the model it was measured on.
 
     Attributes:
-        model: its ``model_type``; None: not known, as of tables out of JSON.
+        model: its ``model_type``; None: not known.
     """
 
     def __new__(cls, rows: Iterable[tuple[float, ...]], model: str | None = None):
@@ -36,17 +36,20 @@ class Profile(tuple):
         table.model = model
         return table
 
+    def to_json_value(self) -> Any:
+        """What `as_profile` reads back: a list of rows, or a dict of ``model`` and ``scores`` where the model is known."""
+        rows = [list(row) for row in self]
+        return rows if self.model is None else {"model": self.model, "scores": rows}
 
-def load(path: str | Path) -> Table:
-    """Reads a head profile: a ``.safetensors`` file that `save` wrote, or JSON: a list of rows, or a mapping ``"layer-head"``
-    to a score or a list of scores.
+
+def load(path: str | Path) -> Profile:
+    """Reads a head profile: a file that `save` wrote, or JSON: a list of rows, or a mapping ``"layer-head"`` to a score or a list
+    of scores.
 
     The mapping is the format of published SparseMM profiles (arXiv 2506.05344); a list of scores counts as its mean.
 
-    Returns: the table [layers, heads]; out of a ``.safetensors`` file a `Profile`.
-
     Raises:
-        ValueError: the file does not hold such a profile, or is damaged; the message names the file and what is missing.
+        ValueError: the file contains no such profile, or is damaged; the message names the file and what is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,28 +57,29 @@ def load(path: str | Path) -> Table:
     if path.suffix == CHECKED:
         return _checked(path)
     try:
-        return as_table("profile", _json(path))
+        return as_profile("profile", _json(path))
     except ValueError as error:
         raise ValueError(f"profile file {path}: {error}") from error
 
 
 def save(profile: Any, path: str | Path, model: str | None = None, about: Mapping[str, Any] | None = None) -> None:
-    """Writes a table [layers, heads]: as JSON rows, or into a ``.safetensors`` file with a header and a checksum.
+    """Writes a table [layers, heads] as JSON, or into a ``.safetensors`` file with a header and a checksum.
 
     Args:
         profile: nested lists, an array, a tensor or a `Profile`.
-        model: ``model_type`` of the model it was measured on; other models refuse the file. JSON does not keep it.
+        model: ``model_type`` of the model it was measured on, by default that of a `Profile`; other models refuse the file.
         about: further entries of the header, JSON values. JSON does not keep them.
     """
     from . import __version__
 
-    path, table = Path(path), as_table("profile", profile)
+    profile = as_profile("profile", profile)
+    path, model = Path(path), model or profile.model
     if path.suffix != CHECKED:
-        path.write_text(json.dumps(table))
+        path.write_text(json.dumps(Profile(profile, model).to_json_value()))
         return
-    header = {"format": FORMAT, "kind": KIND, "mixkv": __version__, "model": model or getattr(profile, "model", None)}
-    header |= {"layers": len(table), "heads": len(table[0]), **(about or {})}
-    checked_file.write(path, header, {"scores": torch.tensor(table, dtype=torch.float64)})
+    header = {"format": FORMAT, "kind": KIND, "mixkv": __version__, "model": model}
+    header |= {"layers": len(profile), "heads": len(profile[0]), **(about or {})}
+    checked_file.write(path, header, {"scores": torch.tensor(profile, dtype=torch.float64)})
 
 
 def check_model(profile: Table, model_type: str) -> None:
@@ -95,10 +99,10 @@ def check_model(profile: Table, model_type: str) -> None:
 def _checked(path: Path) -> Profile:
     header, tensors = checked_file.read(path, range(FORMAT, FORMAT + 1), kind=KIND, maker="mixkv calibrate")
     table = as_table(f"the scores in {path}", tensors.get("scores", []))
-    shape, told = [len(table), len(table[0])], [header.get("layers"), header.get("heads")]
-    if shape != told:
+    shape, stated = [len(table), len(table[0])], [header.get("layers"), header.get("heads")]
+    if shape != stated:
         raise ValueError(
-            f"{path} is damaged (its header tells of {told} layers and heads, and it holds {shape}): measure it again"
+            f"{path} is damaged (its header says {stated} layers and heads, and it contains {shape}): measure it again"
         )
     return Profile(table, header.get("model"))
 
@@ -108,7 +112,20 @@ def _json(path: Path) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"it is not JSON ({error}); the name of a profile in safetensors ends in {CHECKED}") from error
-    return _from_mapping(content) if isinstance(content, dict) else content
+    return _from_mapping(content) if isinstance(content, dict) and "scores" not in content else content
+
+
+def as_profile(name: str, values: Any) -> Profile:
+    """A table as `as_table` takes it, a `Profile`, or what its `to_json_value` returned.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if isinstance(values, Mapping):
+        if values.keys() != {"model", "scores"} or not isinstance(values["model"], str):
+            raise ValueError(f"{name} as a dict must have model, a str, and scores, a table, not {sorted(map(str, values))}")
+        return Profile(as_table(name, values["scores"]), values["model"])
+    return Profile(as_table(name, values), getattr(values, "model", None))
 
 
 def as_table(name: str, values: Any) -> Table:

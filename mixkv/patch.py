@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cache import MixKVCache
-from .config import MixKVConfig
+from .config import MixKVConfig, checked_config
 from .hf import binding, versions
 
 _HOOK = "_prepare_cache_for_generation"
@@ -34,7 +34,7 @@ def patch(model: nn.Module, config: MixKVConfig | None = None, **options) -> nn.
         ValueError: bad options, or a model that cannot be compressed.
     """
     inner = binding.unwrap(model)
-    config = (config or MixKVConfig()).replace(**options)
+    config = checked_config(config, **options)
     if not hasattr(type(inner), _HOOK):
         raise ValueError(
             f"transformers {transformers.__version__} has no {_HOOK}, through which patch hands in the cache: install "

@@ -38,7 +38,7 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is a safetensors file, but no head profile that mixkv calibrate wrote"):
         head_profile.load(path)
     head_profile.save(torch.rand(2, 4), path, "llava", {"heads": 5})
-    with pytest.raises(ValueError, match=r"its header tells of \[2, 5\] layers and heads, and it holds \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"its header says \[2, 5\] layers and heads, and it contains \[2, 4\]"):
         head_profile.load(path)
     assert set(load_file(path)) == {"scores"}
     (tmp_path / "profile.json").write_bytes(whole)

@@ -98,7 +98,7 @@ def test_stats():
     assert numbers["bytes_full"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     held = 0
     for layer in cache.layers:
-        tensors = layer.store.__dict__.values() if hasattr(layer, "store") else (layer.keys, layer.values)
+        tensors = layer.store.buffers if hasattr(layer, "store") else (layer.keys, layer.values)
         held += sum(part.untyped_storage().nbytes() for part in tensors if isinstance(part, torch.Tensor))
         held += layer.redundancy.nbytes if hasattr(layer, "store") else 0
     assert abs(numbers["bytes"] - held) <= 64 * len(cache.layers)

@@ -18,7 +18,7 @@ constexpr int kGroup = 4;
 // Rows whose logits are held at once.
 constexpr int kTile = 128;
 
-// Bytes ahead of a load at which memory is asked for: the hardware loses the thread at every change between keys and values.
+// Bytes ahead of a load at which memory is asked for: the hardware prefetcher stops at every change between keys and values.
 constexpr int kAhead = 4096;
 
 MIXKV_INLINE void fetch(const void* address) { __builtin_prefetch(address, 0, 3); }

@@ -230,9 +230,9 @@ static Tensor chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor start
 }
 
 static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
-                            Tensor key, Tensor value, int64_t column, int64_t max_length, double scaling, double softcap,
+                            Tensor key, Tensor value, int64_t first_position, int64_t max_length, double scaling, double softcap,
                             std::optional<Tensor> sinks) {
-  append(key_buffer, value_buffer, position_buffer, starts, lengths, key, value, column, std::nullopt);
+  append(key_buffer, value_buffer, position_buffer, starts, lengths, key, value, first_position, std::nullopt);
   return attend(query, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks);
 }
 

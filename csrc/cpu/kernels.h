@@ -45,10 +45,10 @@ struct Window {
   int64_t query_stride;
   const void* key;  // N rows
   int64_t key_stride;
-  const uint8_t* valid;  // null: all columns are
+  const uint8_t* valid;  // null: all tokens are
   int64_t valid_stride;
   int64_t window;
-  int64_t columns;  // N
+  int64_t tokens;  // N
   int size;         // D
   float scaling;
   float softcap;  // 0: none
@@ -83,7 +83,7 @@ struct ElementKernels {
   void (*attend)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
   // Writes query i's result to out[i]; sinks (may be null) holds one logit per query.
   void (*finish)(const State&, int count, int value_size, const float* sinks, void* const* out);
-  // Writes the mean, or root mean square, over the window's queries for columns 0 .. N - W. scratch: `window_scratch` floats.
+  // Writes the mean, or root mean square, over the window's queries for tokens 0 .. N - W. scratch: `window_scratch` floats.
   void (*window)(const Window&, float* out, float* scratch);
   // Writes the norms [N]. scratch: `norm_scratch` floats.
   void (*norm)(const Projection&, float* out, float* scratch);
@@ -95,7 +95,7 @@ struct Kernels {
   const char* name;
   ElementKernels of[kElements];
   int64_t (*attend_scratch)(int count, int size);
-  int64_t (*window_scratch)(int64_t columns, int size);
+  int64_t (*window_scratch)(int64_t tokens, int size);
   int64_t (*norm_scratch)(int64_t outputs, int size);
   int64_t (*bounds_scratch)(int size);
 };

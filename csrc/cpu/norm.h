@@ -69,12 +69,12 @@ static void projected_norm(const Projection& projection, float* out, float* scra
     Vec squares[kNormRows] = {};
     for (int64_t block = 0; block < blocks; ++block) {
       const int begin = int(begins[block]);
-      for (int r = 0; r < count; r += kColumns) {
-        const float* from[kColumns];
-        for (int i = 0; i < kColumns; ++i) from[i] = rows[r + i] + begin;
-        Vec total[kColumns][kMostVectors];
+      for (int r = 0; r < count; r += kTokens) {
+        const float* from[kTokens];
+        for (int i = 0; i < kTokens; ++i) from[i] = rows[r + i] + begin;
+        Vec total[kTokens][kMostVectors];
         multiply<T, kMostVectors>(packed + (block * steps + begin) * kOutputs, from, steps - begin, total);
-        for (int i = 0; i < kColumns; ++i)
+        for (int i = 0; i < kTokens; ++i)
           for (int v = 0; v < kMostVectors; ++v) squares[r + i] += total[i][v] * total[i][v];
       }
     }

@@ -20,7 +20,7 @@ static int64_t grain(const Tensor& buffer, int64_t rows) {
 }
 
 void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
-            int64_t column, std::optional<Tensor> valid) {
+            int64_t first_position, std::optional<Tensor> valid) {
   const Store store(key_buffer, value_buffer, starts, lengths);
   check_positions(store, position_buffer);
   check_new(store, key_buffer, key, value);
@@ -63,7 +63,7 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
         std::memcpy(to_key + row * key_bytes, from_key + b * key_strides[0] + h * key_strides[1] + i * key_strides[2], key_bytes);
         std::memcpy(to_value + row * value_bytes, from_value + b * value_strides[0] + h * value_strides[1] + i * value_strides[2],
                     value_bytes);
-        to_position[row] = int32_t(column + i);
+        to_position[row] = int32_t(first_position + i);
         ++row;
       }
       counts[s] = int32_t(row - extents.starts[s]);
@@ -86,12 +86,12 @@ static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buff
   key = row_dense(key);
   value = row_dense(value);
   const Extents extents(store, starts, lengths);
-  const int64_t heads = key.size(1), columns = key.size(2), total = positions.numel();
+  const int64_t heads = key.size(1), tokens = key.size(2), total = positions.numel();
   const int32_t* first = data<int32_t>(offsets);
   const int32_t* taken = data<int32_t>(positions);
   for (int64_t s = 0; s < store.sequences; ++s)
     STD_TORCH_CHECK(first[s] >= 0 && first[s] + extents.lengths[s] <= total, "offsets reach beyond the ", total, " positions");
-  for (int64_t i = 0; i < total; ++i) STD_TORCH_CHECK(taken[i] >= 0 && taken[i] < columns, "position ", taken[i], " is not below ", columns);
+  for (int64_t i = 0; i < total; ++i) STD_TORCH_CHECK(taken[i] >= 0 && taken[i] < tokens, "position ", taken[i], " is not below ", tokens);
 
   const int64_t bytes = key.element_size();
   const int64_t key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
@@ -106,11 +106,11 @@ static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buff
     for (int64_t s = begin; s < end; ++s) {
       const char* key_head = from_key + s / heads * key_strides[0] + s % heads * key_strides[1];
       const char* value_head = from_value + s / heads * value_strides[0] + s % heads * value_strides[1];
-      const int32_t* columns_taken = taken + first[s];
+      const int32_t* tokens_taken = taken + first[s];
       for (int64_t i = 0, row = extents.starts[s]; i < extents.lengths[s]; ++i, ++row) {
-        std::memcpy(to_key + row * key_bytes, key_head + columns_taken[i] * key_strides[2], key_bytes);
-        std::memcpy(to_value + row * value_bytes, value_head + columns_taken[i] * value_strides[2], value_bytes);
-        to_position[row] = columns_taken[i];
+        std::memcpy(to_key + row * key_bytes, key_head + tokens_taken[i] * key_strides[2], key_bytes);
+        std::memcpy(to_value + row * value_bytes, value_head + tokens_taken[i] * value_strides[2], value_bytes);
+        to_position[row] = tokens_taken[i];
       }
     }
   });

@@ -10,7 +10,7 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
   const WindowShape shape(query, key, valid, sinks);
   query = row_dense(query);
   key = row_dense(key);
-  const int64_t groups = shape.groups, candidates = shape.columns - shape.window;
+  const int64_t groups = shape.groups, candidates = shape.tokens - shape.window;
   Tensor out = torch::stable::new_empty(key, {shape.batch, shape.heads, candidates}, ScalarType::Float);
   if (candidates == 0) return out;
 
@@ -29,7 +29,7 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
   const auto each = scratch(shape.batch * shape.query_heads * candidates);
 
   torch::stable::parallel_for(0, shape.batch * shape.query_heads, 1, [&](int64_t begin, int64_t end) {
-    const auto memory = scratch(set.window_scratch(shape.columns, int(shape.size)));
+    const auto memory = scratch(set.window_scratch(shape.tokens, int(shape.size)));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / shape.query_heads, head = item % shape.query_heads, h = head / groups;
       Window window{};
@@ -40,7 +40,7 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
       window.valid = real ? real + b * valid_batch + h * valid_head : nullptr;
       window.valid_stride = valid_row;
       window.window = shape.window;
-      window.columns = shape.columns;
+      window.tokens = shape.tokens;
       window.size = int(shape.size);
       window.scaling = float(scaling);
       window.softcap = float(softcap);

@@ -6,7 +6,7 @@
 // the warps' results are merged at the end. Parts of one sequence are merged by a second kernel.
 //
 // A sequence is its stored rows followed by new ones, which lie elsewhere; where asked to, a block also stores the new rows that it
-// meets. Nobody reads those from the store in the same launch, and lengths change only when the last reader is done.
+// meets. No block reads those from the store in the same launch, and lengths change only after the last reader.
 //
 // In place of new rows a sequence may be followed by chunks of rows that it has chosen. Each takes up the room of a whole chunk; what
 // it has not is neither read nor seen.
@@ -50,7 +50,7 @@ __device__ inline void store_rows(const Attention& a, int64_t start, int stored,
     T* to = is_key ? static_cast<T*>(a.key) + (start + row) * a.size : static_cast<T*>(a.value) + (start + row) * a.value_size;
     const int at = (is_key ? chunk : chunk - key_chunks) * kVector<T>;
     *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
-    if (chunk == 0) a.position[start + row] = a.column + row - stored;
+    if (chunk == 0) a.position[start + row] = a.first_position + row - stored;
   }
 }
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kAttendWarps<S::Capacity> * 32) attend_part(co
   const int query_rows = min(kTileQueries, all_rows - first_row);
   const int stored = a.lengths[sequence];
   const int64_t start = a.starts[sequence];
-  // Causally, later new rows than the tile's last position are nobody's.
+  // Causally, no query of the tile sees new rows after its last position.
   const int reach = Chunks ? a.slots * a.chunk_size
                     : a.causal ? min(a.new_rows, (first_row + query_rows - 1) / a.groups + 1) : a.new_rows;
   // The last part has no bound: a length beyond the host's costs time, not rows.
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kAttendWarps<S::Capacity> * 32) attend_part(co
       }
       mass[q] = mass[q] * factor[q] + added;
     }
-    // Maxima settle after a few stages.
+    // Maxima rarely change after a few stages.
     if (any_lane(factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
       for (int n = 0; n < S::Capacity / 8; ++n) {

@@ -123,7 +123,7 @@ static void take_new(Attention& a, const Tensor& key, const Tensor& value) {
 }
 
 static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
-                            Tensor key, Tensor value, int64_t column, int64_t max_length, double scaling, double softcap,
+                            Tensor key, Tensor value, int64_t first_position, int64_t max_length, double scaling, double softcap,
                             std::optional<Tensor> sinks) {
   const Place place(query);
   const Store store(key_buffer, value_buffer, starts, lengths);
@@ -135,7 +135,7 @@ static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer
   place.check({&position_buffer, &key, &value});
   if (heads.groups > 16) {
     // Several blocks read a sequence's length: it is raised in a launch of its own.
-    append(key_buffer, value_buffer, position_buffer, starts, lengths, key, value, column, std::nullopt);
+    append(key_buffer, value_buffer, position_buffer, starts, lengths, key, value, first_position, std::nullopt);
     return attend(query, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks);
   }
   key = vector_rows(key);
@@ -144,7 +144,7 @@ static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer
   take_new(a, key, value);
   a.store = true;
   a.position = data<int32_t>(position_buffer);
-  a.column = narrow(column);
+  a.first_position = narrow(first_position);
   return run(a, query, store, heads, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks, place);
 }
 

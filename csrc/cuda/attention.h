@@ -1,4 +1,4 @@
-// What the host tells the attention kernels.
+// Arguments of the attention kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -33,7 +33,7 @@ struct Attention {
   Strides new_key_strides, new_value_strides;
   int new_rows;
   bool store;
-  int column;
+  int first_position;
   // Which new rows a query sees: bool [B, n, new_rows] (`head` is its query stride), else causally, else all.
   const uint8_t* mask;
   Strides mask_strides;

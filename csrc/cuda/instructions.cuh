@@ -65,7 +65,7 @@ __device__ inline float power_of_two(float x) {
   return y;
 }
 
-// Whether any lane of the warp says yes.
+// Whether the condition is true in any lane of the warp.
 __device__ inline bool any_lane(bool yes) { return __any_sync(0xffffffffu, yes); }
 
 template <class V>

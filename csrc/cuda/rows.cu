@@ -83,7 +83,7 @@ struct Validity {
 
 // Appends kRowsOfBlock of a sequence's new rows a block. `last`: there is one block a sequence, which raises the length.
 __global__ void __launch_bounds__(kThreads) append_rows(const RowTarget target, const RowSource source, int32_t* lengths,
-                                                        const Validity validity, int blocks, int column, bool last) {
+                                                        const Validity validity, int blocks, int first_position, bool last) {
   __shared__ int offsets[kRowsOfBlock];
   const int sequence = blockIdx.x / blocks, first = blockIdx.x % blocks * kRowsOfBlock;
   const int batch = sequence / validity.heads, head = sequence % validity.heads;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) append_rows(const RowTarget target, 
     // A caller that breaks its promise of room must not reach other memory.
     if (offset >= 0 && end + offset >= target.capacity) offset = -1;
     offsets[threadIdx.x] = offset;
-    if (offset >= 0) target.position[end + offset] = column + first + threadIdx.x;
+    if (offset >= 0) target.position[end + offset] = first_position + first + threadIdx.x;
   }
   __syncthreads();
   const uint4* key = source.key + batch * source.key_strides.batch + head * source.key_strides.head;
@@ -191,7 +191,7 @@ static int blocks_for(int64_t rows) {
 }
 
 void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
-            int64_t column, std::optional<Tensor> valid) {
+            int64_t first_position, std::optional<Tensor> valid) {
   const Place place(key_buffer);
   place.check({&value_buffer, &position_buffer, &starts, &lengths, &key, &value});
   place.check(valid);
@@ -213,7 +213,7 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
   value = vector_rows(value);
   const int blocks = (rows + kRowsOfBlock - 1) / kRowsOfBlock;
   launch<append_rows>(place.device(), place.stream(), store.sequences * blocks, kThreads, 0, target, source_of(key, value),
-                      data<int32_t>(lengths), validity, blocks, narrow(column), blocks == 1);
+                      data<int32_t>(lengths), validity, blocks, narrow(first_position), blocks == 1);
   if (blocks > 1) launch<raise_lengths>(place.device(), place.stream(), store.sequences, kThreads, 0, data<int32_t>(lengths), validity);
 }
 

@@ -5,6 +5,6 @@
 namespace mixkv::cuda {
 
 void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
-            int64_t column, std::optional<Tensor> valid);
+            int64_t first_position, std::optional<Tensor> valid);
 
 }  // namespace mixkv::cuda

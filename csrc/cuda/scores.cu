@@ -14,7 +14,7 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
   place.check(valid);
   place.check(sinks);
   const WindowShape shape(query, key, valid, sinks);
-  Tensor out = place.empty({shape.batch, shape.heads, shape.columns - shape.window}, ScalarType::Float);
+  Tensor out = place.empty({shape.batch, shape.heads, shape.tokens - shape.window}, ScalarType::Float);
   if (out.numel() == 0 || shape.groups == 0) return out;
   query = vector_rows(query);
   key = vector_rows(key);
@@ -34,20 +34,20 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
   w.heads = narrow(shape.heads);
   w.groups = narrow(shape.groups);
   w.window = narrow(shape.window);
-  w.columns = narrow(shape.columns);
+  w.tokens = narrow(shape.tokens);
   w.size = narrow(shape.size);
   w.tiles_per_head = (w.window + 15) / 16;
-  const int block_columns = window_block_columns(w.size);
-  w.column_blocks = (w.columns + block_columns - 1) / block_columns;
+  const int block_tokens = window_block_tokens(w.size);
+  w.token_blocks = (w.tokens + block_tokens - 1) / block_tokens;
   w.scaling = static_cast<float>(scaling);
   w.softcap = static_cast<float>(softcap);
   w.squared = squared;
   w.reduce_max = reduce_max;
 
   const int64_t rows = w.sequences * w.groups * w.tiles_per_head * 16;
-  const Tensor work = place.empty({rows * (2 * int64_t(w.column_blocks) + 1)}, ScalarType::Float);
+  const Tensor work = place.empty({rows * (2 * int64_t(w.token_blocks) + 1)}, ScalarType::Float);
   w.states = data<float2>(work);
-  w.totals = data<float>(work) + rows * w.column_blocks * 2;
+  w.totals = data<float>(work) + rows * w.token_blocks * 2;
   switch (key.scalar_type()) {
     case ScalarType::Float: launch_window<float>(w, place.device(), place.stream()); break;
     case ScalarType::Half: launch_window<__half>(w, place.device(), place.stream()); break;

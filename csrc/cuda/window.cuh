@@ -2,7 +2,7 @@
 // second adds up the shares. Logits are computed twice and never stored.
 //
 // A query row is head g of the KV head's G at window position w. Rows are padded to tiles of 16, each of one head. A warp holds 16
-// columns' keys and meets all query rows; a block's warps share the queries.
+// tokens' keys and meets all query rows; a block's warps share the queries.
 #pragma once
 
 #include <algorithm>
@@ -20,38 +20,38 @@ constexpr int kTotalRows = 32;
 constexpr int kTotalSlices = 8;
 
 template <class S>
-constexpr int kWindowWarps = window_block_columns(S::Capacity) / kTileRows;
+constexpr int kWindowWarps = window_block_tokens(S::Capacity) / kTileRows;
 
 template <class T, class S, bool Second>
 __global__ void __launch_bounds__(kWindowWarps<S> * 32) window_pass(const Window w) {
-  constexpr int kWarps = kWindowWarps<S>, kThreads = kWarps * 32, kColumns = kWarps * kTileRows;
+  constexpr int kWarps = kWindowWarps<S>, kThreads = kWarps * 32, kTokens = kWarps * kTileRows;
   const int size = S::Exact ? S::Capacity : w.size, stride = size + kVector<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   T* keys = reinterpret_cast<T*>(shared);
-  T* queries = keys + kColumns * stride;
+  T* queries = keys + kTokens * stride;
   float2* states = reinterpret_cast<float2*>(queries + kStagedQueries * stride);
 
-  const int64_t sequence = blockIdx.x / w.column_blocks;
-  const int column_block = blockIdx.x % w.column_blocks, batch = sequence / w.heads, head = sequence % w.heads;
-  const int candidates = w.columns - w.window, warp = threadIdx.x / 32;
+  const int64_t sequence = blockIdx.x / w.token_blocks;
+  const int token_block = blockIdx.x % w.token_blocks, batch = sequence / w.heads, head = sequence % w.heads;
+  const int candidates = w.tokens - w.window, warp = threadIdx.x / 32;
   const int tiles = w.groups * w.tiles_per_head, rows = tiles * kTileQueries;
   const T* query = static_cast<const T*>(w.query) + batch * w.query_strides.batch + head * w.groups * w.query_strides.head;
   const T* key = static_cast<const T*>(w.key) + batch * w.key_strides.batch + head * w.key_strides.head;
 
-  copy_rows<T, kColumns, kThreads>(keys, stride, size, key, [&](int i) -> const T* {
-    const int column = column_block * kColumns + i;
-    return column < w.columns ? key + column * w.key_strides.row : nullptr;
+  copy_rows<T, kTokens, kThreads>(keys, stride, size, key, [&](int i) -> const T* {
+    const int token = token_block * kTokens + i;
+    return token < w.tokens ? key + token * w.key_strides.row : nullptr;
   });
 
-  // The lane's four columns: row_of(0), row_of(1), row_of(4), row_of(5).
-  const int first_column = column_block * kColumns + warp * kTileRows;
+  // The lane's four tokens: row_of(0), row_of(1), row_of(4), row_of(5).
+  const int first_token = token_block * kTokens + warp * kTileRows;
   bool real[4];
   float share_sum[4] = {}, result[4] = {};
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    const int column = first_column + row_of(c / 2 * 4 + c % 2);
-    real[c] = column < w.columns &&
-              (w.valid == nullptr || w.valid[batch * w.valid_strides.batch + head * w.valid_strides.head + column * w.valid_strides.row]);
+    const int token = first_token + row_of(c / 2 * 4 + c % 2);
+    real[c] = token < w.tokens &&
+              (w.valid == nullptr || w.valid[batch * w.valid_strides.batch + head * w.valid_strides.head + token * w.valid_strides.row]);
   }
 
   const Scale scale{w.scaling, w.softcap};
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kWindowWarps<S> * 32) window_pass(const Window
       held.multiply(logits, queries + staged * stride, stride, size);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int column = first_column + row_of(i), position = first_position + query_of(i);
-        const bool seen = real[i / 4 * 2 + i % 2] && column - candidates <= position;
+        const int token = first_token + row_of(i), position = first_position + query_of(i);
+        const bool seen = real[i / 4 * 2 + i % 2] && token - candidates <= position;
         logits[i] = seen ? scale(logits[i]) : negative_infinity();
       }
       if constexpr (Second) {
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kWindowWarps<S> * 32) window_pass(const Window
           const float2 state = states[i * kStagedQueries + threadIdx.x];
           mass += state.y * share(state.x, most);
         }
-        w.states[(sequence * w.column_blocks + column_block) * rows + first_row + threadIdx.x] = make_float2(most, mass);
+        w.states[(sequence * w.token_blocks + token_block) * rows + first_row + threadIdx.x] = make_float2(most, mass);
       }
     }
   }
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kWindowWarps<S> * 32) window_pass(const Window
     if (lane_index() >= 4) return;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int column = first_column + row_of(c / 2 * 4 + c % 2);
-      if (column < candidates) w.out[sequence * candidates + column] = w.reduce_max ? result[c] : result[c] / w.groups;
+      const int token = first_token + row_of(c / 2 * 4 + c % 2);
+      if (token < candidates) w.out[sequence * candidates + token] = w.reduce_max ? result[c] : result[c] / w.groups;
     }
   }
 }
@@ -139,7 +139,7 @@ __device__ inline void take_part(float2& into, float2 part) {
   into.x = most;
 }
 
-// Merges the first pass's states. Rows of padding, and queries that see nothing, get a mass beyond all measure: their shares are 0.
+// Merges the first pass's states. Rows of padding, and queries that see nothing, get an infinite mass: their shares are 0.
 static __global__ void __launch_bounds__(kTotalRows * kTotalSlices) window_totals(const Window w) {
   __shared__ float2 parts[kTotalSlices][kTotalRows];
   const int rows = w.groups * w.tiles_per_head * kTileQueries, row_blocks = (rows + kTotalRows - 1) / kTotalRows;
@@ -147,8 +147,8 @@ static __global__ void __launch_bounds__(kTotalRows * kTotalSlices) window_total
   const int lane = threadIdx.x % kTotalRows, slice = threadIdx.x / kTotalRows, row = blockIdx.x % row_blocks * kTotalRows + lane;
   float2 total = make_float2(negative_infinity(), 0.0f);
   if (row < rows)
-    for (int i = slice; i < w.column_blocks; i += kTotalSlices)
-      take_part(total, w.states[(sequence * w.column_blocks + i) * rows + row]);
+    for (int i = slice; i < w.token_blocks; i += kTotalSlices)
+      take_part(total, w.states[(sequence * w.token_blocks + i) * rows + row]);
   parts[slice][lane] = total;
   __syncthreads();
   if (slice > 0 || row >= rows) return;
@@ -163,16 +163,16 @@ template <class T>
 void launch_window(const Window& w, const Device& device, cudaStream_t stream) {
   with_sizes<T>(w.size, w.size, [&](auto sizes) {
     using S = decltype(sizes);
-    constexpr int kColumns = window_block_columns(S::Capacity), kThreads = kWindowWarps<S> * 32;
+    constexpr int kTokens = window_block_tokens(S::Capacity), kThreads = kWindowWarps<S> * 32;
     const int64_t memory =
-        (kColumns + kStagedQueries) * (w.size + kVector<T>) * sizeof(T) + kWindowWarps<S> * kStagedQueries * sizeof(float2);
+        (kTokens + kStagedQueries) * (w.size + kVector<T>) * sizeof(T) + kWindowWarps<S> * kStagedQueries * sizeof(float2);
     STD_TORCH_CHECK(memory <= device.block_memory, "head size ", w.size, " needs more shared memory than this GPU has");
     const int rows = w.groups * w.tiles_per_head * kTileQueries;
-    launch<window_pass<T, S, false>>(device, stream, w.sequences * w.column_blocks, kThreads, memory, w);
+    launch<window_pass<T, S, false>>(device, stream, w.sequences * w.token_blocks, kThreads, memory, w);
     launch<window_totals>(device, stream, w.sequences * ((rows + kTotalRows - 1) / kTotalRows), kTotalRows * kTotalSlices, 0, w);
     Window second = w;
-    second.column_blocks = (w.columns - w.window + kColumns - 1) / kColumns;
-    launch<window_pass<T, S, true>>(device, stream, second.sequences * second.column_blocks, kThreads, memory, second);
+    second.token_blocks = (w.tokens - w.window + kTokens - 1) / kTokens;
+    launch<window_pass<T, S, true>>(device, stream, second.sequences * second.token_blocks, kThreads, memory, second);
   });
 }
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from mixkv.document import page
-from mixkv.document.model import LANGUAGE, LORA_SCALE, READER, read, write
-from mixkv.evaluation.models import Loaded, load
+from mixkv.evaluation.document_model import LANGUAGE, LORA_SCALE, READER, read, write
+from mixkv.evaluation.loading import Loaded, load
 
 RANK = 16
 PROCESSES = 2

@@ -12,8 +12,8 @@ from common import cosine, log, set_rate, single
 from torch import nn
 
 from mixkv.document import page, render, words
-from mixkv.document.model import PARTS, READER, assemble, fill, processor, read, write
-from mixkv.evaluation.models import load
+from mixkv.evaluation.document_model import PARTS, READER, assemble, fill, processor, read, write
+from mixkv.evaluation.loading import load
 
 # Of the pages the first are dense with random cells; then every other one is as pages are, mostly blank.
 DENSE = 2 / 3

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from functools import partial
 
 import torch
 
-from .. import tensor_parallel
+from .. import registry, tensor_parallel
 from ..hf.output_projection import output_factor, output_scale, projected_output
-from ..registry import CONTESTS, OUTPUT_SCORES
-from ..selection import hybrid, scores
+from ..ops.arguments import LogitOptions
+from ..selection import scores
+from ..selection.global_budget import Contest, SlotContest
 from ..selection.ranking import Ranking, Selection
-from ..selection.select import quota, rank
+from ..selection.select import allocate, rank
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
-from .global_budget import Contest, SlotContest
 from .state import Shared
 
 
@@ -36,7 +37,7 @@ class Compression:
         share: for every batch row, this layer's rows to those of the average layer; None: all layers alike.
         spread: how rows differ among heads held in other processes; None: there are none.
         weighs_output: whether rows were weighed by what they add to the layer's output; None: they were not to be.
-        options: what the model does to its logits.
+        logits: how the model computes its logits.
     """
 
     shared: Shared
@@ -55,7 +56,7 @@ class Compression:
     share: list[float] | None
     spread: tensor_parallel.Spread | None
     weighs_output: bool | None
-    options: dict
+    logits: LogitOptions | None
 
     def compress(
         self,
@@ -64,25 +65,26 @@ class Compression:
         value: torch.Tensor,
         output: torch.Tensor,
         valid: torch.Tensor | None,
-        options: dict,
+        logits: LogitOptions,
     ) -> None:
         """Keeps the selected rows of a whole prompt.
 
         key, value [B, Hkv, N, D]; query [B, Hq, n, D] and attention's output [B, n, Hq, Dv] hold at least the last columns.
         """
+        self.shared.storing = True
         self._remember(query)
         key, value = key.detach(), value.detach()
         config, contest, part = self.shared.config, self._contest(), self._part
-        ranking = self._rank(key, value, valid, options)
+        ranking = self._rank(key, value, valid, logits)
         if contest is None:
-            rows = quota(config, self._of_all(ranking)[0], **self._place)
+            rows = allocate(config, self._of_all(ranking)[0], **self._place)
         else:
             module, last = self.module and self.module(), output[:, -config.window :].detach()
             projected = None if module is None else projected_output(module, last, part)
             whole, projected = self._of_all(ranking, projected)
             rows = contest.enter(whole, None if projected is None else output_scale(projected))
-        if config.method == "hybridkv":
-            selection = self._split_heads(key, value, ranking, valid, options)
+        if self._method.keeps_chunks:
+            selection = self._split_heads(key, value, ranking, valid, logits)
         else:
             selection = ranking.take(part.own(rows))
             self._count(rows)
@@ -96,25 +98,25 @@ class Compression:
         if image is not None:
             self.modal_redundancy = scores.modal_redundancy(key, image.to(key.device), valid)
         self.dense = None
-        self.options = options
+        self.logits = logits
         if self.shared.config.decode_budget is None:
             self.query_tail = None
 
     def _split_heads(
-        self, key: torch.Tensor, value: torch.Tensor, ranking: Ranking, valid: torch.Tensor | None, options: dict
+        self, key: torch.Tensor, value: torch.Tensor, ranking: Ranking, valid: torch.Tensor | None, logits: LogitOptions
     ) -> Selection:
         """Puts dynamic heads' rows in chunks; returns what is always resident."""
         config, image = self.shared.config, self.shared.images.of_prompt
         image = None if image is None else image.to(key.device)
-        plan = hybrid.plan(self.query_tail, key, config, ranking, valid=valid, image=image, **options)
+        plan = self._method.plan(self.query_tail, key, config, ranking, valid=valid, image=image, **vars(logits))
         self.chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
         self.sparsity, self.dynamic = plan.sparsity, plan.dynamic
-        return plan.ranking.take(plan.rows)
+        return plan.ranking.take(plan.entries)
 
     def trim(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`RaggedStore.trim` to ``rows`` [B, all heads of the layer]."""
+        """`RaggedStore.evict` to ``rows`` [B, all heads of the layer]."""
         self._count(rows)
-        return self.store.trim(ranks, self._part.own(rows).flatten())
+        return self.store.evict(ranks, self._part.own(rows).flatten())
 
     @property
     def row_totals(self) -> list[int]:
@@ -136,43 +138,42 @@ class Compression:
         """``ranking`` of all heads of the layer and the sum of ``projected``, where other processes hold heads of it too."""
         part = self._part
         importance = ranking.importance
-        if self.shared.config.method in ("adakv", "global"):
+        if self._method.uses_importance:
             importance, projected = part.gather(importance, projected)
         if not part.sliced:
             return ranking, projected
         alike = ranking.real[:, :1].expand(-1, part.total)
-        return ranking.over(importance, alike if self.spread is None else self.spread.lengths(ranking.real)), projected
+        return ranking.for_heads(importance, alike if self.spread is None else self.spread.lengths(ranking.real)), projected
 
     def _contest(self, patient: bool = False) -> Contest | SlotContest | None:
         """What this layer competes in for its rows, or its chunks."""
-        config, layers = self.shared.config, self.shared.num_layers
-        if config.method not in CONTESTS:
-            return None
-        if config.method == "hybridkv" and self._part.sliced:
+        method = self._method
+        if not method.tensor_parallel and self._part.sliced:
+            others = [name for name, other in registry.METHODS.items() if other.tensor_parallel]
             raise ValueError(
-                "method='hybridkv' does not work with tensor parallelism: take 'global' or 'adakv', or one process"
+                f"method={method.name!r} does not work with tensor parallelism: use another ({', '.join(others)}), or one process"
             )
+        if not method.cross_layer:
+            return None
         if self.ordinal == 0:
-            if config.method == "hybridkv":
-                self.shared.contest = SlotContest(layers, config.hybrid_floor)
-            else:
-                self.shared.contest = Contest(layers, config.global_floor, patient=patient)
+            self.shared.contest = method.new_budget(self.shared.config, self.shared.num_layers, patient=patient)
         return self.shared.contest
 
-    def _output_factor(self, value: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """The option of `rank` by that name, where it is used."""
-        config = self.shared.config
-        if config.score not in OUTPUT_SCORES and config.method not in CONTESTS:
-            return {}
+    @property
+    def _method(self) -> registry.Method:
+        return registry.method(self.shared.config.method)
+
+    def _output_factor(self, value: torch.Tensor) -> torch.Tensor | None:
+        """Of the layer's output projection, for `rank` where it is needed; None: it cannot be read."""
         module = self.module and self.module()
         factor = None if module is None else output_factor(module, value.shape[1], value.shape[3], self._part)
         self.weighs_output = factor is not None
-        return {"output_factor": None if factor is None else factor.to(value.device)}
+        return None if factor is None else factor.to(value.device)
 
-    def _rank(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, options: dict) -> Ranking:
+    def _rank(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions) -> Ranking:
         """The candidates of a whole prompt in order."""
-        rest = {"attention_mask": valid, **self._place, **options, **self._output_factor(value), "part": self._part}
-        return rank(self.query_tail, key, value, self.shared.config, **rest)
+        rest = {"output_factor": partial(self._output_factor, value), "part": self._part, **self._place, **vars(logits)}
+        return rank(self.query_tail, key, value, self.shared.config, attention_mask=valid, **rest)
 
     def _remember(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Keeps the last window of queries, those of padding left out; while recording as many more as may be taken back."""
@@ -201,12 +202,12 @@ class Compression:
             longest = self.spread.lengths(self.store.lengths.view(self.store.batch, -1).long()).amax(dim=-1)
             length = int(longest.max())
         key, value, valid = self.store.padded(length)
-        options = {**self.options, **self._output_factor(value), "part": part, "longest": longest}
+        options = {**vars(self.logits), "output_factor": partial(self._output_factor, value), "part": part, "longest": longest}
         ranking = rank(self.query_tail, key, value, config, attention_mask=valid, **self._place, **options)
         # A batch row that is within its bound stays as it is, as it would alone.
         base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, over)]
         ranking = dataclasses.replace(ranking, base=torch.tensor(base, device=key.device))
-        kept = quota(config, self._of_all(ranking)[0], **self._place)
+        kept = allocate(config, self._of_all(ranking)[0], **self._place)
         self._count(kept)
         self.store.keep(ranking.take(part.own(kept)), key.shape[2])
 

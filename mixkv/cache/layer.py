@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..hf.attention import MARK, check_caller
+from ..ops.arguments import LogitOptions
 from ..storage.ragged import RaggedStore
 from .compress import Compression
 from .state import Shared
@@ -35,10 +34,17 @@ class MixKVLayer(Compression, CacheLayerMixin):
         self.store = self.chunks = self.dense = self.query_tail = None
         self.redundancy = self.modal_redundancy = self.sparsity = self.dynamic = None
         self.share = self.spread = self.weighs_output = self.shape = self.module = None
-        self.options: dict[str, Any] = {}
+        self.logits: LogitOptions | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "module": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # mixkv 0.1.0 pickled them as a dictionary.
+        if "options" in state:
+            options = state.pop("options")
+            state["logits"] = LogitOptions(**options) if options else None
+        self.__dict__.update(state)
 
     # The transformers protocol.
 
@@ -71,11 +77,11 @@ class MixKVLayer(Compression, CacheLayerMixin):
                 f"{shape[1]}/{shape[2]}: it belongs to another model. Make a new MixKVCache(model)"
             )
         self.arrived = key_states.shape[2]
-        self.seen += self.arrived
-        self.shared.waiting = self
         if self.dense is not None:
             key_states = torch.cat([self.dense[0], key_states], dim=2)
             value_states = torch.cat([self.dense[1], value_states], dim=2)
+        self.seen += self.arrived
+        self.shared.waiting = self
         key_states = key_states.view_as(key_states)
         setattr(key_states, MARK, self)
         return key_states, value_states.view_as(value_states)
@@ -95,20 +101,29 @@ class MixKVLayer(Compression, CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
+    def check_crop(self, count: int) -> None:
+        """Raises a ValueError if `crop` would for this ``count``."""
+        count = self._tokens_to_remove(count)
+        if count > 0 and self.store is None:
+            raise ValueError(f"cannot crop {count} tokens: the prompt has not been read to its end")
+        if count > 0:
+            self.store.check_crop(count)
+
     def crop(self, count: int) -> None:
         """Takes back the last ``-count`` tokens; a positive ``count`` is the length to crop to, as before transformers 5.15."""
+        self.check_crop(count)
+        count = self._tokens_to_remove(count)
+        if count > 0:
+            self.store.crop(count)
+            self.seen -= count
+            if self.query_tail is not None:
+                self.query_tail = self.query_tail[:, :, : self.query_tail.shape[2] - count]
+        self._bound()
+
+    def _tokens_to_remove(self, count: int) -> int:
         # transformers before 5.23 gives a tensor.
         count = int(count)
-        count = max(self.seen - count, 0) if count > 0 else -count
-        if count == 0:
-            return self._bound()
-        if self.store is None:
-            raise ValueError(f"cannot crop {count} tokens: the prompt has not been read to its end")
-        self.store.crop(count)
-        self.seen -= count
-        if self.query_tail is not None:
-            self.query_tail = self.query_tail[:, :, : self.query_tail.shape[2] - count]
-        self._bound()
+        return max(self.seen - count, 0) if count > 0 else -count
 
     def take_rows(self, rows: list[int]) -> None:
         """Makes batch row i a copy of former row ``rows[i]``."""
@@ -137,7 +152,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
         seen: int,
         redundancy: torch.Tensor,
         query_tail: torch.Tensor | None,
-        options: dict[str, Any],
+        logits: LogitOptions,
         module: torch.nn.Module | None,
     ) -> None:
         """Goes on from ``store`` as the layer did that filled it after ``seen`` tokens; see `mixkv.saving`."""
@@ -145,7 +160,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
         self.shape = (store.heads, store.key.shape[1], store.value.shape[1])
         self.is_initialized = True
         self.store, self.seen = store, seen
-        self.redundancy, self.query_tail, self.options = redundancy, query_tail, options
+        self.redundancy, self.query_tail, self.logits = redundancy, query_tail, logits
         self.module = None if module is None else weakref.ref(module)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -162,20 +177,13 @@ class MixKVLayer(Compression, CacheLayerMixin):
     def prompt_length(self) -> int | None:
         return self.shared.prompt_length
 
-    @contextmanager
-    def arriving(self, module: torch.nn.Module, kwargs: dict) -> Iterator[None]:
-        """The handed-out keys have come to the attention function of ``module``; on an error the layer is as before."""
-        self.shared.waiting = None
-        try:
-            check_caller(self.module and self.module(), module, self.seen, kwargs)
-            self.module = weakref.ref(module)
-            yield
-        except BaseException:
-            self.seen -= self.arrived
-            raise
+    def arriving(self, module: torch.nn.Module, kwargs: dict) -> AttentionCall:
+        """A context for what the attention function of ``module`` does with the keys that `update` handed out."""
+        return AttentionCall(self, module, kwargs)
 
     def collect(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Holds the columns of a prompt whose end is still to come: key, value [B, Hkv, columns so far, D]."""
+        self.shared.storing = True
         self.dense = (key.detach(), value.detach())
         self._remember(query)
 
@@ -187,20 +195,21 @@ class MixKVLayer(Compression, CacheLayerMixin):
         value: torch.Tensor,
         output: torch.Tensor,
         valid: torch.Tensor | None,
-        options: dict,
+        logits: LogitOptions,
     ) -> None:
         """`compress` for an empty layer, as if a forward of ``module`` had just brought these columns."""
         self.module = weakref.ref(module)
         self.lazy_initialization(key, value)
         self.seen = self.arrived = key.shape[2]
-        self.compress(query, key, value, output, valid, options)
+        self.compress(query, key, value, output, valid, logits)
 
-    def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict) -> torch.Tensor:
+    def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         """Stores the row of the token seen last, key, value [B, Hkv, 1, D], and attends: query [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
+        self.shared.storing = True
         if self.chunks is None:
-            return self.store.append_attend(query, key, value, self.seen - 1, **options)
+            return self.store.append_attend(query, key, value, self.seen - 1, logits)
         self.store.append(key, value, self.seen - 1)
-        return self.chunks.attend(self.store, query, self.store.lengths.view(self.store.batch, 1, -1), **options)
+        return self.chunks.attend(self.store, query, self.store.lengths.view(self.store.batch, 1, -1), logits)
 
     def extend(
         self,
@@ -209,7 +218,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         valid: torch.Tensor | None,
-        options: dict,
+        logits: LogitOptions,
     ) -> torch.Tensor:
         """Attends over the stored rows and the n columns seen last, and stores these, padding left out.
 
@@ -219,17 +228,19 @@ class MixKVLayer(Compression, CacheLayerMixin):
         new = key.shape[2]
         column = self.seen - new
         if self.chunks is None:
-            output = self.store.attend_extend(query, key, value, mask=mask, **options)
+            output = self.store.attend_extend(query, key, value, logits, mask=mask)
+            self.shared.storing = True
             self.store.append(key, value, column, valid)
             return output
         # Each position chooses for itself, as it would in a forward of its own.
         before = self.store.lengths.view(self.store.batch, 1, -1).clone()
+        self.shared.storing = True
         self.store.append(key, value, column, valid)
         if valid is None:
             added = torch.arange(1, new + 1, dtype=torch.int32, device=key.device).view(1, -1, 1)
         else:
             added = valid.cumsum(dim=-1, dtype=torch.int32).unsqueeze(-1)
-        return self.chunks.attend(self.store, query, before + added, **options)
+        return self.chunks.attend(self.store, query, before + added, logits)
 
     def settle(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
         """After a continuation of queries [B, Hq, n, D], ``valid`` [B, n] of them real: holds the layer to its decode budget."""
@@ -282,3 +293,34 @@ class MixKVLayer(Compression, CacheLayerMixin):
             return resident if self.chunks is None else self.chunks.join(resident)
         heads = self.shape[0] if self.shape else 0
         return [[torch.arange(self.seen, dtype=torch.int32) for _ in range(heads)] for _ in range(self.batch)]
+
+
+class AttentionCall:
+    """What an attention function does with a layer: checks before, and afterwards the layer is done or the forward is undone.
+
+    Not a generator: one that an exception leaves open would run its handler when it is collected, in a later forward.
+    """
+
+    def __init__(self, layer: MixKVLayer, module: torch.nn.Module, kwargs: dict):
+        self.layer, self.module, self.kwargs = layer, module, kwargs
+
+    def __enter__(self) -> None:
+        layer = self.layer
+        layer.shared.waiting = None
+        try:
+            check_caller(layer.module and layer.module(), self.module, layer.seen, self.kwargs)
+            layer.module = weakref.ref(self.module)
+        except BaseException:
+            self._undo()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is None:
+            self.layer.shared.progress.finish_layer()
+        else:
+            self._undo()
+
+    def _undo(self) -> None:
+        cache = self.layer.shared.cache and self.layer.shared.cache()
+        if cache is not None:
+            cache._undo_forward()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .. import checked_file, tensor_parallel
 from ..config import MixKVConfig
 from ..hf import binding, stock_layers, versions
+from ..ops.arguments import LogitOptions
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
 from .layer import MixKVLayer
@@ -101,8 +102,8 @@ def read(path: str | os.PathLike) -> Saved:
         config = MixKVConfig.from_dict(header["config"])
     except ValueError as error:
         raise ValueError(
-            f"{path} was saved by mixkv {header['mixkv']} with a config that this mixkv does not take ({error}): load it with "
-            f"that version"
+            f"{path} was saved by mixkv {header['mixkv']} with a config that this mixkv does not take ({error}). Register what "
+            f"it names first, or load it with that version"
         ) from error
     return Saved(str(path), header, tensors, config)
 
@@ -162,7 +163,7 @@ def _read_layers(cache) -> list[MixKVLayer]:
 def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     store, (heads, key_size, value_size) = layer.store, layer.shape
     key, value, position = store.held()
-    sinks = layer.options.get("sinks")
+    sinks = layer.logits.sinks
     tensors = {
         "key": key,
         "value": value,
@@ -178,7 +179,7 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if layer.chunks is not None:
         chunk_key, chunk_value = layer.chunks.held()
         tensors |= {"chunk_key": chunk_key, "chunk_value": chunk_value}
-        layout = (layer.chunks.rows, layer.chunks.columns, layer.chunks.slots)
+        layout = (layer.chunks.rows, layer.chunks.first_positions, layer.chunks.slots)
         tensors |= {name: part.view(store.batch, heads) for name, part in zip(_CHUNK_NUMBERS, layout)}
     module = layer.module and layer.module()
     numbers = {
@@ -189,8 +190,8 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "seen": layer.seen,
         "tail": store.tail,
         "bound": None if store.even else store.max_length,
-        "scaling": layer.options["scaling"],
-        "softcap": layer.options["softcap"],
+        "scaling": layer.logits.scaling,
+        "softcap": layer.logits.softcap,
         "share": layer.share,
         "weighs_output": layer.weighs_output,
         "weights": None if module is None else _fingerprint(module),
@@ -209,8 +210,8 @@ def _fill(
     copies = {name: tensor.to(device, copy=True) for name, tensor in held.items()}
     rows = (copies["key"], copies["value"], copies["position"])
     store = RaggedStore.from_rows(rows, copies["lengths"], config.backend, tail=numbers["tail"], bound=numbers["bound"])
-    options = {"scaling": numbers["scaling"], "softcap": numbers["softcap"], "sinks": copies.get("sinks")}
-    layer.restore(store, numbers["seen"], copies["redundancy"], copies.get("query_tail"), options, module)
+    logits = LogitOptions(numbers["scaling"], numbers["softcap"], copies.get("sinks"))
+    layer.restore(store, numbers["seen"], copies["redundancy"], copies.get("query_tail"), logits, module)
     layer.share, layer.weighs_output = numbers["share"], numbers.get("weighs_output")
     layer.sparsity, layer.dynamic = copies.get("sparsity"), copies.get("dynamic")
     if "chunk_key" in copies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def stats(cache) -> dict[str, Any]:
         method, score, budget: from the config.
     """
     layers = cache.layers
-    held = sum(map(_held, layers))
+    held = sum(map(held_bytes, layers))
     full = sum(map(_full, layers))
     stores = [layer.store for layer in layers if _ours(layer) and layer.store is not None]
     lengths = [layer.lengths() if _ours(layer) else None for layer in layers]
@@ -52,7 +53,7 @@ def stats(cache) -> dict[str, Any]:
         "bytes_bounds": sum(layer.chunks.bound_bytes for layer in layers if _ours(layer) and layer.chunks is not None),
         "bytes_full": full,
         "ratio": held / full if full else 1.0,
-        "seen": max((layer.seen for layer in layers if _ours(layer)), default=0),
+        "seen": seen(cache),
         "lengths": lengths,
         "redundancy": [_on_cpu(layer, "redundancy") for layer in layers],
         "output_norm": [_OUTPUT_NORM[getattr(layer, "weighs_output", None)] for layer in layers],
@@ -64,7 +65,7 @@ def stats(cache) -> dict[str, Any]:
         "redundancy_image": [_modal(layer, 0) for layer in layers],
         "redundancy_text": [_modal(layer, 1) for layer in layers],
         "rows": rows,
-        "spare_rows": sum(store.key.shape[0] - store.total for store in stores),
+        "spare_rows": sum(store.spare_rows for store in stores),
         "sparsity": [_on_cpu(layer, "sparsity") for layer in layers],
         "dynamic": [_on_cpu(layer, "dynamic") for layer in layers],
         "chunks": _chunks([layer.chunks for layer in layers if _ours(layer) and layer.chunks is not None]),
@@ -72,6 +73,11 @@ def stats(cache) -> dict[str, Any]:
         "score": cache.config.score,
         "budget": cache.config.budget,
     }
+
+
+def seen(cache) -> int:
+    """Tokens seen, padding included."""
+    return max((layer.seen for layer in cache.layers if _ours(layer)), default=0)
 
 
 _OUTPUT_NORM = {True: "projection", False: "value", None: None}
@@ -83,12 +89,16 @@ def text(cache) -> str:
     name = f"MixKVCache(method={config.method!r}, score={config.score!r}, budget={config.budget}"
     if not cache.layers:
         return name + ", not used yet)"
-    numbers = stats(cache)
-    return f"{name}, seen={numbers['seen']}, {_size(numbers['bytes'])} of {_size(numbers['bytes_full'])})"
+    # Nothing here waits for a device: a notebook or a debugger may ask at any time.
+    if not cache.usable:
+        return name + ", broken: call reset())"
+    return f"{name}, seen={seen(cache)}, {_size(sum(map(held_bytes, cache.layers)))} of {_size(sum(map(_full, cache.layers)))})"
 
 
 def html(cache) -> str:
     """A table of totals, and layer x head pictures (first batch row) of rows held and redundancy, darker for more."""
+    if not cache.usable:
+        return f"<pre>{escape(text(cache))}</pre>"
     numbers = stats(cache)
     rows = [
         ("method, score, budget", f"{numbers['method']}, {numbers['score']}, {numbers['budget']}"),
@@ -154,8 +164,8 @@ def _modal(layer, kind: int):
     return None if found is None else found[..., kind].cpu()
 
 
-def _held(layer) -> int:
-    """Bytes of memory a layer keeps alive; a stock layer's tensors may be views of larger ones."""
+def held_bytes(layer) -> int:
+    """Bytes of memory that a layer of any kind keeps alive; a stock layer's tensors may be views of larger ones."""
     return layer.nbytes if _ours(layer) else sum(tensor.untyped_storage().nbytes() for tensor in _tensors(layer))
 
 
@@ -163,11 +173,11 @@ def _full(layer) -> int:
     return layer.nbytes_full if _ours(layer) else sum(tensor.nbytes for tensor in _tensors(layer))
 
 
-def _tensors(layer) -> list:
-    """What a stock layer holds: keys and values, or states."""
-    held = [getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states")]
-    flat = [part for item in held for part in (item if isinstance(item, (list, tuple)) else [item])]
-    return [tensor for tensor in flat if hasattr(tensor, "untyped_storage")]
+def _tensors(layer) -> list[torch.Tensor]:
+    """What a stock layer holds: keys and values, and linear-attention states, which are in dicts since transformers 5.23."""
+    held = (getattr(layer, name, None) for name in ("keys", "values", "conv_states", "recurrent_states"))
+    flat = (part for item in held for part in (item.values() if isinstance(item, dict) else [item]))
+    return [tensor for tensor in flat if torch.is_tensor(tensor)]
 
 
 def _size(count: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import registry
 from ..cache import MixKVCache
 from ..config import MixKVConfig
 from ..selection.ranking import Selection
@@ -20,7 +21,7 @@ from .prompts import check_length, filler
 
 FULL, FLOOR = "full", "floor"
 
-# The most that is aimed at; see `targets`.
+# Upper limits of `targets`.
 BYTES, PREFILL, STEP, LONGER = 1.25, 1.03, 1.03, 1.05
 
 # What is measured: a method, FULL or FLOOR, and the length of the prompt.
@@ -143,18 +144,22 @@ def _batch(
 
 
 def targets(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    """What `run` measured against what this library aims at: for every method, how much at the most.
+    """The measurements of `run` beside this library's targets. Methods that keep all entries in chunks have none.
 
-    Returns: a dict each with ``what``, method, prompt_tokens, batch, value, limit, met.
+    Returns: a list of dicts with ``what`` (the ratio), method, prompt_tokens, batch, value, limit (the target: at most this)
+        and met.
     """
     found = []
     shortest = min(record["prompt_tokens"] for record in records if record["method"] != FLOOR)
     for record in records:
-        if record["method"] in (FULL, FLOOR):
+        if record["method"] in (FULL, FLOOR) or registry.method(record["method"].partition("+")[0]).keeps_chunks:
             continue
-        limits = {"prefill_to_full": PREFILL, "prefill_to_rest": PREFILL, "step_to_floor": STEP}
-        if record["method"] == "adakv":
-            limits["bytes_to_full"] = BYTES * budget / record["prompt_tokens"]
+        limits = {
+            "prefill_to_full": PREFILL,
+            "prefill_to_rest": PREFILL,
+            "step_to_floor": STEP,
+            "bytes_to_full": BYTES * budget / record["prompt_tokens"],
+        }
         if record["prompt_tokens"] != shortest:
             limits["step_to_shortest"] = LONGER
         for what, limit in limits.items():
@@ -189,7 +194,8 @@ def append_times(model: PreTrainedModel, stored: tuple[int, ...] = (128, 4096), 
 def _plan(model: PreTrainedModel, lengths: list[int], methods: list[str], budget: int) -> dict[Name, MixKVConfig | None]:
     plan: dict[Name, MixKVConfig | None] = {(FLOOR, budget): None}
     profile = None
-    if any(name.partition("+")[0] == "sparsemm" for name in methods):
+    profiled = {name for name, method in registry.METHODS.items() if method.needs_profile}
+    if any(name.partition("+")[0] in profiled for name in methods):
         heads, _ = _shape(model)
         layers = sum(hasattr(layer, "shared") for layer in MixKVCache(model).layers)
         profile = torch.rand(layers, heads, generator=torch.Generator().manual_seed(0)).pow(2).tolist()
@@ -198,7 +204,7 @@ def _plan(model: PreTrainedModel, lengths: list[int], methods: list[str], budget
         for name in methods:
             method, _, score = name.partition("+")
             configs[name] = MixKVConfig(
-                method=method, score=score or "mix", budget=budget, profile=profile if method == "sparsemm" else None
+                method=method, score=score or "mix", budget=budget, profile=profile if method in profiled else None
             )
     except ValueError as error:
         raise InputError(str(error)) from error

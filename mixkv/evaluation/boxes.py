@@ -12,7 +12,7 @@ from ..document import page, questions
 from ..hf.image_tokens import picture_token_ids
 from ..plot.grid import Patch, locate
 from . import InputError
-from .models import Loaded
+from .loaded import Loaded
 from .pages import KEYS
 from .prompts import adds_special_tokens
 

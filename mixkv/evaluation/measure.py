@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..cache import MixKVCache
 from ..cache.layer import MixKVLayer
-from ..cache.stats import _held as layer_bytes
+from ..cache.stats import held_bytes as layer_bytes
 from ..config import MixKVConfig
 from ..hf import binding
 from ..hf.stock_layers import is_full_attention

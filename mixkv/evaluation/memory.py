@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -45,3 +47,26 @@ def peak(device: torch.device, before: int | None) -> int | None:
 def _status(field: str) -> int:
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+class Allocations:
+    """What torch's CPU allocator gave out within `allocations`: ``peak``, in bytes beyond what was in use before."""
+
+    peak = 0
+
+
+@contextmanager
+def allocations() -> Iterator[Allocations]:
+    """Counts the bytes that torch allocates on the CPU, those that operators allocate for themselves included.
+
+    Memory that compiled operations of other libraries take for themselves is not seen: see `start`.
+    """
+    counted = Allocations()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield counted
+    now = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.device_type() == torch.autograd.DeviceType.CPU:
+            now += event.nbytes()
+            counted.peak = max(counted.peak, now)

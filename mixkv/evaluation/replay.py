@@ -11,28 +11,16 @@ from types import MappingProxyType
 import torch
 from transformers import PreTrainedModel
 
+from .. import registry
 from ..cache import MixKVCache
 from ..cache.layer import MixKVLayer
 from ..config import MixKVConfig
 from ..hf.versions import cache_argument
-from ..registry import CONTESTS
 from ..selection.ranking import Ranking
-from ..selection.select import base_rows
+from ..selection.select import base_entries
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
 from .measure import bind, end_tokens, last_logits_only
-
-# Options by which heads get more or fewer rows, but no other ones.
-_SHARING = (
-    "budget",
-    "profile",
-    "pyramid_beta",
-    "ada_floor",
-    "global_floor",
-    "hybrid_threshold",
-    "hybrid_floor",
-    "hybrid_chunk",
-)
 
 
 class Recording:
@@ -123,8 +111,9 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
 
 def _name(config: MixKVConfig) -> str:
     """The same for configurations that differ only in who gets how many rows."""
-    judged = config.to_dict() | dict.fromkeys(_SHARING) | {"method": config.method in CONTESTS}
-    return json.dumps(judged, sort_keys=True)
+    allocation = {"budget"}.union(*(method.options for method in registry.METHODS.values()))
+    importance = {"method": registry.method(config.method).uses_output_importance}
+    return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 
 
 class _ReplayLayer(MixKVLayer):
@@ -141,7 +130,7 @@ class _ReplayLayer(MixKVLayer):
         if self.name not in self.known:
             self.known[self.name] = super()._rank(key, value, valid, options)
         found = self.known[self.name]
-        return replace(found, base=base_rows(self.shared.config, found.real.amax(dim=-1)))
+        return replace(found, base=base_entries(self.shared.config, found.real.amax(dim=-1)))
 
 
 class _ReplayCache(MixKVCache):

@@ -7,7 +7,7 @@ import re
 import torch
 
 from .boxes import Aligned, Target, with_offsets
-from .models import Loaded
+from .loaded import Loaded
 from .tasks import TASKS
 
 # Tasks whose answers stand in the text, word by word.

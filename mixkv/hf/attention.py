@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..ops.arguments import LogitOptions
 from .versions import CACHE_ARGUMENT
 
 MARK = "mixkv_layer"
@@ -59,7 +60,7 @@ def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch
             warnings.warn(
                 "attention weights exist for the prompt only: rows of a compressed cache have no full rows of weights"
             )
-        return _continue(layer, query, key, value, mask, _options(query, kwargs)), None
+        return _continue(layer, query, key, value, mask, _logit_options(query, kwargs)), None
 
 
 def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
@@ -73,27 +74,27 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
     head = new - (total - prompt)
     prompt_mask = mask if total == prompt else _slice_mask(mask, slice(head), slice(prompt))
     output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
-    options = _options(query, kwargs)
+    logits = _logit_options(query, kwargs)
     valid = layer.shared.valid_columns(prompt_mask, 0, prompt)
     with torch.no_grad():
-        layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, options)
+        layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
     if total == prompt:
         return output, weights
     # Draft tokens came along with the prompt: they see the compressed cache, as they would in a forward of their own.
     draft_mask = _slice_mask(mask, slice(head, None), slice(prompt, None))
-    draft = _continue(layer, query[:, :, head:], key[:, :, prompt:], value[:, :, prompt:], draft_mask, options)
+    draft = _continue(layer, query[:, :, head:], key[:, :, prompt:], value[:, :, prompt:], draft_mask, logits)
     return torch.cat([output, draft], dim=1), None
 
 
-def _continue(layer, query, key, value, mask, options) -> torch.Tensor:
+def _continue(layer, query, key, value, mask, logits) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
     new = query.shape[2]
     # A decode step's one token is real in every batch row, as padding on the right is refused: nothing waits for the device.
     valid = None if new == 1 else layer.shared.valid_columns(mask, layer.seen - new, new)
     if new == 1:
-        output = layer.decode(query, key, value, options)
+        output = layer.decode(query, key, value, logits)
     else:
-        output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, options)
+        output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, logits)
     layer.settle(query, valid)
     return output
 
@@ -108,14 +109,8 @@ def _refuse_gradients(*tensors: torch.Tensor) -> None:
         )
 
 
-def _options(query: torch.Tensor, kwargs: dict) -> dict:
-    """What the model does to its logits."""
-    scaling, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
-    return {
-        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "softcap": kwargs.get("softcap"),
-        "sinks": None if sinks is None else sinks.detach(),
-    }
+def _logit_options(query: torch.Tensor, kwargs: dict) -> LogitOptions:
+    return LogitOptions.of(query.shape[-1], kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
 def check_caller(known: torch.nn.Module | None, module: torch.nn.Module, seen: int, kwargs: dict) -> None:

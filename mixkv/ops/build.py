@@ -4,7 +4,7 @@ Two libraries hold the same operations, ``libmixkv`` for the CPU and ``libmixkv_
 package (built by setup.py) or from a cache folder, else built into that folder. They are written against torch's stable ABI:
 one build serves every Python and every torch from 2.10 on. This file imports neither torch nor the package: setup.py runs it.
 
-Environment: ``MIXKV_CACHE`` is the cache folder (default ``~/.cache/mixkv``); ``CXX``, ``NVCC`` the compilers,
+Environment: ``MIXKV_CACHE`` is the cache folder (see `cache_folder`); ``CXX``, ``NVCC`` the compilers,
 ``MIXKV_CXXFLAGS`` further flags; ``MIXKV_BUILD_TIMEOUT`` the seconds that a build may take.
 """
 
@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -77,8 +77,27 @@ def source_dir() -> Path | None:
     return next((path for path in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (path / "registration.cpp").is_file()), None)
 
 
-def find(device: str) -> tuple[Path, str]:
-    """The library's path and how it came about; builds it where there is none."""
+def cache_folder() -> Path:
+    """Where what is made once is kept: ``MIXKV_CACHE``, else ``XDG_CACHE_HOME/mixkv``, else ``~/.cache/mixkv``."""
+    own = os.environ.get("MIXKV_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mixkv"
+
+
+def find(device: str, *, again: bool = False) -> tuple[Path, str]:
+    """The library for ``cpu`` or ``cuda``; builds it where there is none.
+
+    Args:
+        device: for which.
+        again: builds although an earlier build failed.
+
+    Returns: its path, and how it came about: ``prebuilt`` (came with the package), ``cached`` (built earlier) or ``now``.
+
+    Raises:
+        BuildError: there is none, and none can be built.
+        OSError: the cache folder cannot be written.
+    """
     folder = _PACKAGE / "_native"
     prebuilt = sorted(folder.glob(f"{DEVICES[device]}-*.so"))
     if source_dir() is None:
@@ -94,7 +113,7 @@ def find(device: str) -> tuple[Path, str]:
         reason = f"no prebuilt library, and no {missing} to build one"
         warnings.warn(f"mixkv: {reason}; plain torch is used instead, which is slower", stacklevel=2)
         raise BuildError(reason)
-    cache = Path(os.environ.get("MIXKV_CACHE") or Path.home() / ".cache" / "mixkv") / _cache_key(device, command)
+    cache = cache_folder() / _cache_key(device, command)
     path, failure = cache / name, cache / f"{DEVICES[device]}.failed.txt"
     if path.is_file():
         return path, "cached"
@@ -103,11 +122,16 @@ def find(device: str) -> tuple[Path, str]:
     with _exclusively(cache / f"{DEVICES[device]}.lock", limit):
         if path.is_file():
             return path, "cached"
-        if failure.is_file():
-            raise BuildError(f"an earlier build failed; its log is {failure}, delete it to try again")
-        print(f"mixkv: building compiled operations for {device} into {cache}, once", file=sys.stderr, flush=True)
+        if failure.is_file() and not again:
+            raise BuildError(f"an earlier build failed; its log is {failure}. To try again: mixkv build")
+        print(
+            f"mixkv: building compiled operations for {device} into {cache}, once (beforehand: mixkv build)",
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             _compile(device, path, limit)
+            failure.unlink(missing_ok=True)
         except BuildError as error:
             failure.write_text(f"{error}\n")
             warnings.warn(f"mixkv: the build failed, plain torch is used instead; see {failure}", stacklevel=2)
@@ -135,8 +159,9 @@ def _compile(device: str, target: Path, limit: float) -> None:
             item = str(Path(work) / f"{number}.o")
             jobs.append((item, [command, *flags, *common, "-c", str(source), "-o", item]))
         with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
-            for _ in pool.map(lambda job: _run(job[1], deadline), jobs):
-                pass
+            running = [pool.submit(_run, command, deadline) for _, command in jobs]
+            for done in _progress(as_completed(running), f"mixkv: {device}", len(jobs)):
+                done.result()
         made = str(Path(work) / target.name)
         objects = [item for item, _ in jobs]
         torch_libraries = [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
@@ -146,6 +171,15 @@ def _compile(device: str, target: Path, limit: float) -> None:
             link = [*_extra_flags(), *([] if sys.platform == "darwin" else ["-Wl,--no-as-needed"])]
         _run([command, "-shared", *objects, "-o", made, *link, *torch_libraries], deadline)
         os.replace(made, target)
+
+
+def _progress(items: Iterable[Future], name: str, total: int) -> Iterable[Future]:
+    """``items`` behind a progress bar, where tqdm is installed (in pip's isolated builds it is not)."""
+    if importlib.util.find_spec("tqdm") is None:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=name, total=total, unit="file")
 
 
 def _units(device: str, sources: Path) -> list[tuple[Path, list[str]]]:

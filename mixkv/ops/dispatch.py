@@ -16,6 +16,7 @@ import torch
 
 from ..registry import BACKENDS
 from . import flash, native, reference, score_reference
+from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
 
 # `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
 _UNASKED_ON_GPU = ("torch",)
@@ -64,56 +65,121 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, key_size: int, 
 _ATTEND = {"native": native.attend, "varlen": flash.torch_attend, "flash": flash.flash_attend, "torch": reference.attend}
 
 
-def append_attend(backend: str, query, buffers, starts, lengths, key, value, column, *, max_length, stride, **logits):
-    """`reference.append` of rows [B, Hkv, n, D] and then `reference.attend`; ``max_length`` counts the new rows."""
+def append(
+    backend: str,
+    buffers: RaggedBuffers,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: int,
+    valid: torch.Tensor | None = None,
+) -> None:
+    """`reference.append`: rows ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv]."""
+    _rows(backend).append(buffers, key, value, position, valid)
+
+
+def attend(
+    backend: str,
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    logits: LogitOptions,
+    *,
+    max_length: int,
+    stride: int | None,
+) -> torch.Tensor:
+    """`reference.attend`: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
+    return _ATTEND[backend](query, buffers, logits, max_length=max_length, stride=stride)
+
+
+def append_attend(
+    backend: str,
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: int,
+    logits: LogitOptions,
+    *,
+    max_length: int,
+    stride: int | None,
+) -> torch.Tensor:
+    """`reference.append_attend`: rows ``key`` [B, Hkv, 1, D], then ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
+    extent = {"max_length": max_length, "stride": stride}
     if backend == "native":
-        return native.append_attend(query, buffers, starts, lengths, key, value, column, max_length=max_length, **logits)
-    reference.append(buffers, starts, lengths, key, value, column)
-    return _ATTEND[backend](query, buffers[0], buffers[1], starts, lengths, max_length=max_length, stride=stride, **logits)
+        return native.append_attend(query, buffers, key, value, position, logits, **extent)
+    reference.append(buffers, key, value, position)
+    return _ATTEND[backend](query, buffers, logits, **extent)
 
 
-def append(backend: str, *args) -> None:
-    """`reference.append`."""
-    _rows(backend).append(*args)
+def attend_extend(
+    backend: str,
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    logits: LogitOptions,
+    *,
+    mask: torch.Tensor | None,
+    max_length: int,
+    stride: int | None,
+) -> torch.Tensor:
+    """`reference.attend_extend`: ``query`` [B, Hq, n, D], new rows [B, Hkv, n, D] to [B, n, Hq, Dv]."""
+    extent = {"max_length": max_length, "stride": stride}
+    return _rows(backend).attend_extend(query, buffers, new_key, new_value, logits, mask=mask, **extent)
 
 
-def attend(backend: str, *args, **options) -> torch.Tensor:
-    """`reference.attend`."""
-    return _ATTEND[backend](*args, **options)
+def chunk_scores(
+    backend: str,
+    query: torch.Tensor,
+    codes: torch.Tensor,
+    grid: torch.Tensor,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    longest: int,
+) -> torch.Tensor:
+    """`reference.chunk_scores`: ``query`` [B, Hq, 1, D], ``codes`` [chunks, D] to [S, longest]."""
+    return _rows(backend).chunk_scores(query, codes, grid, starts, counts, longest=longest)
 
 
-def attend_extend(backend: str, *args, **options) -> torch.Tensor:
-    """`reference.attend_extend`."""
-    return _rows(backend).attend_extend(*args, **options)
+def attend_chunks(
+    backend: str,
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    chunks: ChosenChunks,
+    logits: LogitOptions,
+    *,
+    max_length: int,
+) -> torch.Tensor:
+    """`reference.attend_chunks`: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
+    return _rows(backend).attend_chunks(query, buffers, chunks, logits, max_length=max_length)
 
 
-def chunk_scores(backend: str, *args, longest: int) -> torch.Tensor:
-    """`reference.chunk_scores`."""
-    return _rows(backend).chunk_scores(*args, longest=longest)
+def fetch_chunks(
+    backend: str,
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    from_buffers: tuple[torch.Tensor, torch.Tensor],
+    from_rows: torch.Tensor,
+    to_rows: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    chunk: int,
+) -> None:
+    """`reference.fetch_chunks`, ``from_rows``, ``to_rows``, ``rows`` [S, K]; compiled for a GPU only."""
+    compiled = backend == "native" and buffers[0].is_cuda
+    (native if compiled else reference).fetch_chunks(buffers, from_buffers, from_rows, to_rows, rows, chunk=chunk)
 
 
-def attend_chunks(backend: str, *args, **options) -> torch.Tensor:
-    """`reference.attend_chunks`."""
-    return _rows(backend).attend_chunks(*args, **options)
+def compact(backend: str, buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
+    """`reference.compact`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows]."""
+    _rows(backend).compact(buffers, key, value, positions)
 
 
-def fetch_chunks(backend: str, *args, chunk: int) -> None:
-    """`reference.fetch_chunks`; compiled for a GPU only."""
-    compiled = backend == "native" and args[0][0].is_cuda
-    (native if compiled else reference).fetch_chunks(*args, chunk=chunk)
-
-
-def compact(backend: str, *args) -> None:
-    """`reference.compact`."""
-    _rows(backend).compact(*args)
-
-
-def move_rows(backend: str, *args, total: int, max_length: int) -> None:
-    """`reference.move_rows`; ``max_length`` is at least ``lengths.max()`` (host)."""
+def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:
+    """`reference.move_rows`; ``max_length`` is at least ``buffers.lengths.max()`` (host)."""
     if backend == "native":
-        native.move_rows(*args, max_length=max_length)
+        native.move_rows(buffers, source, max_length=max_length)
     else:
-        reference.move_rows(*args, total=total)
+        reference.move_rows(buffers, source, total=total)
 
 
 def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor:

@@ -8,25 +8,18 @@ from __future__ import annotations
 import torch
 
 from . import reference
+from .arguments import LogitOptions, RaggedBuffers
 
 
-def torch_attend(query, key, value, starts, lengths, *, max_length, stride, scaling, softcap=None, sinks=None):
+def torch_attend(
+    query: torch.Tensor, buffers: RaggedBuffers, logits: LogitOptions, *, max_length: int, stride: int | None
+) -> torch.Tensor:
     """`reference.attend` through `torch.nn.attention.varlen.varlen_attn` (torch >= 2.12): reads the buffers where they are."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if softcap is not None or sinks is not None:
-        return reference.attend(
-            query,
-            key,
-            value,
-            starts,
-            lengths,
-            max_length=max_length,
-            stride=stride,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
-        )
+    if logits.softcap is not None or logits.sinks is not None:
+        return reference.attend(query, buffers, logits, max_length=max_length, stride=stride)
+    key, value, _, starts, lengths = buffers
     folded, ends = _fold(query, starts, key.shape[0])
     out = varlen_attn(
         folded,
@@ -36,39 +29,31 @@ def torch_attend(query, key, value, starts, lengths, *, max_length, stride, scal
         ends,
         1,
         max_length,
-        scale=scaling,
+        scale=logits.scaling,
         enable_gqa=True,
         seqused_k=lengths,
     )
     return out.reshape(query.shape[0], 1, query.shape[1], -1)
 
 
-def flash_attend(query, key, value, starts, lengths, *, max_length, stride, scaling, softcap=None, sinks=None):
+def flash_attend(
+    query: torch.Tensor, buffers: RaggedBuffers, logits: LogitOptions, *, max_length: int, stride: int | None
+) -> torch.Tensor:
     """`reference.attend` through ``flash_attn.flash_attn_varlen_func``.
 
     That function takes sequences without gaps: the rows are packed first, which costs a copy of what is stored.
     """
     from flash_attn import flash_attn_varlen_func
 
-    if sinks is not None:
-        return reference.attend(
-            query,
-            key,
-            value,
-            starts,
-            lengths,
-            max_length=max_length,
-            stride=stride,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
-        )
-    # Packed to the upper bound of each length, so that the host need not know the true ones: cu_seqlens tells those.
-    columns = torch.arange(max_length, dtype=torch.int32, device=starts.device)
+    if logits.sinks is not None:
+        return reference.attend(query, buffers, logits, max_length=max_length, stride=stride)
+    key, value, _, starts, lengths = buffers
+    # Packed to the upper bound of each length, so that the host need not know the true ones: cu_seqlens holds those.
+    offsets = torch.arange(max_length, dtype=torch.int32, device=starts.device)
     ends = torch.zeros(starts.numel() + 1, dtype=torch.int32, device=starts.device)
     ends[1:] = lengths.cumsum(0)
-    target = (ends[:-1].unsqueeze(1) + columns).masked_fill(columns >= lengths.unsqueeze(1), starts.numel() * max_length)
-    rows = (starts.unsqueeze(1) + columns).clamp(max=key.shape[0] - 1).flatten()
+    target = (ends[:-1].unsqueeze(1) + offsets).masked_fill(offsets >= lengths.unsqueeze(1), starts.numel() * max_length)
+    rows = (starts.unsqueeze(1) + offsets).clamp(max=key.shape[0] - 1).flatten()
     size = starts.numel() * max_length + 1
     packed = [part.new_zeros(size, part.shape[1]).index_copy_(0, target.flatten().long(), part[rows]) for part in (key, value)]
     folded, _ = _fold(query, starts, key.shape[0])
@@ -80,8 +65,8 @@ def flash_attend(query, key, value, starts, lengths, *, max_length, stride, scal
         ends,
         1,
         max_length,
-        softmax_scale=scaling,
-        softcap=softcap or 0.0,
+        softmax_scale=logits.scaling,
+        softcap=logits.softcap or 0.0,
     )
     return out.reshape(query.shape[0], 1, query.shape[1], -1)
 

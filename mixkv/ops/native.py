@@ -13,12 +13,13 @@ import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from . import build
+from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
 
-if TYPE_CHECKING:
-    import torch
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def why_not(device: torch.device, dtype: torch.dtype, key_size: int, value_size:
     """Why the compiled operations cannot take a store of this device, dtype and head sizes; None if they can."""
     if device.type not in build.DEVICES:
         return f"there are compiled operations for CPU and CUDA, not for {device.type}"
-    if dtype not in _dtypes():
+    if dtype not in _DTYPES:
         return f"they take float32, float16 and bfloat16, not {dtype}"
     if any(size % 16 or not 0 < size <= 256 for size in (key_size, value_size)):
         return f"head sizes must be multiples of 16 up to 256, not {key_size} and {value_size}"
@@ -79,86 +80,87 @@ def describe(device: str) -> str:
     return f"{found.built}{kind}, {found.path}"
 
 
-def append(buffers, starts, lengths, key, value, column, valid=None) -> None:
+def append(
+    buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, position: int, valid: torch.Tensor | None = None
+) -> None:
     """`reference.append`."""
-    _ops().append.default(*buffers, starts, lengths, key, value, column, valid)
+    _ops().append.default(*buffers, key, value, position, valid)
 
 
-def attend(query, key, value, starts, lengths, *, max_length, stride=None, scaling, softcap=None, sinks=None) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, buffers: RaggedBuffers, logits: LogitOptions, *, max_length: int, stride: int | None = None
+) -> torch.Tensor:
     """`reference.attend`; ``stride`` makes no difference. A sequence without rows gives zeros."""
-    return _ops().attend.default(query, key, value, starts, lengths, max_length, scaling, softcap or 0.0, _sinks(sinks))
+    return _ops().attend.default(query, *_store(buffers), max_length, *_logits(logits))
 
 
 def append_attend(
-    query, buffers, starts, lengths, key, value, column, *, max_length, scaling, softcap=None, sinks=None
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: int,
+    logits: LogitOptions,
+    *,
+    max_length: int,
+    stride: int | None = None,
 ) -> torch.Tensor:
-    """`append` of rows [B, Hkv, n, D] and then `attend`, in one call; ``max_length`` counts the new rows."""
-    return _ops().append_attend.default(
-        query, *buffers, starts, lengths, key, value, column, max_length, scaling, softcap or 0.0, _sinks(sinks)
-    )
+    """`reference.append_attend`, in one call; ``stride`` makes no difference."""
+    return _ops().append_attend.default(query, *buffers, key, value, position, max_length, *_logits(logits))
 
 
 def attend_extend(
-    query, key, value, starts, lengths, new_key, new_value, *, mask, max_length, stride=None, scaling, softcap=None, sinks=None
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    logits: LogitOptions,
+    *,
+    mask: torch.Tensor | None,
+    max_length: int,
+    stride: int | None = None,
 ) -> torch.Tensor:
-    """`reference.attend_extend`. A query that sees nothing gets zeros."""
-    return _ops().attend_extend.default(
-        query, key, value, starts, lengths, new_key, new_value, mask, max_length, scaling, softcap or 0.0, _sinks(sinks)
-    )
+    """`reference.attend_extend`; ``stride`` makes no difference. A query that sees nothing gets zeros."""
+    return _ops().attend_extend.default(query, *_store(buffers), new_key, new_value, mask, max_length, *_logits(logits))
 
 
-def chunk_scores(query, codes, grid, starts, counts, *, longest) -> torch.Tensor:
+def chunk_scores(
+    query: torch.Tensor, codes: torch.Tensor, grid: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, *, longest: int
+) -> torch.Tensor:
     """`reference.chunk_scores`."""
     return _ops().chunk_scores.default(query, codes, grid, starts, counts, longest)
 
 
 def attend_chunks(
-    query,
-    key,
-    value,
-    starts,
-    lengths,
-    chunk_key,
-    chunk_value,
-    blocks,
-    block_rows,
-    *,
-    chunk,
-    max_length,
-    scaling,
-    softcap=None,
-    sinks=None,
+    query: torch.Tensor, buffers: RaggedBuffers, chunks: ChosenChunks, logits: LogitOptions, *, max_length: int
 ) -> torch.Tensor:
     """`reference.attend_chunks`, each chunk read where it lies. A sequence without rows gives zeros."""
-    store = (key, value, starts, lengths, chunk_key, chunk_value, blocks, block_rows)
-    return _ops().attend_chunks.default(query, *store, chunk, max_length, scaling, softcap or 0.0, _sinks(sinks))
+    return _ops().attend_chunks.default(query, *_store(buffers), *chunks, max_length, *_logits(logits))
 
 
-def fetch_chunks(buffers, from_buffers, from_rows, to_rows, rows, *, chunk) -> None:
+def fetch_chunks(
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    from_buffers: tuple[torch.Tensor, torch.Tensor],
+    from_rows: torch.Tensor,
+    to_rows: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    chunk: int,
+) -> None:
     """`reference.fetch_chunks` to a GPU, which reads the host's pinned memory itself: nothing waits to know which chunks."""
     _ops().fetch_chunks.default(*buffers, *from_buffers, from_rows, to_rows, rows, chunk)
 
 
-def compact(buffers, starts, lengths, key, value, positions) -> None:
-    """Gathers the kept rows of full keys and values into flat storage.
-
-    Args:
-        buffers: ``(key, value, position)``, written.
-        starts, lengths: int32 [S].
-        key, value: [B, Hkv, N, D], [B, Hkv, N, Dv].
-        positions: int32 [lengths.sum()], the kept columns, sequence after sequence.
-    """
+def compact(buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
+    """`reference.compact`."""
+    lengths = buffers.lengths
     offsets = (lengths.cumsum(0) - lengths).to(lengths.dtype)
-    _ops().compact.default(*buffers, starts, lengths, offsets, key, value, positions)
+    _ops().compact.default(*buffers, offsets, key, value, positions)
 
 
-def move_rows(buffers, starts, lengths, from_buffers, from_starts, *, max_length) -> None:
-    """Copies sequences between buffers: growth, and taking batch rows (``from_starts`` may repeat or leave out sequences).
-
-    Sequence s of ``buffers`` becomes the ``lengths[s]`` rows of ``from_buffers`` from ``from_starts[s]`` on. The buffers must
-    not overlap.
-    """
-    _ops().move_rows.default(*buffers, starts, lengths, *from_buffers, from_starts, max_length)
+def move_rows(buffers: RaggedBuffers, source: RaggedBuffers, *, max_length: int) -> None:
+    """`reference.move_rows`; ``max_length`` is at least ``buffers.lengths.max()`` (host)."""
+    _ops().move_rows.default(*buffers, *source.rows, source.starts, max_length)
 
 
 def window_attention(
@@ -180,7 +182,6 @@ def projected_norm(value, factor) -> torch.Tensor:
 def _load(device: str) -> Status:
     if os.environ.get("MIXKV_BACKEND") == "torch":
         return Status(False, reason="MIXKV_BACKEND=torch")
-    torch = _torch()
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < build.TARGET:
         return Status(False, reason=f"torch {torch.__version__} is older than {build.TARGET[0]}.{build.TARGET[1]}")
@@ -212,23 +213,20 @@ def _detail(path: Path) -> str:
     return name().decode()
 
 
-def _torch():
-    import torch
-
-    return torch
-
-
-@functools.cache
-def _dtypes() -> tuple:
-    torch = _torch()
-    return torch.float32, torch.float16, torch.bfloat16
-
-
 @functools.cache
 def _ops():
     if not status("cpu").available:
         raise RuntimeError(f"the compiled operations are not available: {status('cpu').reason}")
-    return _torch().ops.mixkv
+    return torch.ops.mixkv
+
+
+def _store(buffers: RaggedBuffers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What attention reads of a store."""
+    return buffers.key, buffers.value, buffers.starts, buffers.lengths
+
+
+def _logits(options: LogitOptions) -> tuple[float, float, torch.Tensor | None]:
+    return options.scaling, options.softcap or 0.0, _sinks(options.sinks)
 
 
 def _sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
@@ -237,7 +235,6 @@ def _sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
 
 def _register_fakes() -> None:
     """Shapes and dtypes of the results, for tracing."""
-    torch = _torch()
 
     def decode(query, value_buffer):
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value_buffer.shape[1])

@@ -1,10 +1,8 @@
 """The operations on ragged storage in plain torch: the ground truth for every other back end, and the fallback.
 
-A store holds S = B * Hkv sequences (batch row by batch row, head by head) in flat buffers: sequence s owns the rows
-``starts[s] .. starts[s] + lengths[s]`` of ``key [rows, D]``, ``value [rows, Dv]`` and ``position [rows]`` (int32), followed by
-spare rows. ``starts`` and ``lengths`` are int32 [S] on the device; the host knows an upper bound of the lengths and, where
-all sequences have the same length and capacity, that they do (``stride``, the capacity). No function here synchronises with
-the device in a decode step.
+A store is `RaggedBuffers`: S = B * Hkv sequences in flat buffers. The host knows an upper bound of their lengths
+(``max_length``) and, where all sequences have the same length and capacity, the capacity (``stride``). No function here
+synchronises with the device in a decode step.
 """
 
 from __future__ import annotations
@@ -12,42 +10,42 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+
 # Queries attended at once by `attend_extend`: bounds its mask and logits at this many rows per prefix row.
 _EXTEND_BLOCK = 256
 
 
 def append(
-    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    buffers: RaggedBuffers,
     key: torch.Tensor,
     value: torch.Tensor,
-    column: int,
+    position: int,
     valid: torch.Tensor | None = None,
 ) -> None:
-    """Writes n new rows to the end of every sequence and raises ``lengths``, in place. There must be spare rows for them.
+    """Writes n new rows to the end of every sequence and raises its length, in place. There must be spare rows for them.
 
     Args:
-        buffers: ``(key, value, position)``, written.
-        starts, lengths: int32 [S]; ``lengths`` is written.
+        buffers: written, ``lengths`` included.
         key, value: [B, Hkv, n, D], [B, Hkv, n, Dv].
-        column: position of the first new row; the others follow.
+        position: of the first new row's token; the others follow.
         valid: bool [B, n]; rows that are not valid (padding) are left out. None: all are valid.
     """
     batch, heads, new, _ = key.shape
-    ends = (starts + lengths).long()
+    lengths = buffers.lengths
+    ends = (buffers.starts + lengths).long()
     if valid is None and new == 1:
         buffers[0].index_copy_(0, ends, key.reshape(batch * heads, -1))
         buffers[1].index_copy_(0, ends, value.reshape(batch * heads, -1))
-        buffers[2].index_fill_(0, ends, column)
+        buffers[2].index_fill_(0, ends, position)
         lengths.add_(1)
         return
-    columns = torch.arange(column, column + new, dtype=torch.int32, device=key.device)
+    positions = torch.arange(position, position + new, dtype=torch.int32, device=key.device)
     if valid is None:
         rows = (ends.unsqueeze(1) + torch.arange(new, device=key.device)).flatten()
         buffers[0].index_copy_(0, rows, key.reshape(batch * heads * new, -1))
         buffers[1].index_copy_(0, rows, value.reshape(batch * heads * new, -1))
-        buffers[2].index_copy_(0, rows, columns.repeat(batch * heads))
+        buffers[2].index_copy_(0, rows, positions.repeat(batch * heads))
         lengths.add_(new)
         return
     offsets = valid.cumsum(dim=-1) - 1
@@ -55,43 +53,47 @@ def append(
     rows = (ends.view(batch, heads, 1) + offsets.unsqueeze(1))[taken]
     buffers[0].index_copy_(0, rows, key[taken])
     buffers[1].index_copy_(0, rows, value[taken])
-    buffers[2].index_copy_(0, rows, columns.expand(batch, heads, new)[taken])
+    buffers[2].index_copy_(0, rows, positions.expand(batch, heads, new)[taken])
     lengths.add_(valid.sum(dim=-1, dtype=torch.int32).repeat_interleave(heads))
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    max_length: int,
-    stride: int | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    query: torch.Tensor, buffers: RaggedBuffers, logits: LogitOptions, *, max_length: int, stride: int | None
 ) -> torch.Tensor:
     """Decode attention: one query position per batch row over its KV heads' sequences.
 
     Args:
         query: [B, Hq, 1, D].
-        key, value: flat buffers [rows, D], [rows, Dv].
-        starts, lengths: int32 [S].
+        buffers: the store.
+        logits: as in the model.
         max_length: at least ``lengths.max()``; exactly the common length where ``stride`` is given.
         stride: the common capacity where all sequences have one length and lie ``stride`` rows apart, else None.
-        scaling, softcap, sinks [Hq]: as in the model.
 
     Returns: [B, 1, Hq, Dv], in query's dtype.
     """
     batch, query_heads, _, size = query.shape
-    sequences = starts.numel()
-    heads = sequences // batch
+    heads = buffers.starts.numel() // batch
     folded = query.reshape(batch, heads, query_heads // heads, size)
-    keys, values, mask = _padded(key, value, starts, lengths, max_length, stride, batch)
+    keys, values, mask = _padded(buffers, max_length, stride, batch)
     mask = mask if mask is None else mask.unsqueeze(2)
-    out = _attention(folded, keys, values, mask, scaling, softcap, sinks)
+    out = _attention(folded, keys, values, mask, logits)
     return out.reshape(batch, 1, query_heads, -1)
+
+
+def append_attend(
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: int,
+    logits: LogitOptions,
+    *,
+    max_length: int,
+    stride: int | None,
+) -> torch.Tensor:
+    """`append` of rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] and then `attend`; ``max_length`` counts the new rows."""
+    append(buffers, key, value, position)
+    return attend(query, buffers, logits, max_length=max_length, stride=stride)
 
 
 def chunk_scores(
@@ -122,43 +124,27 @@ def chunk_scores(
 
 
 def attend_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    chunk_key: torch.Tensor,
-    chunk_value: torch.Tensor,
-    blocks: torch.Tensor,
-    block_rows: torch.Tensor,
-    *,
-    chunk: int,
-    max_length: int,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    query: torch.Tensor, buffers: RaggedBuffers, chunks: ChosenChunks, logits: LogitOptions, *, max_length: int
 ) -> torch.Tensor:
     """Decode attention over each sequence's stored rows and chosen chunks of rows that lie elsewhere.
 
     Args:
-        query, key, value, starts, lengths, max_length, scaling, softcap, sinks: as in `attend`.
-        chunk_key, chunk_value: [rows, D], [rows, Dv].
-        blocks, block_rows: int32 [S, K], the first row of each chosen chunk and how many rows it has, 0 where none is chosen.
-        chunk: at least ``block_rows.max()``.
+        query, buffers, logits, max_length: as in `attend`.
+        chunks: up to K a sequence.
 
     Returns: [B, 1, Hq, Dv], in query's dtype.
     """
     batch, query_heads, _, size = query.shape
-    heads = starts.numel() // batch
-    keys, values, mask = _padded(key, value, starts, lengths, max_length, None, batch)
-    places = torch.arange(chunk, dtype=torch.int32, device=starts.device)
-    seen = (places < block_rows.unsqueeze(-1)).view(batch, heads, -1)
-    rows = (blocks.unsqueeze(-1) + places).clamp_(0, chunk_key.shape[0] - 1).flatten()
-    keys = torch.cat([keys, chunk_key.index_select(0, rows).view(batch, heads, -1, size)], dim=2)
-    values = torch.cat([values, chunk_value.index_select(0, rows).view(batch, heads, -1, values.shape[-1])], dim=2)
+    heads = buffers.starts.numel() // batch
+    keys, values, mask = _padded(buffers, max_length, None, batch)
+    offsets = torch.arange(chunks.size, dtype=torch.int32, device=query.device)
+    seen = (offsets < chunks.lengths.unsqueeze(-1)).view(batch, heads, -1)
+    rows = (chunks.starts.unsqueeze(-1) + offsets).clamp_(0, chunks.key.shape[0] - 1).flatten()
+    keys = torch.cat([keys, chunks.key.index_select(0, rows).view(batch, heads, -1, size)], dim=2)
+    values = torch.cat([values, chunks.value.index_select(0, rows).view(batch, heads, -1, values.shape[-1])], dim=2)
     mask = torch.cat([mask, seen], dim=-1).unsqueeze(2)
     folded = query.reshape(batch, heads, query_heads // heads, size)
-    out = _attention(folded, keys, values, mask, scaling, softcap, sinks)
+    out = _attention(folded, keys, values, mask, logits)
     return out.reshape(batch, 1, query_heads, -1)
 
 
@@ -191,19 +177,14 @@ def fetch_chunks(
 
 def attend_extend(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
+    buffers: RaggedBuffers,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
+    logits: LogitOptions,
     *,
     mask: torch.Tensor | None,
     max_length: int,
     stride: int | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of n new positions over [stored sequence | new block]; the new block is not stored yet.
 
@@ -211,7 +192,7 @@ def attend_extend(
 
     Args:
         query: [B, Hq, n, D].
-        key, value, starts, lengths, max_length, stride: the store, as in `attend`.
+        buffers, logits, max_length, stride: as in `attend`.
         new_key, new_value: [B, Hkv, n, D], [B, Hkv, n, Dv].
         mask: bool [B or 1, 1, n, n], True where a query sees a new row, in place of the causal mask.
 
@@ -220,14 +201,14 @@ def attend_extend(
     batch, query_heads, new, size = query.shape
     heads = new_key.shape[1]
     groups = query_heads // heads
-    keys, values, stored = _padded(key, value, starts, lengths, max_length, stride, batch)
+    keys, values, stored = _padded(buffers, max_length, stride, batch)
     if stored is None:
         stored = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
     stored = stored.expand(batch, heads, keys.shape[2])
     keys, values = torch.cat([keys, new_key], dim=2), torch.cat([values, new_value], dim=2)
     if mask is None:
         mask = torch.ones(new, new, dtype=torch.bool, device=query.device).tril().view(1, 1, new, new)
-    out = query.new_empty(batch, new, query_heads, value.shape[-1])
+    out = query.new_empty(batch, new, query_heads, new_value.shape[-1])
     for first in range(0, new, _EXTEND_BLOCK):
         block = slice(first, min(first + _EXTEND_BLOCK, new))
         rows = block.stop - first
@@ -240,52 +221,42 @@ def attend_extend(
             dim=-1,
         )
         seen = seen.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(batch, heads, groups * rows, -1)
-        part = _attention(folded, keys, values, seen, scaling, softcap, sinks)
+        part = _attention(folded, keys, values, seen, logits)
         out[:, block] = part.view(batch, query_heads, rows, -1).transpose(1, 2)
     return out
 
 
-def compact(
-    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-) -> None:
+def compact(buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
     """Gathers the kept rows of full keys and values into flat storage.
 
     Args:
-        buffers: ``(key, value, position)``, written.
-        starts, lengths: int32 [S].
+        buffers: written; ``starts`` and ``lengths`` say where.
         key, value: [B, Hkv, N, D], [B, Hkv, N, Dv].
-        positions: int32 [lengths.sum()], the kept columns, sequence after sequence.
+        positions: int32 [lengths.sum()], the kept positions, sequence after sequence.
     """
-    total = positions.numel()
+    total, lengths = positions.numel(), buffers.lengths
     sequence = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths.long(), output_size=total)
     row, head = sequence // key.shape[1], sequence % key.shape[1]
-    rows, columns = flat_rows(starts, lengths, total), positions.long()
-    for buffer, part in zip(buffers, (key[row, head, columns], value[row, head, columns], positions)):
+    rows, kept = flat_rows(buffers.starts, lengths, total), positions.long()
+    for buffer, part in zip(buffers.rows, (key[row, head, kept], value[row, head, kept], positions)):
         buffer.index_copy_(0, rows, part)
 
 
-def move_rows(
-    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    from_buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    from_starts: torch.Tensor,
-    *,
-    total: int,
-) -> None:
-    """Copies sequences between buffers: growth, and taking batch rows (``from_starts`` may repeat or leave out sequences).
+def move_rows(buffers: RaggedBuffers, source: RaggedBuffers, *, total: int) -> None:
+    """Copies sequences between buffers: growth, and taking batch rows (``source`` may repeat or leave out sequences).
 
-    Sequence s of ``buffers`` becomes the ``lengths[s]`` rows of ``from_buffers`` from ``from_starts[s]`` on; total =
-    lengths.sum(), on the host.
+    Sequence s of ``buffers`` becomes the ``buffers.lengths[s]`` rows of ``source`` from ``source.starts[s]`` on. The buffers
+    must not overlap.
+
+    Args:
+        buffers: written; ``starts`` and ``lengths`` say where.
+        source: read; its lengths are not used.
+        total: ``buffers.lengths.sum()`` (host).
     """
-    rows, from_rows = flat_rows(starts, lengths, total), flat_rows(from_starts, lengths, total)
-    for buffer, source in zip(buffers, from_buffers):
-        buffer.index_copy_(0, rows, source.index_select(0, from_rows))
+    lengths = buffers.lengths
+    rows, from_rows = flat_rows(buffers.starts, lengths, total), flat_rows(source.starts, lengths, total)
+    for buffer, part in zip(buffers.rows, source.rows):
+        buffer.index_copy_(0, rows, part.index_select(0, from_rows))
 
 
 def flat_rows(starts: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
@@ -296,24 +267,19 @@ def flat_rows(starts: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.
 
 
 def _padded(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    max_length: int,
-    stride: int | None,
-    batch: int,
+    buffers: RaggedBuffers, max_length: int, stride: int | None, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Sequences side by side: [B, Hkv, max_length, D], [.., Dv] and, unless all are of that length, the bool mask [B, Hkv, max_length]."""
+    key, value, _, starts, lengths = buffers
     heads = starts.numel() // batch
     if stride is not None:
         shape = (batch, heads, stride, -1)
         return key.view(shape)[:, :, :max_length], value.view(shape)[:, :, :max_length], None
-    columns = torch.arange(max_length, dtype=torch.int32, device=starts.device)
+    offsets = torch.arange(max_length, dtype=torch.int32, device=starts.device)
     # Beyond a sequence's end other rows are read, and masked: all that matters is to stay inside the buffer.
-    rows = (starts.unsqueeze(1) + columns).clamp_(max=key.shape[0] - 1).flatten()
+    rows = (starts.unsqueeze(1) + offsets).clamp_(max=key.shape[0] - 1).flatten()
     shape = (batch, heads, max_length, -1)
-    mask = (columns < lengths.unsqueeze(1)).view(batch, heads, max_length)
+    mask = (offsets < lengths.unsqueeze(1)).view(batch, heads, max_length)
     return key.index_select(0, rows).view(shape), value.index_select(0, rows).view(shape), mask
 
 
@@ -322,14 +288,13 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    options: LogitOptions,
 ) -> torch.Tensor:
     """[B, Hkv, R, D] queries, R = G * rows (head-major), over [B, Hkv, L, D]; the mask is bool and broadcasts to [B, Hkv, R, L]."""
+    softcap, sinks = options.softcap, options.sinks
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    logits = (query.float() * scaling) @ key.float().transpose(-1, -2)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=options.scaling)
+    logits = (query.float() * options.scaling) @ key.float().transpose(-1, -2)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:

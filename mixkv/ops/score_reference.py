@@ -1,8 +1,37 @@
-"""The operations that scores are made of in plain torch: the ground truth for every other back end, and the fallback."""
+"""The operations that scores are made of in plain torch: the ground truth for every other back end, and the fallback.
+
+They read keys and values in blocks of tokens, in the dtype that these have, and convert a block at a time to float32: what a
+block needs is a small share of the layer's keys and values, however long the prompt is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
+
+# Tokens of a block at least: so short a prompt is one block.
+_BLOCK = 512
+# A block's float32 copies take at most this share of the bytes of the layer's keys and values.
+_SHARE = 1 / 16
+
+# For tokens first .. last: logits [B, Hkv, G, W, last - first].
+Logits = Callable[[int, int], torch.Tensor]
+
+
+def token_blocks(rows: torch.Tensor, numbers: int) -> list[tuple[int, int]]:
+    """Blocks of tokens, ``(first, last)`` in order, that end where the prompt ends; the first may be shorter than the others.
+
+    Counted from the end, a prompt has the same blocks with padding on its left as without.
+
+    Args:
+        rows: [B, Hkv, N, D], what is read in blocks.
+        numbers: float32 numbers that a token of a head needs at once.
+    """
+    length, size = rows.shape[2:]
+    block = max(_BLOCK, int(_SHARE * 2 * length * size * rows.element_size() / (4 * numbers)))
+    ends = range(length, 0, -block)
+    return [(max(end - block, 0), end) for end in reversed(ends)]
 
 
 def window_attention(
@@ -18,45 +47,62 @@ def window_attention(
 ) -> torch.Tensor:
     """What the window's queries attend to, before pooling (SnapKV, arXiv 2404.14469, equation 5).
 
-    Every window query sees all candidates and, causally, the window; the softmax runs over all N columns, so the
+    Every window query sees all candidates and, causally, the window; the softmax runs over all N tokens, so the
     window's own mass stays in the denominator.
 
     Args:
         query: [B, Hq, W, D], the window's queries, rotated as the model uses them.
         key: [B, Hkv, N, D].
-        valid: bool, broadcasts to [B, Hkv, N]; None: all columns are valid.
+        valid: bool, broadcasts to [B, Hkv, N]; None: all tokens are valid.
         scaling: factor on the logits.
         statistic: ``mean`` or ``rms`` (root mean square) over the window's queries.
         group_reduce: ``mean`` or ``max`` over the G query heads of a KV head.
         softcap: ``softcap * tanh(logits / softcap)`` where the model has it.
-        sinks: [Hq] logits that take mass and hold no row, where the model has them.
+        sinks: [Hq] logits that take mass and have no token, where the model has them.
 
     Returns: [B, Hkv, M] float32, the statistic over the window's queries, reduced over the group.
     """
-    batch, query_heads, window, size = query.shape
-    kv_heads, length = key.shape[1], key.shape[2]
-    groups = query_heads // kv_heads
-    folded = (query.float() * scaling).reshape(batch, kv_heads, groups * window, size)
-    logits = (folded @ key.float().transpose(-1, -2)).view(batch, kv_heads, groups, window, length)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
-    logits[..., length - window :].masked_fill_(future, -torch.inf)
-    if valid is not None:
-        logits.masked_fill_(~valid[:, :, None, None, :], -torch.inf)
-    if sinks is not None:
-        column = sinks.float().view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, window, 1)
-        logits = torch.cat([logits, column], dim=-1)
-    weights = logits.softmax(dim=-1)[..., : length - window]
-    mass = weights.square().mean(dim=3).sqrt() if statistic == "rms" else weights.mean(dim=3)
-    mass = mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2)
+    candidates = key.shape[2] - query.shape[2]
+    if candidates == 0:
+        return torch.zeros(*key.shape[:2], 0, device=key.device)
+    logits = _logits(query, key, valid, scaling, softcap)
+    parts = []
+    for _, weights in _weights(query, key, logits, sinks, candidates):
+        mass = weights.square().mean(dim=3).sqrt_() if statistic == "rms" else weights.mean(dim=3)
+        parts.append(mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2))
+    mass = torch.cat(parts, dim=-1)
     # A window query that is padding itself sees nothing: its softmax is 0/0, in a row without candidates.
-    return mass if valid is None else mass.nan_to_num(0.0)
+    return mass if valid is None else mass.nan_to_num_(0.0)
+
+
+def attention_share(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    tokens: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The share of its attention that each of the window's queries gives to some ``tokens``.
+
+    Args:
+        query, key, valid, scaling, softcap, sinks: as in `window_attention`.
+        tokens: bool, broadcasts to [B, Hkv, N].
+
+    Returns: [B, Hkv, G, W] float32, 0 for a query that sees nothing.
+    """
+    logits = _logits(query, key, valid, scaling, softcap)
+    share = 0.0
+    for (first, last), weights in _weights(query, key, logits, sinks, key.shape[2]):
+        share = share + weights.mul_(tokens[:, :, None, None, first:last]).sum(dim=-1)
+    return share.nan_to_num_(0.0)
 
 
 def norm(rows: torch.Tensor) -> torch.Tensor:
-    """Norms [...] of rows [..., D], float32."""
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    """Norms [B, Hkv, N] of rows [B, Hkv, N, D], float32."""
+    return by_block(rows, rows.shape[3], lambda part: torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32))
 
 
 def projected_norm(value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -68,4 +114,76 @@ def projected_norm(value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
     Returns: [B, Hkv, N] float32.
     """
-    return norm(value.float() @ factor.transpose(-1, -2))
+    transposed = factor.transpose(-1, -2)
+    return by_block(value, sum(factor.shape[1:]), lambda part: torch.linalg.vector_norm(part.float() @ transposed, dim=-1))
+
+
+def by_block(rows: torch.Tensor, numbers: int, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``function`` of ``rows`` [B, Hkv, N, D] a block of tokens at a time: [B, Hkv, n, D] to [B, Hkv, n] float32."""
+    blocks = token_blocks(rows, numbers)
+    if len(blocks) == 1:
+        return function(rows)
+    found = torch.empty(rows.shape[:3], dtype=torch.float32, device=rows.device)
+    for first, last in blocks:
+        found[:, :, first:last] = function(rows[:, :, first:last])
+    return found
+
+
+def _logits(
+    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, scaling: float, softcap: float | None
+) -> Logits:
+    """The logits of the window's queries for a block of tokens, -inf where a query does not see a token."""
+    batch, query_heads, window, size = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    groups = query_heads // kv_heads
+    folded = (query.float() * scaling).reshape(batch, kv_heads, groups * window, size)
+    newest = torch.arange(length - window, length, device=key.device).unsqueeze(-1)
+
+    def block(first: int, last: int) -> torch.Tensor:
+        part = key[:, :, first:last].float().transpose(-1, -2)
+        logits = (folded @ part).view(batch, kv_heads, groups, window, last - first)
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        hidden = max(first, length - window)
+        if hidden < last:
+            future = torch.arange(hidden, last, device=key.device) > newest
+            logits[..., hidden - first :].masked_fill_(future, -torch.inf)
+        if valid is not None:
+            logits.masked_fill_(~valid[:, :, None, None, first:last], -torch.inf)
+        return logits
+
+    return block
+
+
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, logits: Logits, sinks: torch.Tensor | None, count: int
+) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+    """The softmax of ``logits`` over all tokens, for blocks of the first ``count``: ``(first, last)``, [B, Hkv, G, W, n].
+
+    nan for queries that see nothing.
+    """
+    batch, query_heads, window, size = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    groups = query_heads // kv_heads
+    blocks = token_blocks(key, groups * window + size)
+    sink = None if sinks is None else sinks.float().view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, window, 1)
+    if len(blocks) == 1:
+        whole = logits(0, length)
+        if sink is not None:
+            whole = torch.cat([whole, sink], dim=-1)
+        yield (0, count), whole.softmax(dim=-1)[..., :count]
+        return
+    # The largest logit so far, and the sum of exponentials relative to it. From the lowest finite number on there is no inf - inf.
+    shape, lowest = (batch, kv_heads, groups, window, 1), torch.finfo(torch.float32).min
+    highest = torch.full(shape, lowest, device=key.device) if sink is None else sink
+    mass = torch.zeros(shape, device=key.device) if sink is None else torch.ones(shape, device=key.device)
+    for first, last in blocks:
+        part = logits(first, last)
+        higher = part.amax(dim=-1, keepdim=True).maximum(highest)
+        mass = mass * (highest - higher).exp_() + part.sub_(higher).exp_().sum(dim=-1, keepdim=True)
+        highest = higher
+        del part
+    for first, last in blocks:
+        last = min(last, count)
+        if first < last:
+            yield (first, last), logits(first, last).sub_(highest).exp_().div_(mass)

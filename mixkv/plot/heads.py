@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import registry
 from .canvas import axes
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def sparsity(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
         ValueError: another method's cache.
     """
     numbers = cache.stats()
-    if numbers["method"] != "hybridkv":
+    if not registry.method(numbers["method"]).keeps_chunks:
+        those = [name for name, method in registry.METHODS.items() if method.keeps_chunks]
         raise ValueError(
-            f"method={numbers['method']!r} does not classify heads: only a cache of method='hybridkv' has their sparsity"
+            f"method={numbers['method']!r} does not classify heads: read the prompt with a method that does ({', '.join(those)})"
         )
     ax = _heat_map(grid(numbers["sparsity"], row), "sparsity, dynamic heads dotted", ax, highest=1.0)
     dynamic = grid(numbers["dynamic"], row)

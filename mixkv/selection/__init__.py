@@ -1,6 +1,8 @@
-"""Pure functions on tensors: scores rank the rows of a prompt, methods allocate the budget."""
+"""Pure functions on tensors: scores rank the candidates of a prompt, methods allocate the budget."""
 
+from . import methods, scores
+from .context import AllocationContext, ScoreContext
 from .ranking import Ranking, Selection
-from .select import quota, rank, select
+from .select import allocate, rank, select
 
-__all__ = ["Ranking", "Selection", "quota", "rank", "select"]
+__all__ = ["AllocationContext", "Ranking", "ScoreContext", "Selection", "allocate", "methods", "rank", "scores", "select"]

@@ -1,77 +1,71 @@
-"""HybridKV-style heads (arXiv 2604.05887), a reconstruction: static ones are pruned, dynamic ones keep all rows in chunks.
+"""HybridKV-style heads (arXiv 2604.05887), a reconstruction: static ones are pruned, dynamic ones keep all entries in chunks.
 
-Pure functions on tensors: how sparse a head is, how many rows it gets, which of them are always resident. Shapes as in
-`mixkv.scores`; M = N - W candidates. A dynamic head's chunks are cut from all of the prompt between its first rows and its
-last, in order; the last chunk may be shorter.
+Pure functions on tensors: how many entries a head gets, and which of them are always resident. Shapes as in
+`mixkv.selection.context`. A dynamic head's chunks are cut from all of the prompt between its first tokens and its last, in
+order; the last chunk may be shorter. ``hybrid_first`` of the prompt's first tokens are always resident, because much attention
+rests on them whatever the query, and so are ``hybrid_last`` of its last, if the window is not shorter; the window's others can
+be chosen like any token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from .budgets import apportion
-
-if TYPE_CHECKING:
-    from ..config import MixKVConfig
-    from .ranking import Ranking
-
-# The prompt's first rows, which dynamic heads always hold: whatever a query looks for, much of its weight rests on them.
-FIRST = 4
-# The prompt's last rows, which they always hold, of a window that is not shorter. The others can be chosen like any.
-LAST = 8
-# Queries whose attention is held at once.
-_QUERIES = 8
+from ..config import MixKVConfig
+from .apportion import apportion
+from .ranking import Ranking
+from .sparsity import scoring_queries, sparsity
 
 
 class Split(NamedTuple):
-    """How a layer's rows are divided among its heads; all [B, Hkv].
+    """How a layer's entries are allocated to its heads; all [B, Hkv].
 
     Attributes:
         dynamic: bool, whether the head's chunks are chosen step by step.
-        rows: int64, resident rows beside the last `LAST`. A dynamic head's are those of its slots, its first rows, and the ones
-            just before the last.
-        slots: int64, chunks attended in a step, before `mixkv.cache.global_budget.SlotContest` shares them out over the model; 0 for static
-            heads.
-        chunk: rows of a chunk.
+        entries: int64, resident entries beside the last ones. A dynamic head's are those of its slots, its first tokens, and
+            the ones just before the last.
+        slots: int64, chunks attended to in a step, before `mixkv.selection.global_budget` shares them out over the model; 0 for
+            static heads.
+        first: int64, the prompt's first tokens that are always resident; 0 for static heads.
+        chunk: tokens of a chunk.
     """
 
     dynamic: torch.Tensor
-    rows: torch.Tensor
+    entries: torch.Tensor
     slots: torch.Tensor
+    first: torch.Tensor
     chunk: int
 
     @property
-    def first(self) -> torch.Tensor:
-        """Rows at the prompt's beginning [B, Hkv] that are always resident, of dynamic heads."""
-        return FIRST * self.dynamic.long()
-
-    @property
     def fixed(self) -> torch.Tensor:
-        """Rows [B, Hkv] beside the last that are always resident."""
-        return self.rows - self.chunk * self.slots
+        """Entries [B, Hkv] beside the last that are always resident."""
+        return self.entries - self.chunk * self.slots
+
+    def to(self, device: torch.device) -> Split:
+        return Split(*(part.to(device) for part in self[:-1]), self.chunk)
 
 
 class Plan(NamedTuple):
-    """What becomes of a layer's heads: `plan`.
+    """Which heads of a layer are pruned and which are not: `plan`.
 
     Attributes:
-        ranking: one whose `take` of ``rows`` keeps the rows that are always resident.
-        rows: int64 [B, Hkv].
+        ranking: one whose `take` of ``entries`` keeps the entries that are always resident.
+        entries: int64 [B, Hkv].
         sparsity: float32 [B, Hkv].
         dynamic, slots: as in `Split`.
-        columns, chunked: int64 [B, Hkv], the first column that lies in chunks, and how many do.
-        chunk: rows of a chunk.
+        first_chunked, chunked: int64 [B, Hkv], position of the first token that lies in chunks, and how many tokens do.
+        chunk: tokens of a chunk.
     """
 
     ranking: Ranking
-    rows: torch.Tensor
+    entries: torch.Tensor
     sparsity: torch.Tensor
     dynamic: torch.Tensor
     slots: torch.Tensor
-    columns: torch.Tensor
+    first_chunked: torch.Tensor
     chunked: torch.Tensor
     chunk: int
 
@@ -88,7 +82,7 @@ def plan(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> Plan:
-    """Classifies the heads of a layer, and divides its rows among them.
+    """Classifies the heads of a layer, and allocates its entries to them.
 
     Args:
         query: [B, Hq, >= min(window, N), D], the prompt's last queries.
@@ -100,42 +94,45 @@ def plan(
     window = min(config.window, key.shape[2])
     query = query[:, :, query.shape[2] - window :]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = judges(query.shape[0], window, image, valid, key.device)
-    sparse = sparsity(query, key, rows, valid, scaling=scaling, softcap=softcap, sinks=sinks)
+    scoring = scoring_queries(query.shape[0], window, image, valid, key.device)
+    logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    sparse = sparsity(query, key, scoring, valid, first=config.hybrid_first, **logits)
     ranks, padding = ranking.ranks, key.shape[2] - ranking.real
     if image is not None:
         ranks = text_first(ranks, image[:, : ranks.shape[-1]])
-    ranking, candidates = narrowed(dataclasses.replace(ranking, ranks=ranks)), ranking.choosable
-    split = divide(
-        sparse,
-        ranking.base,
-        ranking.choosable,
-        window=ranking.choosable - candidates,
+    ranking, candidates = narrowed(dataclasses.replace(ranking, ranks=ranks), config.hybrid_last), ranking.choosable
+    split = allocate_entries(
+        sparse.cpu(),
+        ranking.base.cpu(),
+        ranking.choosable.cpu(),
+        window=(ranking.choosable - candidates).cpu(),
         chunk=config.hybrid_chunk,
         threshold=config.hybrid_threshold,
         floor=config.hybrid_floor,
-    )
+        first=config.hybrid_first,
+    ).to(key.device)
     fixed = fixed_ranks(split, ranking.choosable, padding, ranking.ranks.shape[-1])
     ranks = torch.where(split.dynamic.unsqueeze(-1), fixed, ranking.ranks)
     return Plan(
         ranking=dataclasses.replace(ranking, ranks=ranks.to(torch.int32)),
-        rows=split.fixed,
+        entries=split.fixed,
         sparsity=sparse,
         dynamic=split.dynamic,
         slots=split.slots,
-        columns=padding + split.first,
+        first_chunked=padding + split.first,
         chunked=torch.where(split.dynamic, ranking.choosable - split.fixed, 0),
         chunk=config.hybrid_chunk,
     )
 
 
-def narrowed(ranking: Ranking) -> Ranking:
-    """The same candidates behind the window's own rows, so that only the `LAST` of these are kept whatever is asked for.
+def narrowed(ranking: Ranking, last: int) -> Ranking:
+    """The window's own tokens but for the ``last`` become candidates, ranked before all others.
 
-    ``base`` stays what a head keeps on average beside its whole window.
+    So only the ``last`` tokens are kept whatever is asked for. ``base`` remains what a head keeps on average beside its whole
+    window.
     """
     batch, heads, length = ranking.ranks.shape
-    window = ranking.window[..., : max(ranking.window.shape[-1] - LAST, 0)].expand(batch, heads, -1)
+    window = ranking.window[..., : max(ranking.window.shape[-1] - last, 0)].expand(batch, heads, -1)
     count, whole = window.sum(dim=-1, keepdim=True), length + window.shape[-1]
     before = torch.where(ranking.ranks < length, ranking.ranks + count, whole)
     within = torch.where(window, window.cumsum(dim=-1) - 1, whole)
@@ -147,71 +144,7 @@ def narrowed(ranking: Ranking) -> Ranking:
     )
 
 
-def judges(
-    batch: int, window: int, image: torch.Tensor | None, valid: torch.Tensor | None, device: torch.device
-) -> torch.Tensor:
-    """The text-centric queries of the window: text after the last image token; all real ones where there are none.
-
-    Returns: bool [B, W].
-    """
-    real = torch.ones(batch, window, dtype=torch.bool, device=device) if valid is None else valid[:, -window:]
-    if image is None:
-        return real
-    later_images = image[:, -window:].flip(-1).cumsum(-1).flip(-1)
-    text = real & (later_images == 0)
-    return torch.where(text.any(dim=-1, keepdim=True), text, real)
-
-
-def sparsity(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    rows: torch.Tensor,
-    valid: torch.Tensor | None,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The share of a head's attention that rests on few tokens which stay whatever is pruned: the first rows, and the window's.
-
-    Of the query heads that share a KV head the one counts that attends to the others most.
-
-    Args:
-        query: [B, Hq, W, D], the last ones.
-        key: [B, Hkv, N, D].
-        rows: bool [B, W], the queries that count, at least one a batch row.
-        valid: bool [B, N], False for padding on the left.
-        scaling, softcap, sinks: as in the model; what goes to a sink rests there.
-
-    Returns: float32 [B, Hkv], from 0 to 1.
-    """
-    batch, query_heads, window, size = query.shape
-    heads, length = key.shape[1], key.shape[2]
-    keys = key.float().transpose(-1, -2)
-    places = torch.arange(length, device=key.device)
-    real = torch.ones(1, length, dtype=torch.bool, device=key.device) if valid is None else valid
-    others = (real.cumsum(dim=-1) > FIRST) & (places < length - window)
-    found = []
-    for first in range(0, window, _QUERIES):
-        part = query[:, :, first : first + _QUERIES].float() * scaling
-        count = part.shape[2]
-        logits = (part.reshape(batch, heads, -1, size) @ keys).view(batch, heads, -1, count, length)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        seen = places <= (length - window + first + torch.arange(count, device=key.device)).unsqueeze(-1)
-        seen = seen & real.unsqueeze(1)
-        logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
-        if sinks is not None:
-            column = sinks.float().view(1, heads, -1, 1, 1).expand(batch, -1, -1, count, 1)
-            logits = torch.cat([logits, column], dim=-1)
-        weights = logits.softmax(dim=-1)[..., :length]
-        found.append((weights * others[:, None, None, None]).sum(dim=-1).amax(dim=2))
-    counted = rows.unsqueeze(1)
-    drawn = torch.cat(found, dim=-1).masked_fill(~counted, 0.0)
-    return 1 - drawn.sum(dim=-1) / counted.sum(dim=-1)
-
-
-def divide(
+def allocate_entries(
     sparse: torch.Tensor,
     base: torch.Tensor,
     choosable: torch.Tensor,
@@ -220,29 +153,31 @@ def divide(
     chunk: int,
     threshold: float,
     floor: float,
+    first: int,
 ) -> Split:
-    """Divides a layer's ``Hkv * (base + window)`` rows, exactly.
+    """Allocates a layer's ``Hkv * (base + window)`` entries to its heads, exactly.
 
-    Every dynamic head gets an equal share of them, rounded down to its first rows and whole chunks. What is left belongs to the
-    static heads: to each its window, then a share ``floor`` of the rest in equal parts, and what remains in proportion to the
-    attention that they give to what is not kept for certain. Where no static head can take it, the rows just before a dynamic head's last stay
-    resident. Heads that can be kept whole, or whose budget has no room for a chunk, are static. How many chunks a dynamic head
-    attends to in the end, `mixkv.cache.global_budget.SlotContest` decides.
+    Every dynamic head gets an equal share of them, rounded down to its first tokens and whole chunks. What is left belongs to
+    the static heads: to each its window, then a share ``floor`` of the rest in equal parts, and what remains in proportion to
+    the attention that they give to tokens that are not always kept. Where no static head can take it, the tokens just before a
+    dynamic head's last stay resident. Heads that can be kept whole, or whose budget has no room for a chunk, are static. How
+    many chunks a dynamic head attends to in the end, `mixkv.selection.global_budget` decides.
 
     Args:
-        sparse: [B, Hkv], of `sparsity`.
-        base: [B] int, rows per head on average, beside the window.
-        choosable: [B, Hkv] int, rows of the prompt but for its last, those of the window included.
+        sparse: [B, Hkv], of `sparsity`; like all tensors here on the CPU, since not every device has float64.
+        base: [B] int, entries per head on average, beside the window.
+        choosable: [B, Hkv] int, tokens of the prompt but for its last, those of the window included.
         window: [B, Hkv] int, how many of them are the window's.
-        chunk: rows of a chunk.
+        chunk: tokens of a chunk.
         threshold: heads at least so sparse are static; 1: none is.
         floor: see above.
+        first: the prompt's first tokens that dynamic heads always keep resident.
     """
     candidates, mean = choosable - window, base.unsqueeze(-1)
     share = mean + window
     total = (base * sparse.shape[-1]).minimum(candidates.sum(dim=-1))
-    dynamic = ((sparse < threshold) | (threshold == 1)) & (share >= FIRST + chunk) & (mean < candidates)
-    whole = dynamic * (share - (share - FIRST) % chunk)
+    dynamic = ((sparse < threshold) | (threshold == 1)) & (share >= first + chunk) & (mean < candidates)
+    whole = dynamic * (share - (share - first) % chunk)
     rest = total - (whole - dynamic * window).sum(dim=-1)
     room = torch.where(dynamic, 0, candidates)
     pruned = rest.minimum(room.sum(dim=-1))
@@ -251,10 +186,11 @@ def divide(
     weight, equal = (part / part.sum(dim=-1, keepdim=True).clamp(min=1e-30) for part in (weight, equal))
     shares = pruned.unsqueeze(-1) * (floor * equal + (1 - floor) * weight)
     static = ~dynamic * window + apportion(shares, pruned, room)
-    over = rest - pruned
+    left = rest - pruned
     equal = dynamic.double() / dynamic.sum(dim=-1, keepdim=True).clamp(min=1)
-    rows = whole + static + apportion(over.unsqueeze(-1) * equal, over, torch.where(dynamic, choosable - whole, 0))
-    return Split(dynamic, rows, torch.where(dynamic, (rows - FIRST) // chunk, 0), chunk)
+    entries = whole + static + apportion(left.unsqueeze(-1) * equal, left, torch.where(dynamic, choosable - whole, 0))
+    slots = torch.where(dynamic, (entries - first) // chunk, 0)
+    return Split(dynamic, entries, slots, first * dynamic.long(), chunk)
 
 
 def text_first(ranks: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -269,9 +205,9 @@ def text_first(ranks: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
 
 
 def fixed_ranks(split: Split, choosable: torch.Tensor, padding: torch.Tensor, length: int) -> torch.Tensor:
-    """Ranks [B, Hkv, M] in which what a dynamic head always holds comes first: its first rows, and those before the last.
+    """Ranks [B, Hkv, M] in which a dynamic head's resident tokens come first: its first ones, and those before the last.
 
-    ``padding`` [B, Hkv]: columns on the left that are none; ``length``: M, all columns but the last.
+    ``padding`` [B, Hkv]: padding tokens on the left; ``length``: M, all tokens but the last.
     """
     place = torch.arange(length, device=padding.device) - padding.unsqueeze(-1)
     first, before_last = split.first.unsqueeze(-1), (choosable - split.fixed + split.first).unsqueeze(-1)

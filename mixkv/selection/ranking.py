@@ -10,14 +10,14 @@ import torch
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select` keeps of B rows x Hkv heads over N columns.
+    """What `select` keeps of a prompt of N tokens, in B batch rows and Hkv KV heads.
 
     Attributes:
-        flat_positions: int32 [sum of lengths], the kept columns of all heads one after the other (row by row, head by
+        flat_positions: int32 [sum of lengths], the kept positions of all heads one after the other (row by row, head by
             head), ascending within a head.
-        flat_ranks: int32 [sum of lengths], the place of each among its head's candidates, best first: 0, 1, ...; -1 in the
+        flat_ranks: int32 [sum of lengths], the rank of each among its head's candidates, best first: 0, 1, ...; -1 in the
             window.
-        lengths: int64 [B, Hkv], columns kept, window included.
+        lengths: int64 [B, Hkv], positions kept, window included.
         redundancy: float32 [B, Hkv], as used by the ``mix`` scores.
         scores: float32 [B, Hkv, M], the candidates' scores, -inf for padding; M = N - window.
     """
@@ -30,17 +30,17 @@ class Selection:
 
     @property
     def positions(self) -> list[list[torch.Tensor]]:
-        """[B][Hkv] int32 tensors: the kept columns, ascending."""
+        """[B][Hkv] int32 tensors: the kept positions, ascending."""
         return split_positions(self.flat_positions, self.lengths)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """A layer's candidates before it is known how many of them stay.
+    """A layer's candidates in order, before the budget is allocated.
 
     Attributes:
-        ranks: int32 [B, Hkv, M], each candidate's place within its head, best first.
-        importance: float32 [B, Hkv, M], what heads compete with for rows: -inf for padding.
+        ranks: int32 [B, Hkv, M], each candidate's rank within its head, best first.
+        importance: float32 [B, Hkv, M], by which a method may allocate the budget to heads; -inf for padding.
         base: int64 [B], candidates kept per head on average.
         real: int64 [B, Hkv], real tokens.
         choosable: int64 [B, Hkv], candidates among them.
@@ -57,17 +57,17 @@ class Ranking:
     redundancy: torch.Tensor
     scores: torch.Tensor
 
-    def over(self, importance: torch.Tensor, real: torch.Tensor) -> Ranking:
-        """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `quota`."""
+    def for_heads(self, importance: torch.Tensor, real: torch.Tensor) -> Ranking:
+        """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `allocate`."""
         choosable = (real - self.window.shape[-1]).clamp(min=0)
         return dataclasses.replace(self, importance=importance, real=real, choosable=choosable)
 
-    def take(self, rows: torch.Tensor) -> Selection:
-        """Keeps the window and the ``rows`` [B, Hkv] best candidates of each head."""
+    def take(self, entries: torch.Tensor) -> Selection:
+        """Keeps the window and the best ``entries`` [B, Hkv] candidates of each head."""
         batch, heads, _ = self.ranks.shape
         fixed = self.window.expand(batch, heads, -1)
         ranks = torch.cat([self.ranks, torch.full_like(fixed, -1, dtype=torch.int32)], dim=-1)
-        keep = torch.cat([self.ranks < rows.unsqueeze(-1), fixed], dim=-1)
+        keep = torch.cat([self.ranks < entries.unsqueeze(-1), fixed], dim=-1)
         return Selection(keep.nonzero()[:, 2].to(torch.int32), ranks[keep], keep.sum(dim=-1), self.redundancy, self.scores)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from ..config import MixKVConfig
-from ..ops import dispatch, score_reference
-from ..registry import CONTESTS, OUTPUT_SCORES
+from .. import registry
+from ..config import MixKVConfig, checked_config
 from ..tensor_parallel import Slice
-from . import budgets, hybrid, scores
+from .context import AllocationContext, ScoreContext
 from .ranking import Ranking, Selection
 
 
@@ -22,36 +23,56 @@ def select(
     num_layers: int = 1,
     lengths: torch.Tensor | None = None,
     image: torch.Tensor | None = None,
-    **options,
+    attention_mask: torch.Tensor | None = None,
+    redundancy: torch.Tensor | None = None,
+    output_factor: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Selection:
-    """Chooses the columns that each KV head keeps of a prompt: MixKV (arXiv 2510.20707) and what it builds on.
+    """Chooses the positions that each KV head keeps of a prompt: MixKV (arXiv 2510.20707) and what it builds on.
 
     Args:
         query: [B, Hq, >= min(window, N), D], the last queries of the prompt, rotated as the model uses them.
         key, value: [B, Hkv, N, D], the prompt's keys and values; Hq a multiple of Hkv.
-        config: method, score, budget and the rest. ``global`` shares rows out among the heads of this layer alone,
-            like ``adakv``; over layers: `mixkv.contest`. Of ``hybridkv`` the result is what is always resident: see
-            `mixkv.selection.hybrid.plan`.
+        config: method, score, budget and the rest. A method that allocates over all layers (``global``) allocates this layer's
+            own budget to its heads. Of ``hybridkv`` the result is what is always resident: see `mixkv.selection.hybrid.plan`.
         layer_idx, num_layers: which of the compressed layers this is (pyramidkv, sparsemm).
-        lengths: [B, Hkv] int, forces the columns kept per head, window included.
+        lengths: [B, Hkv] int, forces the number of entries kept per head, window included.
         image: bool [B, N], image tokens (hybridkv); None: there are none.
-        options: see `rank`.
+        attention_mask: [B, N] or [B, Hkv, N], nonzero for real tokens; padding on the left only.
+        redundancy: [Hkv] or [B, Hkv], in place of the measured one; by default ``config.redundancy`` decides.
+        output_factor: [Hkv, D, D], `mixkv.hf.output_projection.output_factor`, for the scores and the methods that weigh an
+            entry by what it adds to the layer's output; None: by its value's norm.
+        scaling: factor on the attention logits; D ** -0.5 by default.
+        softcap, sinks: the model's logit soft-cap, and sink logits [Hq].
 
     Returns: a `Selection`. Padding is never kept; a row of N real tokens within its budget is kept whole.
 
     Raises:
         ValueError: shapes that do not fit together, padding on the right, forced lengths out of range.
     """
-    ranking = rank(query, key, value, config, layer_idx=layer_idx, num_layers=num_layers, **options)
-    if lengths is None and config.method == "hybridkv":
-        logits = {name: options.get(name) for name in ("scaling", "softcap", "sinks")}
-        mask = options.get("attention_mask")
-        valid = None if mask is None else _valid(mask, key).any(dim=1)
-        found = hybrid.plan(query, key, config, ranking, valid=valid, image=image, **logits)
-        return found.ranking.take(found.rows)
-    if lengths is None:
-        return ranking.take(quota(config, ranking, layer_idx, num_layers))
-    return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.window.shape[-1]))
+    logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    ranking = rank(
+        query,
+        key,
+        value,
+        config,
+        layer_idx=layer_idx,
+        num_layers=num_layers,
+        attention_mask=attention_mask,
+        redundancy=redundancy,
+        output_factor=output_factor,
+        **logits,
+    )
+    if lengths is not None:
+        return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.window.shape[-1]))
+    method = registry.method(config.method)
+    if method.plan is None:
+        return ranking.take(allocate(config, ranking, layer_idx, num_layers))
+    valid = None if attention_mask is None else _valid(attention_mask, key).any(dim=1)
+    plan = method.plan(query, key, config, ranking, valid=valid, image=image, **logits)
+    return plan.ranking.take(plan.entries)
 
 
 def rank(
@@ -64,7 +85,7 @@ def rank(
     num_layers: int = 1,
     attention_mask: torch.Tensor | None = None,
     redundancy: torch.Tensor | None = None,
-    output_factor: torch.Tensor | None = None,
+    output_factor: torch.Tensor | Callable[[], torch.Tensor | None] | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -74,95 +95,113 @@ def rank(
     """Puts the candidates of each head in order, by ``config.score``.
 
     Args:
-        query, key, value, config, layer_idx, num_layers: as in `select`.
-        attention_mask: [B, N] or [B, Hkv, N], nonzero for real tokens; padding on the left only.
-        redundancy: [Hkv] or [B, Hkv], in place of the measured one; by default ``config.redundancy`` decides.
-        output_factor: [Hkv, D, D], `mixkv.hf.output_projection.output_factor`, for the scores and the method that weigh a row by what
-            it adds to the layer's output; None: by its value's norm.
-        scaling: factor on the attention logits; D ** -0.5 by default.
-        softcap, sinks: the model's logit soft-cap, and sink logits [Hq].
-        part: which heads of the layer these are, where other processes hold others; None: all.
+        query, key, value, config, layer_idx, num_layers, attention_mask, redundancy, scaling, softcap, sinks: as in `select`.
+        output_factor: as in `select`, or a function that returns it, called if it is needed.
+        part: which heads of the layer these are, where other processes have others; None: all.
         longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
 
     Raises:
-        ValueError: shapes that do not fit together, padding on the right.
+        ValueError: shapes that do not fit together, padding on the right, or a registered score that returned no numbers.
     """
+    config = checked_config(config)
     _check_shapes(query, key, value, config.window)
-    batch, heads, length, size = key.shape
-    valid = _valid(attention_mask, key)
+    batch, heads, length, _ = key.shape
+    mask = None if attention_mask is None else _valid(attention_mask, key)
     window = min(config.window, length)
-    candidates = length - window
-    real = valid.expand(batch, heads, length).sum(dim=-1)
+    score = registry.score(config.score)
+    context = ScoreContext(
+        query[:, :, query.shape[2] - window :],
+        key,
+        value,
+        config,
+        mask,
+        layer_idx=layer_idx,
+        num_layers=num_layers,
+        uses_output_importance=score.uses_output_importance,
+        output_factor=output_factor,
+        given_redundancy=redundancy,
+        part=part,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    padding = ~context.valid_candidates
+    scores = _compute(score, context).masked_fill(padding, -torch.inf)
+    competes = registry.method(config.method).uses_output_importance
+    importance = context.output_importance if competes else context.importance
+    real = context.valid.expand(batch, heads, length).sum(dim=-1)
     longest = real.amax(dim=-1) if longest is None else longest
-    padding = valid[..., :candidates].logical_not()
-    logits = {"scaling": size**-0.5 if scaling is None else scaling, "softcap": softcap, "sinks": sinks}
-
-    def attention(statistic: str) -> torch.Tensor:
-        return dispatch.window_attention(
-            config.backend,
-            query[:, :, query.shape[2] - window :],
-            key,
-            None if attention_mask is None else valid,
-            statistic=statistic,
-            group_reduce=config.group_reduce,
-            **logits,
-        )
-
-    if config.score in OUTPUT_SCORES or config.method in CONTESTS:
-        if output_factor is None:
-            norm = score_reference.norm(value)
-        else:
-            norm = dispatch.projected_norm(config.backend, value, output_factor)
-        output = scores.output_importance(attention("rms"), norm).masked_fill(padding, 0.0)
-    if config.score in OUTPUT_SCORES:
-        importance = output
-    else:
-        importance = scores.pool(attention("mean"), config.kernel_size, config.pooling).masked_fill(padding, 0.0)
-    key = key.float()
-    found = scores.directions(key, valid)
-    if redundancy is None:
-        redundancy = _configured_redundancy(config, layer_idx, num_layers, found, part or Slice(heads, heads))
-    redundancy = redundancy.to(key.device, torch.float32).expand(batch, heads)
-    score = scores.combine(config.score, importance, key, value, valid, found, redundancy)
     return Ranking(
-        ranks=_ranks(score, (length - longest).tolist() if attention_mask is not None else [0] * batch),
-        importance=(output if config.method in CONTESTS else importance).masked_fill(padding, -torch.inf),
-        base=base_rows(config, longest),
+        ranks=_ranks(scores, (length - longest).tolist() if mask is not None else [0] * batch),
+        importance=importance.masked_fill(padding, -torch.inf),
+        base=base_entries(config, longest),
         real=real,
         choosable=(real - window).clamp(min=0),
-        window=valid[..., candidates:],
-        redundancy=redundancy,
-        scores=score,
+        window=context.valid[..., length - window :],
+        redundancy=context.redundancy,
+        scores=scores,
     )
 
 
-def quota(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: int) -> torch.Tensor:
-    """Candidate rows [B, Hkv] that each head of a layer keeps, by the configured method; see `select`."""
-    base, choosable = ranking.base, ranking.choosable
-    if config.method == "snapkv":
-        return budgets.uniform(base, choosable)
-    if config.method in ("adakv", "global"):
-        floor = config.ada_floor if config.method == "adakv" else config.global_floor
-        return budgets.ada(base, choosable, ranking.importance, floor=floor)
-    if config.method == "pyramidkv":
-        return budgets.pyramid(base, choosable, layer_idx=layer_idx, num_layers=num_layers, beta=config.pyramid_beta)
-    return budgets.from_profile(base, choosable, config.profile, layer_idx=layer_idx, num_layers=num_layers)
+def allocate(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: int) -> torch.Tensor:
+    """Candidates [B, Hkv] (int64) that each head of a layer keeps, by the configured method within the layer.
+
+    Raises:
+        ValueError: a registered method returned something else.
+    """
+    method = registry.method(config.method)
+    budget, candidates = ranking.base.cpu(), ranking.choosable.cpu()
+    entries = method.allocate(AllocationContext(budget, candidates, ranking.importance, layer_idx, num_layers, config))
+    entries = entries if method.built_in else _checked_entries(method.name, entries, candidates)
+    return entries.to(ranking.choosable.device)
 
 
-def base_rows(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
-    """Candidate rows per head on average, window left out, for prompts of ``length`` [B] real tokens."""
-    return (rows_per_head(config.budget, length) - config.window).clamp(min=0)
+def base_entries(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
+    """Candidates kept per head on average, window left out, for prompts of ``length`` [B] real tokens."""
+    return (entries_per_head(config.budget, length) - config.window).clamp(min=0)
 
 
-def rows_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:
-    """The budget in rows for prompts of ``length`` [B] real tokens; a float is a share, rounded to the nearest row."""
+def entries_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:
+    """The budget in KV entries for prompts of ``length`` [B] real tokens; a float is a share, rounded to the nearest entry."""
     if isinstance(budget, float):
-        return (length.double() * budget).round().long()
+        return (length.cpu().double() * budget).round().long().to(length.device)
     return torch.full_like(length, budget)
 
 
+def _compute(score: registry.Score, context: ScoreContext) -> torch.Tensor:
+    """Scores [B, Hkv, M], float32; the user's are checked."""
+    scores = score.compute(context)
+    if score.built_in:
+        return scores
+    shape = [*context.key.shape[:2], context.num_candidates]
+    if not isinstance(scores, torch.Tensor) or list(scores.shape) != shape:
+        found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(f"score {score.name!r} returned {found} for {shape} candidates: return a tensor of that shape")
+    scores = scores.float()
+    if scores.masked_fill(~context.valid_candidates, 0.0).isnan().any():
+        raise ValueError(f"score {score.name!r} returned nan: divide by something that cannot be zero")
+    return scores
+
+
+def _checked_entries(name: str, entries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """What a user's method returned, int64 [B, Hkv]."""
+    fits = isinstance(entries, torch.Tensor) and entries.shape == candidates.shape
+    if not fits or entries.is_floating_point() or entries.is_complex() or entries.dtype == torch.bool:
+        found = f"{entries.dtype} {list(entries.shape)}" if isinstance(entries, torch.Tensor) else type(entries).__name__
+        raise ValueError(
+            f"method {name!r} returned {found} and must return an integer tensor {list(candidates.shape)}: context.apportion(weights) "
+            f"makes one"
+        )
+    entries = entries.to(candidates.device, torch.int64)
+    if ((entries < 0) | (entries > candidates)).any():
+        raise ValueError(
+            f"method {name!r} returned {entries.tolist()} entries for {candidates.tolist()} candidates: keep from 0 to that many"
+        )
+    return entries
+
+
 def _ranks(score: torch.Tensor, padding: list[int]) -> torch.Tensor:
-    """Int32 [B, Hkv, M]: places by ``score`` within each head, ``padding`` [B] columns on the left apart, which come last.
+    """Int32 [B, Hkv, M]: places by ``score`` within each head; ``padding`` [B] tokens on the left come last.
 
     Max pooling makes exact ties. They go to whichever `torch.sort` puts first, as in the authors' implementation; its
     order depends on the row's length, so padding is cut off for a padded row to keep what it would keep alone.
@@ -177,20 +216,6 @@ def _ranks(score: torch.Tensor, padding: list[int]) -> torch.Tensor:
     return ranks
 
 
-def _configured_redundancy(
-    config: MixKVConfig, layer_idx: int, num_layers: int, found: scores.Directions, part: Slice
-) -> torch.Tensor:
-    if config.redundancy == "online":
-        return scores.redundancy(found)
-    table, heads = config.redundancy, part.total
-    if len(table) != num_layers or len(table[0]) != heads:
-        raise ValueError(
-            f"the redundancy table has shape [{len(table)}, {len(table[0])}], but the model has {num_layers} compressed layers "
-            f"of {heads} KV heads: give a table [{num_layers}, {heads}] or 'online'"
-        )
-    return part.own(torch.tensor(table[layer_idx]))
-
-
 def _forced(lengths: torch.Tensor, real: torch.Tensor, window: int) -> torch.Tensor:
     fixed = real.clamp(max=window)
     if lengths.shape != real.shape or (lengths < fixed).any() or (lengths > real).any():
@@ -201,10 +226,9 @@ def _forced(lengths: torch.Tensor, real: torch.Tensor, window: int) -> torch.Ten
     return lengths - fixed
 
 
-def _valid(attention_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+def _valid(attention_mask: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Bool [B, 1, N] or [B, Hkv, N]."""
     batch, heads, length, _ = key.shape
-    if attention_mask is None:
-        return torch.ones(1, 1, length, dtype=torch.bool, device=key.device)
     valid = attention_mask.to(key.device).bool()
     valid = valid.unsqueeze(1) if valid.ndim == 2 else valid
     if valid.ndim != 3 or valid.shape[0] != batch or valid.shape[1] not in (1, heads) or valid.shape[2] != length:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
-# Steps between the smallest and the largest element of a head's keys, in which bounds are told.
+# Steps between the smallest and the largest element of a head's keys, to which bounds are rounded.
 _STEPS = 15
+# Chunks that are copied at once, at least.
+_BLOCK = 64
 
 
 def of_chunks(
@@ -24,9 +26,11 @@ def of_chunks(
     Returns: ``(codes, grid)``: uint8 [chunks, D], in the upper four bits the level of the largest element, in the lower that of the
         smallest; float32 [sequences, 2, D], each sequence's lowest level and what lies between one and the next.
     """
+    # Copies of a part of the chunks at a time.
+    block = max(_BLOCK, starts.numel() // 32)
     offset = torch.arange(chunk, device=key.device).minimum(rows.unsqueeze(-1) - 1)
-    chunks = key[starts.unsqueeze(-1) + offset].float()
-    high, low = chunks.amax(dim=1), chunks.amin(dim=1)
+    index = starts.unsqueeze(-1) + offset
+    high, low = torch.cat([torch.stack(key[part].aminmax(dim=1)[::-1]) for part in index.split(block)], dim=1).float()
     index = sequence.unsqueeze(-1).expand_as(high)
     lowest = high.new_full((sequences, key.shape[1]), torch.inf).scatter_reduce(0, index, low, "amin")
     highest = high.new_full((sequences, key.shape[1]), -torch.inf).scatter_reduce(0, index, high, "amax")

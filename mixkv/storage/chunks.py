@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..ops import dispatch, reference
+from ..ops.arguments import ChosenChunks, LogitOptions
 from ..selection.hybrid import Plan
 from . import chunk_bounds
 from .chunk_pool import Pool
@@ -15,6 +17,12 @@ from .ragged import RaggedStore
 
 # Rows of keys that a block of queries may read at once, each query its own.
 _READ_ROWS = 1 << 20
+_LAYOUT = ("starts", "rows", "bound_starts", "counts", "slots", "first_positions")
+
+
+def _heads(rows: torch.Tensor) -> list[torch.Tensor]:
+    """[B, Hkv, N, D] as views [N, D], head by head."""
+    return [head for row in rows.detach().unbind() for head in row.unbind()]
 
 
 class ChunkStore:
@@ -28,31 +36,44 @@ class ChunkStore:
         starts, rows: int32 [S], each sequence's first row in the pool and how many it has there. Sequences may share rows.
         bound_starts, counts: int32 [S], its first chunk and how many it has.
         slots: int32 [S], how many of them a step attends to.
-        columns: int32 [S], the column of its first row.
+        first_positions: int32 [S], the position of its first row's token.
         cached: on a GPU, the chunks that have been fetched from the host's memory; else None.
         steps: query positions so far, and chosen, reused: chunks that they chose, and those among them that the position before
             had chosen too (all sequences together; ``chosen`` on the host, ``reused`` an int64 tensor).
     """
+
+    starts: torch.Tensor
+    rows: torch.Tensor
+    bound_starts: torch.Tensor
+    counts: torch.Tensor
+    slots: torch.Tensor
+    first_positions: torch.Tensor
 
     def __init__(
         self,
         backend: str,
         pool: Pool,
         chunk: int,
-        told: tuple[torch.Tensor, torch.Tensor],
+        bounds: tuple[torch.Tensor, torch.Tensor],
         layout: dict[str, torch.Tensor],
         batch: int,
     ):
         self.backend, self.pool, self.chunk, self.batch = backend, pool, chunk, batch
-        self.codes, self.grid = told
-        self.starts, self.rows, self.columns, self.slots = (layout[name] for name in ("starts", "rows", "columns", "slots"))
-        self.bound_starts, self.counts = layout["bound_starts"], layout["counts"]
+        self.codes, self.grid = bounds
+        for name in _LAYOUT:
+            setattr(self, name, layout[name])
         self.steps = self.chosen = 0
         self.reused = torch.zeros((), dtype=torch.int64, device=self.codes.device)
         self.cached: Slots | None = None
         self._measure()
         if pool.key.device != self.codes.device:
             self.fetch_to_slots()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # mixkv 0.1.0 pickled them by another name.
+        if "columns" in state:
+            state["first_positions"] = state.pop("columns")
+        self.__dict__.update(state)
 
     @classmethod
     def from_plan(
@@ -62,13 +83,13 @@ class ChunkStore:
         if not plan.dynamic.any():
             return None
         rows = plan.chunked.flatten()
-        total = int(rows.sum())
-        sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(rows, output_size=total)
-        columns = reference.flat_rows(plan.columns.flatten(), rows, total)
-        batch, heads = key.shape[:2]
-        taken = [part.detach()[sequence // heads, sequence % heads, columns] for part in (key, value)]
-        layout = (rows, plan.columns.flatten(), plan.slots.flatten())
-        return cls.from_rows(*taken, *layout, batch, backend, chunk=plan.chunk, offload=offload)
+        spans = torch.stack([plan.first_chunked.flatten(), rows], dim=1).tolist()
+        taken = [
+            torch.cat([head[first : first + count] for head, (first, count) in zip(_heads(part), spans)])
+            for part in (key, value)
+        ]
+        layout = (rows, plan.first_chunked.flatten(), plan.slots.flatten())
+        return cls.from_rows(*taken, *layout, key.shape[0], backend, chunk=plan.chunk, offload=offload)
 
     @classmethod
     def from_rows(
@@ -76,7 +97,7 @@ class ChunkStore:
         key: torch.Tensor,
         value: torch.Tensor,
         rows: torch.Tensor,
-        columns: torch.Tensor,
+        first_positions: torch.Tensor,
         slots: torch.Tensor,
         batch: int,
         backend: str = "auto",
@@ -84,7 +105,7 @@ class ChunkStore:
         chunk: int,
         offload: bool = True,
     ) -> ChunkStore:
-        """Takes key [rows, D], value [rows, Dv], sequence after sequence; rows, columns, slots int [S]: see the attributes."""
+        """Takes key [rows, D], value [rows, Dv], sequence after sequence; rows, first_positions, slots int [S]: see the attributes."""
         counts = (rows + chunk - 1) // chunk
         starts, bound_starts = rows.cumsum(0) - rows, counts.cumsum(0) - counts
         chunks = int(counts.sum())
@@ -92,11 +113,11 @@ class ChunkStore:
         sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(counts, output_size=chunks)
         at = chunk * number
         lengths = (rows[sequence] - at).clamp(max=chunk)
-        told = chunk_bounds.of_chunks(key, starts[sequence] + at, lengths, sequence, rows.numel(), chunk)
+        bounds = chunk_bounds.of_chunks(key, starts[sequence] + at, lengths, sequence, rows.numel(), chunk)
         layout = {
             "starts": starts,
             "rows": rows,
-            "columns": columns,
+            "first_positions": first_positions,
             "bound_starts": bound_starts,
             "counts": counts,
             "slots": slots,
@@ -105,7 +126,7 @@ class ChunkStore:
         backend = dispatch.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1])
         if offload and key.is_cuda:
             key, value = (torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part) for part in (key, value))
-        return cls(backend, Pool(key, value), chunk, told, layout, batch)
+        return cls(backend, Pool(key, value), chunk, bounds, layout, batch)
 
     @classmethod
     def joined(cls, stores: Sequence[ChunkStore | None], batches: Sequence[int]) -> ChunkStore | None:
@@ -124,10 +145,10 @@ class ChunkStore:
         for store, batch in zip(stores, batches):
             if store is None:
                 none = some.starts.new_zeros(batch * heads)
-                layout = dict.fromkeys(("starts", "rows", "columns", "bound_starts", "counts", "slots"), none)
+                layout = dict.fromkeys(_LAYOUT, none)
                 parts.append((layout, some.grid.new_zeros(batch * heads, *some.grid.shape[1:])))
                 continue
-            names = ("rows", "columns", "counts", "slots")
+            names = ("rows", "first_positions", "counts", "slots")
             layout = {name: getattr(store, name) for name in names}
             layout |= {"starts": store.starts + rows, "bound_starts": store.bound_starts + chunks}
             parts.append((layout, store.grid))
@@ -135,11 +156,11 @@ class ChunkStore:
         held = [store for store in stores if store is not None]
         pool = Pool.joined([store.pool for store in held])
         layout = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
-        told = (torch.cat([store.codes for store in held]), torch.cat([grid for _, grid in parts]))
-        return cls(some.backend, pool, some.chunk, told, layout, sum(batches))
+        bounds = (torch.cat([store.codes for store in held]), torch.cat([grid for _, grid in parts]))
+        return cls(some.backend, pool, some.chunk, bounds, layout, sum(batches))
 
-    def allot(self, slots: torch.Tensor) -> None:
-        """From now on a step attends to ``slots`` int [S] chunks, no more than ``counts``; what was counted is forgotten."""
+    def set_slots(self, slots: torch.Tensor) -> None:
+        """From now on a step attends to ``slots`` int [S] chunks, no more than ``counts``; the counters start again."""
         self.slots = slots.to(self.slots)
         self._measure()
         if self.cached is not None:
@@ -158,8 +179,8 @@ class ChunkStore:
         return self.pool.key[rows], self.pool.value[rows]
 
     def join(self, resident: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Adds the columns in chunks to ``resident`` [B][Hkv], ascending int32 columns."""
-        spans = zip(self.columns.tolist(), self.rows.tolist())
+        """Adds the positions in chunks to ``resident`` [B][Hkv], ascending int32 positions."""
+        spans = zip(self.first_positions.tolist(), self.rows.tolist())
         return [
             [
                 torch.cat([held, torch.arange(first, first + rows).to(held)]).sort().values
@@ -171,7 +192,7 @@ class ChunkStore:
     @property
     def nbytes(self) -> int:
         """Bytes held, those outside included."""
-        ints = (self.starts, self.rows, self.bound_starts, self.counts, self.slots, self.columns, self.last)
+        ints = [getattr(self, name) for name in (*_LAYOUT, "last")]
         own = sum(part.untyped_storage().nbytes() for part in ints)
         return self.pool.nbytes + self.bound_bytes + own + (self.cached.nbytes if self.cached else 0)
 
@@ -193,7 +214,7 @@ class ChunkStore:
     def take_rows(self, rows: list[int]) -> None:
         """Makes batch row i a copy of former batch row ``rows[i]``; nothing in the pool is copied."""
         index = torch.tensor(rows, device=self.starts.device)
-        for name in ("starts", "rows", "bound_starts", "counts", "slots", "columns", "last", "grid"):
+        for name in (*_LAYOUT, "last", "grid"):
             part = getattr(self, name)
             setattr(self, name, part.unflatten(0, (self.batch, -1))[index].flatten(0, 1))
         if self.cached is not None:
@@ -201,13 +222,14 @@ class ChunkStore:
         self.batch = len(rows)
         self._count_slots()
 
-    def attend(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, **logits) -> torch.Tensor:
+    def attend(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         """Attention over stored rows and the chunks that each query chooses.
 
         Args:
             store: the resident rows, with those of the new positions.
             query: [B, Hq, n, D].
             lengths: int32 [B, n, Hkv], the stored rows that a position sees.
+            logits: as in the model.
 
         Returns: [B, n, Hq, Dv].
         """
@@ -235,7 +257,9 @@ class ChunkStore:
         scores = dispatch.chunk_scores(self.backend, folded, self.codes, grid, starts, counts, longest=self.longest)
         return chunk_bounds.choose(scores, slots, self.most).view(batch, new, -1, self.most)
 
-    def _attend_block(self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, logits: dict) -> torch.Tensor:
+    def _attend_block(
+        self, store: RaggedStore, query: torch.Tensor, lengths: torch.Tensor, logits: LogitOptions
+    ) -> torch.Tensor:
         batch, new, query_heads, size = query.shape
         chosen = self.choose(query)
         self._tally(chosen)
@@ -249,22 +273,15 @@ class ChunkStore:
         out = dispatch.attend_chunks(
             self.backend,
             query.reshape(batch * new, query_heads, 1, size),
-            store.key,
-            store.value,
-            self._each(store.starts, new),
-            lengths.flatten(),
-            pool.key,
-            pool.value,
-            blocks.to(torch.int32),
-            block_rows.to(torch.int32),
-            chunk=self.chunk,
+            store.buffers._replace(starts=self._each(store.buffers.starts, new), lengths=lengths.flatten()),
+            ChosenChunks(pool.key, pool.value, blocks.to(torch.int32), block_rows.to(torch.int32), self.chunk),
+            logits,
             max_length=store.max_length,
-            **logits,
         )
         return out.view(batch, new, query_heads, -1)
 
     def _each(self, part: torch.Tensor, new: int) -> torch.Tensor:
-        """What is told of sequences [S, ...] as of ``new`` positions of each batch row: [B * new * Hkv, ...]."""
+        """A property of sequences [S, ...] repeated for ``new`` positions of each batch row: [B * new * Hkv, ...]."""
         if new == 1:
             return part
         each = part.view(self.batch, 1, -1, *part.shape[1:])

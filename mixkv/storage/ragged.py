@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..ops import dispatch, reference
+from ..ops.arguments import LogitOptions, RaggedBuffers
 from ..selection.ranking import Selection, split_positions
 
 # Spare rows a sequence gets whenever the buffers are laid out: a share of its mean length, and at least so many. A layout
@@ -17,9 +20,7 @@ class RaggedStore:
     """Keys, values and positions of B x Hkv sequences.
 
     Attributes:
-        key, value: flat buffers [rows, D], [rows, Dv].
-        position: int32 [rows], the column of the sequence as passed that each row came from.
-        starts, lengths: int32 [B * Hkv], where each sequence begins and how many rows it has.
+        buffers: the rows with spare ones, and where each sequence lies.
         batch, heads: B and Hkv.
         row_totals: rows held per batch row (host).
         max_length: at least the longest sequence (host).
@@ -27,8 +28,31 @@ class RaggedStore:
         tail: rows at the end of every sequence that `crop` may remove: those appended since the last selection (host).
     """
 
+    buffers: RaggedBuffers
+
     def __init__(self, batch: int, heads: int, backend: str):
         self.batch, self.heads, self.backend = batch, heads, backend
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # mixkv 0.1.0 pickled the buffers one by one.
+        if "buffers" not in state:
+            state["buffers"] = RaggedBuffers(*(state.pop(name) for name in RaggedBuffers._fields))
+        self.__dict__.update(state)
+
+    @property
+    def key(self) -> torch.Tensor:
+        """[rows, D], spare rows included."""
+        return self.buffers.key
+
+    @property
+    def value(self) -> torch.Tensor:
+        """[rows, Dv], spare rows included."""
+        return self.buffers.value
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int32 [B * Hkv], the rows of each sequence."""
+        return self.buffers.lengths
 
     @classmethod
     def from_selection(cls, key: torch.Tensor, value: torch.Tensor, selection: Selection, backend: str = "auto") -> RaggedStore:
@@ -38,9 +62,7 @@ class RaggedStore:
         """
         key, value = key.detach(), value.detach()
         store = cls(*key.shape[:2], dispatch.choose(backend, key.device, key.dtype, key.shape[3], value.shape[3]))
-        store._measure(selection.lengths.tolist())
-        store._lay_out(selection.lengths.flatten(), (key, value))
-        dispatch.compact(store.backend, store._buffers, store.starts, store.lengths, key, value, selection.flat_positions)
+        store._compact(key, value, selection.flat_positions, selection.lengths)
         return store
 
     @classmethod
@@ -65,25 +87,31 @@ class RaggedStore:
         key, value, _ = rows
         store = cls(*lengths.shape, dispatch.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1]))
         store._measure(lengths.tolist())
-        store._lay_out(lengths.flatten(), rows)
+        store.spare = _spare(store.total, lengths.numel())
+        store.buffers = _empty(lengths.flatten(), store.total, store.spare, rows)
         store.tail = tail
         if bound is not None:
             store.max_length, store.even = max(store.max_length, bound), False
-        order = reference.flat_rows(store.starts, store.lengths, store.total)
-        for buffer, part in zip(store._buffers, rows):
+        order = reference.flat_rows(store.buffers.starts, store.lengths, store.total)
+        for buffer, part in zip(store.buffers.rows, rows):
             buffer.index_copy_(0, order, part)
         return store
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Copies of the rows held, without spare ones, sequence after sequence: key [rows, D], value [rows, Dv], position."""
-        rows = reference.flat_rows(self.starts, self.lengths, self.total)
-        return self.key[rows], self.value[rows], self.position[rows]
+        rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)
+        key, value, position = (part[rows] for part in self.buffers.rows)
+        return key, value, position
 
     @property
     def nbytes(self) -> int:
         """Bytes held, spare rows and bookkeeping included."""
-        tensors = (self.key, self.value, self.position, self.starts, self.lengths)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return self.buffers.nbytes
+
+    @property
+    def spare_rows(self) -> int:
+        """Rows allocated beyond those held, all sequences together."""
+        return self.key.shape[0] - self.total
 
     @property
     def stride(self) -> int | None:
@@ -95,13 +123,13 @@ class RaggedStore:
         """Rows held by all sequences."""
         return sum(self.row_totals)
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, column: int, valid: torch.Tensor | None = None) -> None:
-        """Adds n rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] of columns ``column ..`` to every sequence, in place.
+    def append(self, key: torch.Tensor, value: torch.Tensor, position: int, valid: torch.Tensor | None = None) -> None:
+        """Adds n rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] of positions ``position ..`` to every sequence, in place.
 
         ``valid`` [B, n] leaves out padding; then the new lengths are read back to the host.
         """
         self._reserve(key.shape[2])
-        dispatch.append(self.backend, self._buffers, self.starts, self.lengths, key.detach(), value.detach(), column, valid)
+        dispatch.append(self.backend, self.buffers, key.detach(), value.detach(), position, valid)
         if valid is None:
             self._count(key.shape[2])
             return
@@ -109,23 +137,24 @@ class RaggedStore:
         self._measure(self.lengths.view(self.batch, self.heads).tolist())
         self.even, self.tail = False, 0
 
-    def append_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, column: int, **logits) -> torch.Tensor:
+    def append_attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
+    ) -> torch.Tensor:
         """A decode step: `append` of one row ``key`` [B, Hkv, 1, D] and `attend` of ``query`` [B, Hq, 1, D]."""
         self._reserve(1)
-        self._count(1)
-        return dispatch.append_attend(
+        output = dispatch.append_attend(
             self.backend,
             query.detach(),
-            self._buffers,
-            self.starts,
-            self.lengths,
+            self.buffers,
             key.detach(),
             value.detach(),
-            column,
-            max_length=self.max_length,
+            position,
+            logits,
+            max_length=self.max_length + 1,
             stride=self.stride,
-            **logits,
         )
+        self._count(1)
+        return output
 
     def crop(self, count: int) -> None:
         """Removes the last ``count`` rows of every sequence.
@@ -133,35 +162,37 @@ class RaggedStore:
         Raises:
             ValueError: that reaches beyond what was appended since the last compression, whose other rows are gone.
         """
-        if count > self.tail:
-            raise ValueError(
-                f"cannot crop {count} tokens: only the {self.tail} appended since the last compression can be taken back. Start "
-                f"from a copy made earlier (copy.deepcopy(cache))"
-            )
+        self.check_crop(count)
         self.lengths.sub_(count)
         self.spare += count
         self.max_length -= count
         self.tail -= count
         self.row_totals = [total - self.heads * count for total in self.row_totals]
 
+    def check_crop(self, count: int) -> None:
+        """Raises the ValueError of `crop`."""
+        if count > self.tail:
+            raise ValueError(
+                f"cannot crop {count} tokens: only the {self.tail} appended since the last compression can be taken back. Start "
+                f"from a copy made earlier (copy.deepcopy(cache))"
+            )
+
     def take_rows(self, rows: list[int]) -> None:
         """Makes batch row i a copy of former batch row ``rows[i]``; rows may repeat or be left out (beam search)."""
         if rows == list(range(self.batch)):
             return
-        index = torch.tensor(rows, device=self.starts.device)
-        starts, lengths = (part.view(self.batch, self.heads)[index].flatten() for part in (self.starts, self.lengths))
-        self.batch = len(rows)
-        self.row_totals = [self.row_totals[row] for row in rows]
-        self._move(starts, lengths)
+        index = torch.tensor(rows, device=self.lengths.device)
+        starts, lengths = (part.view(self.batch, self.heads)[index].flatten() for part in (self.buffers.starts, self.lengths))
+        self._move(starts, lengths, [self.row_totals[row] for row in rows])
 
     def keep(self, selection: Selection, padded_length: int) -> None:
         """Keeps only a `selection` made over `padded` of that length."""
         counts = selection.lengths.flatten()
-        first = (self.starts + self.lengths).long() - padded_length
-        self._keep_rows(first.repeat_interleave(counts) + selection.flat_positions, counts)
+        first = (self.buffers.starts + self.lengths).long() - padded_length
+        self._keep_rows(first.repeat_interleave(counts) + selection.flat_positions, selection.lengths)
 
-    def trim(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """Drops the selected rows whose rank is not below their sequence's quota; rows appended since then stay.
+    def evict(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """Evicts the selected rows whose rank is not below their sequence's quota; rows appended since then stay.
 
         Args:
             ranks: int32 [selected rows], `Selection.flat_ranks` of the rows held.
@@ -179,8 +210,8 @@ class RaggedStore:
             keep[place < (lengths - tail).repeat_interleave(lengths)] = stay
         ends = lengths.cumsum(0)
         kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-        rows = reference.flat_rows(self.starts, self.lengths, self.total)[keep]
-        self._keep_rows(rows, kept[ends] - kept[ends - lengths])
+        rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)[keep]
+        self._keep_rows(rows, (kept[ends] - kept[ends - lengths]).view(self.batch, self.heads))
         self.tail = tail
         return ranks[stay]
 
@@ -190,43 +221,43 @@ class RaggedStore:
         N is ``length``, no less than the longest sequence; by default `max_length`.
         """
         length = self.max_length if length is None else length
-        columns = torch.arange(-length, 0, device=self.starts.device)
+        offsets = torch.arange(-length, 0, device=self.lengths.device)
         lengths = self.lengths.long().unsqueeze(1)
-        rows = (self.starts.long().unsqueeze(1) + lengths + columns).clamp(min=0).flatten()
+        rows = (self.buffers.starts.long().unsqueeze(1) + lengths + offsets).clamp(min=0).flatten()
         shape = (self.batch, self.heads, length)
-        valid = (columns >= -lengths).view(shape)
+        valid = (offsets >= -lengths).view(shape)
         return self.key[rows].view(*shape, -1), self.value[rows].view(*shape, -1), valid
 
     def positions(self) -> list[list[torch.Tensor]]:
-        """[B][Hkv] ascending int32 columns held."""
-        rows = reference.flat_rows(self.starts, self.lengths, self.total)
-        return split_positions(self.position[rows], self.lengths.view(self.batch, self.heads))
+        """[B][Hkv] ascending int32 positions held."""
+        rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)
+        return split_positions(self.buffers.position[rows], self.lengths.view(self.batch, self.heads))
 
-    def attend(self, query: torch.Tensor, **logits) -> torch.Tensor:
-        """`reference.attend` over the store: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]; ``logits``: scaling, softcap, sinks."""
-        return dispatch.attend(self.backend, query.detach(), *self._stored, **self._extent, **logits)
+    def attend(self, query: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
+        """`reference.attend` over the store: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
+        return dispatch.attend(self.backend, query.detach(), self.buffers, logits, **self._extent)
 
-    def attend_extend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+    def attend_extend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        logits: LogitOptions,
+        *,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """`reference.attend_extend` over the store and a new block: ``query`` [B, Hq, n, D] to [B, n, Hq, Dv]."""
         return dispatch.attend_extend(
-            self.backend, query.detach(), *self._stored, key.detach(), value.detach(), **self._extent, **options
+            self.backend, query.detach(), self.buffers, key.detach(), value.detach(), logits, mask=mask, **self._extent
         )
-
-    @property
-    def _stored(self) -> tuple[torch.Tensor, ...]:
-        return self.key, self.value, self.starts, self.lengths
 
     @property
     def _extent(self) -> dict[str, int | None]:
         return {"max_length": self.max_length, "stride": self.stride}
 
-    @property
-    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.key, self.value, self.position
-
     def _reserve(self, new: int) -> None:
         if new > self.spare:
-            self._move(self.starts, self.lengths, new)
+            self._move(self.buffers.starts, self.lengths, self.row_totals, new)
 
     def _count(self, new: int) -> None:
         """Every sequence has ``new`` more rows."""
@@ -235,46 +266,50 @@ class RaggedStore:
         self.tail += new
         self.row_totals = [total + self.heads * new for total in self.row_totals]
 
-    def _move(self, starts: torch.Tensor, lengths: torch.Tensor, new: int = 0) -> None:
-        """Lays out afresh the rows that ``starts``, ``lengths`` name in the present buffers."""
-        tail, old = self.tail, self._buffers
-        self._lay_out(lengths, old, new)
-        self.tail = tail
-        dispatch.move_rows(
-            self.backend,
-            self._buffers,
-            self.starts,
-            self.lengths,
-            old,
-            starts,
-            total=self.total,
-            max_length=self.max_length,
-        )
+    def _move(self, starts: torch.Tensor, lengths: torch.Tensor, row_totals: list[int], new: int = 0) -> None:
+        """Copies the rows that ``starts``, ``lengths`` name in the present buffers into new ones."""
+        total = sum(row_totals)
+        spare = _spare(total, lengths.numel(), new)
+        buffers = _empty(lengths, total, spare, self.buffers)
+        source = self.buffers._replace(starts=starts)
+        dispatch.move_rows(self.backend, buffers, source, total=total, max_length=self.max_length)
+        self.buffers, self.spare, self.row_totals, self.batch = buffers, spare, row_totals, len(row_totals)
 
     def _keep_rows(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Keeps buffer rows ``rows``, sequence after sequence, ``counts`` [S] of each."""
-        key, value, position = self._buffers
-        self._measure(counts.view(self.batch, self.heads).tolist())
-        self._lay_out(counts, (key, value))
+        """Keeps buffer rows ``rows``, sequence after sequence, ``counts`` [B, Hkv] of each."""
+        key, value, position = self.buffers.rows
         everything = (buffer.expand(self.batch, self.heads, -1, -1) for buffer in (key, value))
-        dispatch.compact(self.backend, self._buffers, self.starts, self.lengths, *everything, rows.to(torch.int32))
+        self._compact(*everything, rows.to(torch.int32), counts)
         # What was written there is the rows they came from.
-        self.position = position.index_select(0, self.position)
+        self.buffers = self.buffers._replace(position=position.index_select(0, self.buffers.position))
 
-    def _lay_out(self, lengths: torch.Tensor, like: tuple[torch.Tensor, ...], new: int = 0) -> None:
-        """New buffers for `total` rows in sequences of ``lengths`` [S], with spare rows for ``new`` more and some."""
-        sequences = lengths.numel()
-        self.spare = new + max(_SPARE_ROWS, int(self.total / sequences * _SPARE_SHARE))
-        self.tail = 0
-        self.lengths = lengths.to(torch.int32, copy=True)
-        order = torch.arange(sequences, dtype=torch.int32, device=lengths.device)
-        self.starts = (self.lengths.cumsum(0, dtype=torch.int32) - self.lengths + self.spare * order).contiguous()
-        rows = self.total + sequences * self.spare
-        # Zeros, so that a masked read of spare rows never meets a NaN.
-        self.key, self.value = (part.new_zeros(rows, part.shape[-1]) for part in like[:2])
-        self.position = torch.zeros(rows, dtype=torch.int32, device=lengths.device)
+    def _compact(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
+        """New buffers with ``counts`` [B, Hkv] rows of ``key`` [B, Hkv, N, D] and ``value``, at ``positions``."""
+        host_counts = counts.tolist()
+        total = sum(map(sum, host_counts))
+        spare = _spare(total, counts.numel())
+        buffers = _empty(counts.flatten(), total, spare, (key, value))
+        dispatch.compact(self.backend, buffers, key, value, positions)
+        self.buffers, self.spare, self.tail = buffers, spare, 0
+        self._measure(host_counts)
 
     def _measure(self, host_lengths: list[list[int]]) -> None:
         self.row_totals = [sum(row) for row in host_lengths]
         self.max_length = max(max(row) for row in host_lengths)
         self.even = all(length == self.max_length for row in host_lengths for length in row)
+
+
+def _spare(total: int, sequences: int, new: int = 0) -> int:
+    """Spare rows of each sequence in a new layout, room for ``new`` included."""
+    return new + max(_SPARE_ROWS, int(total / sequences * _SPARE_SHARE))
+
+
+def _empty(lengths: torch.Tensor, total: int, spare: int, like: tuple[torch.Tensor, ...]) -> RaggedBuffers:
+    """Buffers for ``total`` rows in sequences of ``lengths`` [S], each with ``spare`` rows, in the dtypes and widths of ``like``."""
+    lengths = lengths.to(torch.int32, copy=True)
+    order = torch.arange(lengths.numel(), dtype=torch.int32, device=lengths.device)
+    starts = (lengths.cumsum(0, dtype=torch.int32) - lengths + spare * order).contiguous()
+    rows = total + lengths.numel() * spare
+    # Zeros, so that a masked read of spare rows never meets a NaN.
+    key, value = (part.new_zeros(rows, part.shape[-1]) for part in like[:2])
+    return RaggedBuffers(key, value, torch.zeros(rows, dtype=torch.int32, device=lengths.device), starts, lengths)

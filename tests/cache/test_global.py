@@ -12,8 +12,8 @@ from support import oracle, zoo
 
 import mixkv
 from mixkv import MixKVConfig
-from mixkv.cache.global_budget import Contest
 from mixkv.selection.apportion import apportion
+from mixkv.selection.global_budget import Contest
 from mixkv.selection.global_topk import Votes
 from mixkv.selection.select import rank
 from mixkv.storage.ragged import RaggedStore
@@ -24,7 +24,7 @@ OPTIONS = dict(method="global", score="mix-output", budget=14, window=6)
 def offline(importance, base, floor):
     """Rows per layer and head of one prompt, by sorting all candidates of the model, and of each layer: importance [L][H][M]."""
     layers, heads = len(importance), len(importance[0])
-    largest = [rows.max() ** (2 / 3) if rows.max() > 0 else 1.0 for rows in importance]
+    largest = [rows.max() ** (MixKVConfig.layer_exponent) if rows.max() > 0 else 1.0 for rows in importance]
     entries = [
         (-(value / largest[layer]).item(), layer, head, column)
         for layer, rows in enumerate(importance)
@@ -58,7 +58,7 @@ class Layer:
         return self.store.row_totals
 
     def trim(self, ranks, quota):
-        return self.store.trim(ranks, quota.flatten())
+        return self.store.evict(ranks, quota.flatten())
 
 
 def prompt(layers, heads, length, window, seed, pads, levels):

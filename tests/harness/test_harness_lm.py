@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 import mixkv
-from mixkv.evaluation import models, prompts
+from mixkv.evaluation import loading, prompts
 from mixkv.harness.lm import MixKVLM
 
 CHOICE = """
@@ -232,12 +231,12 @@ def test_an_unknown_option_is_not_swallowed(folder):
         MixKVLM.create_from_arg_string(f"pretrained={folder},bugdet=64", {"device": "cpu"})
 
 
-@pytest.mark.skipif(not all(map(find_spec, models.PACKAGES)), reason="needs mixkv[demo]")
+@pytest.mark.usefixtures("needs_smollm2")
 def test_command_line_on_smollm2(tmp_path, monkeypatch):
     """`python -m mixkv.harness`, the arguments being those of lm_eval."""
     from mixkv.harness.__main__ import main
 
-    loaded = models.load(device="cpu")
+    loaded = loading.load(device="cpu")
     loaded.model.save_pretrained(tmp_path / "smollm2")
     loaded.tokenizer.save_pretrained(tmp_path / "smollm2")
     text = prompts.demo().text

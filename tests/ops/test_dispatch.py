@@ -8,6 +8,7 @@ import torch
 
 import mixkv
 from mixkv.ops import dispatch, flash, native, reference
+from mixkv.ops.arguments import LogitOptions
 from mixkv.selection.ranking import Selection
 from mixkv.storage.ragged import RaggedStore
 
@@ -83,14 +84,11 @@ def test_torch_varlen_reads_the_buffers_in_place(monkeypatch):
 
     module = types.SimpleNamespace(varlen_attn=varlen_attn)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    arguments = (query, store.key, store.value, store.starts, store.lengths)
-    options = dict(max_length=store.max_length, stride=None, scaling=0.2)
-    expected = reference.attend(*arguments, **options)
-    assert torch.allclose(flash.torch_attend(*arguments, **options), expected, atol=1e-5)
-    sinks = torch.randn(6)
-    assert torch.equal(
-        flash.torch_attend(*arguments, **options, sinks=sinks), reference.attend(*arguments, **options, sinks=sinks)
-    )
+    extent = dict(max_length=store.max_length, stride=None)
+    arguments = (query, store.buffers, LogitOptions(0.2))
+    assert torch.allclose(flash.torch_attend(*arguments, **extent), reference.attend(*arguments, **extent), atol=1e-5)
+    arguments = (query, store.buffers, LogitOptions(0.2, sinks=torch.randn(6)))
+    assert torch.equal(flash.torch_attend(*arguments, **extent), reference.attend(*arguments, **extent))
 
 
 def test_flash_attention_gets_packed_sequences(monkeypatch):
@@ -101,10 +99,10 @@ def test_flash_attention_gets_packed_sequences(monkeypatch):
         return dense_varlen(q, k, v, cu_k[:-1], cu_k.diff(), softmax_scale, softcap)
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-    arguments = (query, store.key, store.value, store.starts, store.lengths)
+    extent = dict(max_length=store.max_length, stride=None)
     for softcap in (None, 2.0):
-        options = dict(max_length=store.max_length, stride=None, scaling=0.2, softcap=softcap)
-        assert torch.allclose(flash.flash_attend(*arguments, **options), reference.attend(*arguments, **options), atol=1e-5)
+        arguments = (query, store.buffers, LogitOptions(0.2, softcap))
+        assert torch.allclose(flash.flash_attend(*arguments, **extent), reference.attend(*arguments, **extent), atol=1e-5)
 
 
 @pytest.mark.skipif(not native.status("cpu").available, reason="no compiled operations")
@@ -113,12 +111,12 @@ def test_a_cache_runs_the_same_on_both_back_ends():
     generator = torch.Generator().manual_seed(1)
     for step in range(40):
         query, key, value = (torch.randn(2, heads, 1, 32, generator=generator) for heads in (6, 2, 2))
-        outs = [store.append_attend(query, key, value, 50 + step, scaling=0.2) for store in stores]
+        outs = [store.append_attend(query, key, value, 50 + step, LogitOptions(0.2)) for store in stores]
         assert torch.allclose(*outs, atol=1e-5)
     for store in stores:
         store.take_rows([1, 1, 0])
         store.crop(7)
     for ours, theirs in zip(*(store.positions() for store in stores)):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    outs = [store.attend(torch.ones(3, 6, 1, 32), scaling=0.2) for store in stores]
+    outs = [store.attend(torch.ones(3, 6, 1, 32), LogitOptions(0.2)) for store in stores]
     assert torch.allclose(*outs, atol=1e-5)

@@ -5,6 +5,7 @@ import torch
 from support.stores import DTYPES, assert_close, clean, make_store, needs_library, one_query, rows_of, strided
 
 from mixkv.ops import native, reference
+from mixkv.ops.arguments import ChosenChunks, LogitOptions
 
 THREADS = [1, 2]
 
@@ -18,7 +19,7 @@ def threads(request):
 
 
 def make_chunks(sequences, most, rows, chunk, size, value_size, dtype):
-    """Chunks in a buffer with NaN around them: buffers, blocks [S, K], block_rows [S, K]; some sequences choose fewer, or none."""
+    """Chunks in buffers with NaN around them, up to ``most`` a sequence; some sequences choose fewer, or none."""
     key, value = torch.full((rows, size), torch.nan).to(dtype), torch.full((rows, value_size), torch.nan).to(dtype)
     blocks = torch.randint(-chunk, 2 * rows, (sequences, most), dtype=torch.int32)
     block_rows = torch.zeros(sequences, most, dtype=torch.int32)
@@ -29,21 +30,20 @@ def make_chunks(sequences, most, rows, chunk, size, value_size, dtype):
             blocks[s, k], block_rows[s, k] = places[s, k], count
             span = slice(int(places[s, k]), int(places[s, k]) + count)
             key[span], value[span] = torch.randn(count, size).to(dtype), torch.randn(count, value_size).to(dtype)
-    return key, value, blocks, block_rows
+    return ChosenChunks(key, value, blocks, block_rows, chunk)
 
 
-def oracle_chunks(query, buffers, starts, lengths, chunks, scaling, softcap, sinks):
+def oracle_chunks(query, store, chunks, scaling, softcap, sinks):
     batch, query_heads = query.shape[:2]
-    heads = starts.numel() // batch
-    key, value, blocks, block_rows = chunks
-    out = torch.empty(batch, 1, query_heads, value.shape[1], dtype=torch.float64)
+    heads = store.starts.numel() // batch
+    out = torch.empty(batch, 1, query_heads, chunks.value.shape[1], dtype=torch.float64)
     for b in range(batch):
         for q in range(query_heads):
             s = b * heads + q // (query_heads // heads)
-            spans = [slice(at, at + count) for at, count in zip(blocks[s].tolist(), block_rows[s].tolist()) if count]
+            spans = [slice(at, at + count) for at, count in zip(chunks.starts[s].tolist(), chunks.lengths[s].tolist()) if count]
             parts = [
-                torch.cat([rows_of(buffer, starts, lengths, s), *(outside[span] for span in spans)])
-                for buffer, outside in zip(buffers[:2], (key, value))
+                torch.cat([rows_of(store, name, s), *(getattr(chunks, name)[span] for span in spans)])
+                for name in ("key", "value")
             ]
             out[b, 0, q] = one_query(query[b, q, 0], *parts, scaling, softcap, None if sinks is None else sinks[q])
     return out
@@ -56,15 +56,14 @@ def oracle_chunks(query, buffers, starts, lengths, chunks, scaling, softcap, sin
 def test_attend_chunks_equals_oracle(dtype, softcap, with_sinks, chunk, size, value_size, groups, threads):
     torch.manual_seed(size + groups)
     lengths = [0, 1, 300, 3, 129, 128, 17, 0]
-    buffers, starts, counts = make_store(lengths, size, value_size, dtype)
+    store = make_store(lengths, size, value_size, dtype)
     chunks = make_chunks(8, 5, 2048, chunk, size, value_size, dtype)
     query = strided(2, 4 * groups, 1, size, dtype)
     sinks = torch.randn(4 * groups) if with_sinks else None
     logits = dict(scaling=size**-0.5, softcap=softcap, sinks=sinks)
-    result = native.attend_chunks(query, *buffers[:2], starts, counts, *chunks, chunk=chunk, max_length=300, **logits)
-    held = [*clean(chunks[:2]), *chunks[2:]]
-    twin = reference.attend_chunks(query, *clean(buffers)[:2], starts, counts, *held, chunk=chunk, max_length=300, **logits)
-    exact = oracle_chunks(query, buffers, starts, counts, chunks, *logits.values())
+    result = native.attend_chunks(query, store, chunks, LogitOptions(**logits), max_length=300)
+    twin = reference.attend_chunks(query, clean(store), clean(chunks), LogitOptions(**logits), max_length=300)
+    exact = oracle_chunks(query, store, chunks, *logits.values())
     twin.view(2, 4, groups, value_size)[0, 0] = 0.0  # the twin has no answer for a sequence without rows
     assert result.shape == exact.shape and result.dtype == dtype
     assert_close(result, exact, twin)
@@ -96,13 +95,12 @@ def test_chunk_scores_equal_their_twin(dtype, size, groups, threads):
 
 @needs_library
 def test_chunks_beyond_their_buffers_are_refused():
-    buffers, starts, lengths = make_store([5, 6], 16, 16, torch.float32)
+    store = make_store([5, 6], 16, 16, torch.float32)
     query, key = torch.randn(1, 2, 1, 16), torch.randn(64, 16)
-    options = dict(chunk=32, max_length=6, scaling=1.0)
 
-    def attend(blocks, rows, key=key, **changes):
+    def attend(blocks, rows, key=key):
         ints = [torch.tensor(part, dtype=torch.int32) for part in (blocks, rows)]
-        return native.attend_chunks(query, *buffers[:2], starts, lengths, key, key, *ints, **options | changes)
+        return native.attend_chunks(query, store, ChosenChunks(key, key, *ints, 32), LogitOptions(1.0), max_length=6)
 
     attend([[0], [32]], [[32], [32]])
     for blocks, rows in (

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixkv.selection import budgets
 from mixkv.selection.apportion import apportion
+from mixkv.selection.methods.adakv import ada
+from mixkv.selection.methods.pyramidkv import pyramid
+from mixkv.selection.methods.sparsemm import from_profile
 
 
 @settings(max_examples=200, deadline=None)
@@ -36,15 +38,15 @@ def test_ada_totals(heads, base, length, floor, seed):
     candidates = torch.tensor([[length] * heads, [max(length - 3, 0)] * heads])
     attention[1, :, : min(3, length)] = -torch.inf
     bases = torch.tensor([base, max(base - 1, 0)])
-    got = budgets.ada(bases, candidates, attention, floor=floor)
+    got = ada(bases, candidates, attention, floor=floor)
     assert got.sum(-1).tolist() == torch.minimum(bases * heads, candidates.sum(-1)).tolist()
     assert (got <= candidates).all()
     assert (got[0] >= min(int(floor * min(base, length)), length)).all()
 
 
-def test_ada_follows_the_votes():
+def test_ada_counts_the_largest_scores():
     attention = torch.tensor([[[9.0, 8, 7, 6, 1, 1, 1, 1], [5.0, 1, 1, 1, 1, 1, 1, 1]]])
-    got = budgets.ada(torch.tensor([3]), torch.tensor([[8, 8]]), attention, floor=0.0)
+    got = ada(torch.tensor([3]), torch.tensor([[8, 8]]), attention, floor=0.0)
     # Head 0's share of mass in its top 3 is 24/34, head 1's 7/12: weighted, four of the six largest scores are head 0's
     # (6.35, 5.65, 4.94, 4.24), then 2.92 of head 1, then 0.71 of head 0.
     assert got.tolist() == [[5, 1]]
@@ -55,7 +57,7 @@ def test_ada_follows_the_votes():
 )
 def test_pyramid_falls_and_sums_exactly(layers, base, length):
     rows = [
-        budgets.pyramid(torch.tensor([base]), torch.full((1, 2), length), layer_idx=layer, num_layers=layers, beta=20)[0]
+        pyramid(torch.tensor([base]), torch.full((1, 2), length), layer_idx=layer, num_layers=layers, beta=20)[0]
         for layer in range(layers)
     ]
     per_layer = torch.stack(rows)
@@ -66,11 +68,11 @@ def test_pyramid_falls_and_sums_exactly(layers, base, length):
         assert per_layer[0, 0] == 2 * base - base // 20
 
 
-@pytest.mark.parametrize("columns", [2, 6])
-def test_profile_budgets(columns):
-    profile = tuple(tuple(float(1 + layer * columns + head) for head in range(columns)) for layer in range(4))
+@pytest.mark.parametrize("heads", [2, 6])
+def test_profile_budgets(heads):
+    profile = tuple(tuple(float(1 + layer * heads + head) for head in range(heads)) for layer in range(4))
     base, candidates = torch.tensor([50]), torch.full((1, 2), 400)
-    rows = torch.stack([budgets.from_profile(base, candidates, profile, layer_idx=i, num_layers=4)[0] for i in range(4)])
+    rows = torch.stack([from_profile(base, candidates, profile, layer_idx=i, num_layers=4, floor=0.1)[0] for i in range(4)])
     assert rows.sum() == 50 * 8
     table = torch.tensor(profile).view(4, 2, -1).sum(-1)
     expected = table / table.sum() * 50 * 8 * 0.9 + 0.1 * 50
@@ -80,10 +82,10 @@ def test_profile_budgets(columns):
 def test_profile_surplus_goes_to_other_heads():
     profile = ((100.0, 1.0), (1.0, 1.0))
     base, candidates = torch.tensor([30]), torch.full((1, 2), 40)
-    rows = torch.stack([budgets.from_profile(base, candidates, profile, layer_idx=i, num_layers=2)[0] for i in range(2)])
+    rows = torch.stack([from_profile(base, candidates, profile, layer_idx=i, num_layers=2, floor=0.1)[0] for i in range(2)])
     assert rows.sum() == 120 and rows.max() == 40
 
 
 def test_profile_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\[3, 2\].*4 compressed layers of 2 KV heads"):
-        budgets.from_profile(torch.tensor([9]), torch.full((1, 2), 40), ((1.0, 1.0),) * 3, layer_idx=0, num_layers=4)
+        from_profile(torch.tensor([9]), torch.full((1, 2), 40), ((1.0, 1.0),) * 3, layer_idx=0, num_layers=4, floor=0.1)

@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mixkv
-from mixkv import registry
+from mixkv import MixKVConfig, registry
 from mixkv.ops import score_reference
-from mixkv.selection import scores
+from mixkv.selection import ScoreContext, scores
 
 shapes = st.tuples(
     st.integers(1, 2),
@@ -121,11 +120,21 @@ def test_pool_counts_zeros_beyond_the_ends(pooling):
     assert torch.allclose(scores.pool(attention, 5, pooling), expected)
 
 
-@pytest.mark.parametrize("score", ["attn", "vnorm", "knorm", "keydiff", "mix-fixed", "mix"])
-def test_combine_is_its_formula(score):
+def context_for(score, query, key, value, **options):
+    """Without pooling, so that importance is window attention as it is."""
+    config = MixKVConfig(score=score, kernel_size=1, output_kernel_size=1, backend="torch")
+    declared = registry.score(score).uses_output_importance
+    return ScoreContext(query, key, value, config, uses_output_importance=declared, **options)
+
+
+@pytest.mark.parametrize("score", ["attn", "vnorm", "knorm", "keydiff", "mix-fixed", "mix", "output", "mix-output"])
+def test_a_score_is_its_formula(score):
     query, key, value = draw((1, 2, 2, 40, 8, 16))
     valid = torch.ones(1, 1, 40, dtype=torch.bool)
     attention = score_reference.window_attention(query, key, valid, scaling=0.25)
+    if "output" in score:
+        attention = score_reference.window_attention(query, key, valid, scaling=0.25, statistic="rms")
+        attention = attention * value[:, :, :32].norm(dim=-1)
     share, found = torch.tensor([[0.3, 0.8]]), scores.directions(key, valid)
     head = slice(0, 32)
     diversity = scores.match(-scores.similarity(key, found)[..., head], attention, valid[..., head])
@@ -139,46 +148,19 @@ def test_combine_is_its_formula(score):
         "keydiff": diversity,
         "mix-fixed": (diversity + attention + value_norm) / 3,
         "mix": r * diversity + (1 - r) * (attention + value_norm),
+        "output": attention,
+        "mix-output": r * diversity + (1 - r) * (attention + value_norm),
     }[score]
-    assert torch.allclose(scores.combine(score, attention, key, value, valid, found, share), expected, atol=1e-6)
+    context = context_for(score, query, key, value, given_redundancy=share)
+    assert torch.allclose(registry.score(score).compute(context), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("score", ["attn", "vnorm", "knorm", "keydiff", "mix-fixed", "mix"])
+@pytest.mark.parametrize("score", registry.SCORES)
 @pytest.mark.parametrize("constant", ["keys", "values", "both"])
 def test_constant_inputs_give_finite_scores(score, constant):
     query, key, value = draw((1, 2, 2, 40, 8, 16))
     key = torch.ones_like(key) if constant != "values" else key
     value = torch.zeros_like(value) if constant != "keys" else value
-    valid = torch.ones(1, 1, 40, dtype=torch.bool)
-    attention = score_reference.window_attention(query, key, valid, scaling=0.25)
-    found = scores.directions(key, valid)
-    redundancy = scores.redundancy(found)
-    assert torch.isfinite(redundancy).all()
-    assert torch.isfinite(scores.combine(score, attention, key, value, valid, found, redundancy)).all()
-
-
-def test_a_registered_score_ranks_by_its_numbers():
-    def recent(attention, key, value, redundancy):
-        assert key.dtype == attention.dtype == torch.float32 and redundancy.shape == attention.shape[:2]
-        return torch.arange(attention.shape[-1]).expand_as(attention)
-
-    query, key, value = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
-    with pytest.raises(ValueError, match="unknown score 'test-recent'"):
-        mixkv.MixKVConfig(score="test-recent")
-    mixkv.register_score("test-recent", recent)
-    try:
-        config = mixkv.MixKVConfig(method="snapkv", score="test-recent", budget=16, window=6)
-        assert mixkv.select(query, key, value, config).positions[0][1].tolist() == list(range(24, 40))
-        assert mixkv.MixKVConfig.from_json(config.to_json()) == config
-        for method in ("adakv", "global"):
-            assert mixkv.select(query, key, value, config.replace(method=method)).lengths.sum() == 32
-        mixkv.register_score("test-recent", lambda attention, *rest: attention[..., 1:])
-        with pytest.raises(ValueError, match=r"gave \[1, 2, 33\] numbers for \[1, 2, 34\]"):
-            mixkv.select(query, key, value, config)
-        mixkv.register_score("test-recent", lambda attention, *rest: attention / 0 * 0)
-        with pytest.raises(ValueError, match="gave nan"):
-            mixkv.select(query, key, value, config)
-    finally:
-        del registry.registered_scores["test-recent"]
-    with pytest.raises(ValueError, match="built in"):
-        mixkv.register_score("mix", recent)
+    context = context_for(score, query, key, value)
+    assert torch.isfinite(context.redundancy).all()
+    assert torch.isfinite(registry.score(score).compute(context)).all()

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.configs import options_for
 
-from mixkv import MixKVConfig, select
+from mixkv import MixKVConfig, registry, select
 
-METHODS = ("snapkv", "pyramidkv", "adakv", "sparsemm", "global", "hybridkv")
-SCORES = ("mix", "mix-fixed", "attn", "vnorm", "knorm", "keydiff", "output", "mix-output")
+METHODS, SCORES = list(registry.METHODS), list(registry.SCORES)
 
 
 def draw(batch, heads, groups, length, window, size=16, seed=0, offset=1.0):
@@ -22,8 +22,7 @@ def draw(batch, heads, groups, length, window, size=16, seed=0, offset=1.0):
 
 def config_for(method, **options):
     """Under hybridkv every head is static: what `select` gives is all that it keeps."""
-    profile = ((1.0, 2.0), (3.0, 1.0)) if method == "sparsemm" else None
-    return MixKVConfig(method=method, profile=profile, hybrid_threshold=0.0, **options)
+    return MixKVConfig(hybrid_threshold=0.0, **options_for(method, layers=2, heads=2), **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixkv.ops import reference
+from mixkv.ops.arguments import LogitOptions
 from mixkv.selection.ranking import Selection
 from mixkv.storage.ragged import RaggedStore
 
@@ -49,7 +50,7 @@ class Lists:
     def crop(self, count):
         self.rows = [[sequence[: len(sequence) - count] for sequence in row] for row in self.rows]
 
-    def trim(self, ranks, quota, tail):
+    def evict(self, ranks, quota, tail):
         """ranks: a list for each sequence, of its rows that came with the selection."""
         self.rows = [
             [
@@ -71,7 +72,7 @@ def assert_same(store, lists):
     for b, row in enumerate(lists.rows):
         for h, sequence in enumerate(row):
             index = b * store.heads + h
-            start, length = int(store.starts[index]), int(store.lengths[index])
+            start, length = int(store.buffers.starts[index]), int(store.lengths[index])
             assert positions[b][h].tolist() == [column for column, _, _ in sequence]
             for offset, (_, key, value) in enumerate(sequence):
                 assert torch.equal(store.key[start + offset], key)
@@ -120,12 +121,12 @@ def test_store_behaves_as_lists_of_rows(batch, heads, even, steps, seed):
         assert_same(store, lists)
         query = rows_of(store.batch, heads * 2, 1, 8, column)
         expected = naive(query, lists, None, None, scaling=0.3)
-        assert torch.allclose(store.attend(query, scaling=0.3).double(), expected, atol=1e-5)
+        assert torch.allclose(store.attend(query, LogitOptions(0.3)).double(), expected, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 20), st.integers(0, 999))
-def test_trim_behaves_as_lists_of_rows(batch, heads, appended, seed):
+def test_evict_behaves_as_lists_of_rows(batch, heads, appended, seed):
     generator = torch.Generator().manual_seed(seed)
     key, value = rows_of(batch, heads, 30, 8, seed), rows_of(batch, heads, 30, 6, seed + 1)
     lengths = torch.randint(1, 31, (batch, heads), generator=generator)
@@ -140,8 +141,8 @@ def test_trim_behaves_as_lists_of_rows(batch, heads, appended, seed):
         quota = torch.randint(0, 31, (batch, heads), generator=generator)
         parts = iter(ranks.split((store.lengths.long() - appended).tolist()))
         by_head = [[next(parts).tolist() for _ in range(heads)] for _ in range(batch)]
-        ranks = store.trim(ranks, quota.flatten())
-        lists.trim(by_head, quota.tolist(), appended)
+        ranks = store.evict(ranks, quota.flatten())
+        lists.evict(by_head, quota.tolist(), appended)
         assert_same(store, lists)
         assert ranks.tolist() == [r for b, row in enumerate(by_head) for h, of in enumerate(row) for r in of if r < quota[b, h]]
     store.crop(appended)
@@ -187,14 +188,14 @@ def test_attend_and_extend(dtype, size, groups, options):
     options = {**options, "sinks": torch.randn(heads * groups).to(dtype)} if "sinks" in options else options
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     query = rows_of(batch, heads * groups, 1, size, 3, dtype)
-    got = store.attend(query, scaling=size**-0.5, **options)
+    got = store.attend(query, LogitOptions(size**-0.5, **options))
     assert got.dtype == dtype
     assert (got.double() - naive(query, lists, None, None, scaling=size**-0.5, **options)).abs().max() < tolerance
     query = rows_of(batch, heads * groups, new, size, 4, dtype)
     new_key, new_value = rows_of(batch, heads, new, size, 5, dtype), rows_of(batch, heads, new, size, 6, dtype)
     mask = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[0, 0, 0], [0, 1, 0], [0, 1, 1]]]).bool().unsqueeze(1)
     for block in (None, mask):
-        got = store.attend_extend(query, new_key, new_value, mask=block, scaling=size**-0.5, **options)
+        got = store.attend_extend(query, new_key, new_value, LogitOptions(size**-0.5, **options), mask=block)
         expected = naive(query, lists, new_key, new_value, scaling=size**-0.5, mask=block, **options)
         assert (got.double() - expected).abs().max() < tolerance
 
@@ -205,7 +206,7 @@ def test_extend_in_blocks(monkeypatch):
     selection = selection_of([[5, 9]], 20)
     store, lists = RaggedStore.from_selection(key, value, selection), Lists(key, value, selection)
     query, new_key, new_value = rows_of(1, 4, 11, 8, 3), rows_of(1, 2, 11, 8, 4), rows_of(1, 2, 11, 8, 5)
-    got = store.attend_extend(query, new_key, new_value, mask=None, scaling=0.3)
+    got = store.attend_extend(query, new_key, new_value, LogitOptions(0.3))
     assert torch.allclose(got.double(), naive(query, lists, new_key, new_value, scaling=0.3), atol=1e-6)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mixkv.ops import native
+from mixkv.ops.arguments import RaggedBuffers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -33,12 +34,13 @@ def make_store(lengths, size, value_size, dtype, spare=2, poison=True):
         value[start : start + length] = torch.randn(length, value_size).to(dtype)
         position[start : start + length] = torch.arange(length, dtype=torch.int32)
     ints = (torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32))
-    return (key, value, position), *ints
+    return RaggedBuffers(key, value, position, *ints)
 
 
-def rows_of(buffer, starts, lengths, index):
-    start = int(starts[index])
-    return buffer[start : start + int(lengths[index])]
+def rows_of(store, name, index):
+    """Rows of sequence ``index`` in the buffer ``name``."""
+    start = int(store.starts[index])
+    return getattr(store, name)[start : start + int(store.lengths[index])]
 
 
 def softmax_row(logits, sink):
@@ -58,18 +60,18 @@ def one_query(query, key, value, scaling, softcap, sink):
     return softmax_row(logits, sink) @ value.double()
 
 
-def oracle_attend(query, buffers, starts, lengths, scaling, softcap=None, sinks=None):
+def oracle_attend(query, store, scaling, softcap=None, sinks=None):
     batch, query_heads = query.shape[:2]
-    heads = starts.numel() // batch
-    out = torch.empty(batch, 1, query_heads, buffers[1].shape[1], dtype=torch.float64)
+    heads = store.starts.numel() // batch
+    out = torch.empty(batch, 1, query_heads, store.value.shape[1], dtype=torch.float64)
     for b, q in itertools.product(range(batch), range(query_heads)):
         index = b * heads + q // (query_heads // heads)
-        rows = [rows_of(buffer, starts, lengths, index) for buffer in buffers[:2]]
+        rows = [rows_of(store, name, index) for name in ("key", "value")]
         out[b, 0, q] = one_query(query[b, q, 0], *rows, scaling, softcap, None if sinks is None else sinks[q])
     return out
 
 
-def oracle_extend(query, buffers, starts, lengths, key, value, mask, scaling, softcap=None, sinks=None):
+def oracle_extend(query, store, key, value, mask, scaling, softcap=None, sinks=None):
     batch, query_heads, new, _ = query.shape
     heads = key.shape[1]
     out = torch.empty(batch, new, query_heads, value.shape[-1], dtype=torch.float64)
@@ -77,8 +79,8 @@ def oracle_extend(query, buffers, starts, lengths, key, value, mask, scaling, so
         head = q // (query_heads // heads)
         seen = torch.arange(new) <= i if mask is None else mask[b if mask.shape[0] > 1 else 0, 0, i]
         rows = [
-            torch.cat([rows_of(buffer, starts, lengths, b * heads + head), part[b, head][seen]])
-            for buffer, part in zip(buffers[:2], (key, value), strict=True)
+            torch.cat([rows_of(store, name, b * heads + head), part[b, head][seen]])
+            for name, part in (("key", key), ("value", value))
         ]
         out[b, i, q] = one_query(query[b, q, i], *rows, scaling, softcap, None if sinks is None else sinks[q])
     return out
@@ -93,9 +95,21 @@ def assert_close(result, exact, twin=None):
     assert (result.double() - exact).abs().max().item() <= allowed
 
 
-def clean(buffers):
+def clean(store):
     """The same storage for the twin, which reads rows it masks."""
-    return [buffer.nan_to_num(0.0) if buffer.is_floating_point() else buffer for buffer in buffers]
+    return type(store)(
+        *(part.nan_to_num(0.0) if torch.is_tensor(part) and part.is_floating_point() else part for part in store)
+    )
+
+
+def copied(store):
+    """A store in memory of its own."""
+    return type(store)(*(part.clone() for part in store))
+
+
+def assert_same_buffers(store, other):
+    for part, twin in zip(store, other, strict=True):
+        torch.testing.assert_close(part, twin, rtol=0, atol=0, equal_nan=True)
 
 
 def strided(batch, heads, rows, size, dtype):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...ops.score_reference import norm
+from ...ops.score_reference import by_block, token_blocks
 
 
 class Directions(NamedTuple):
@@ -20,10 +20,9 @@ class Directions(NamedTuple):
 def directions(key: torch.Tensor, valid: torch.Tensor) -> Directions:
     """Reads ``key`` [B, Hkv, N, D] once for `redundancy` and `similarity`; keys that are not valid do not count."""
     real = valid.expand(key.shape[:3])
-    inverse_norm = 1 / norm(key).clamp(min=1e-12)
+    inverse_norm, total = _unit_sums(key, real.unsqueeze(2))
     count = real.sum(dim=-1).float()
-    total = ((inverse_norm * real).unsqueeze(2) @ key.float()).squeeze(2)
-    return Directions(inverse_norm, total / count.clamp(min=1).unsqueeze(-1), count)
+    return Directions(inverse_norm, total.squeeze(2) / count.clamp(min=1).unsqueeze(-1), count)
 
 
 def redundancy(found: Directions) -> torch.Tensor:
@@ -42,8 +41,10 @@ def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
 
     Returns: [B, Hkv, N] float32.
     """
+    mean = found.mean.unsqueeze(2)
     # As a row times a matrix: torch multiplies a matrix by a column several times slower.
-    return (found.mean.unsqueeze(2) @ key.float().transpose(-1, -2)).squeeze(2) * found.inverse_norm
+    along = by_block(key, key.shape[3], lambda part: (mean @ part.float().transpose(-1, -2)).squeeze(2))
+    return along * found.inverse_norm
 
 
 def modal_redundancy(key: torch.Tensor, image: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -58,8 +59,25 @@ def modal_redundancy(key: torch.Tensor, image: torch.Tensor, valid: torch.Tensor
     """
     text = ~image if valid is None else valid & ~image
     kinds = torch.stack([image, text], dim=1).unsqueeze(1)
-    inverse_norm = 1 / torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).clamp(min=1e-12)
+    inverse_norm, total = _unit_sums(key, kinds)
     count = kinds.sum(dim=-1).float()
-    total = (kinds * inverse_norm.unsqueeze(2)) @ key.float()
     found = Directions(inverse_norm, total / count.clamp(min=1).unsqueeze(-1), count)
     return redundancy(found).masked_fill(count == 0, torch.nan)
+
+
+def _unit_sums(key: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse norms of keys [B, Hkv, N, D], and the sum of the unit keys of each of K kinds, a block of tokens at a time.
+
+    Args:
+        kinds: bool, broadcasts to [B, Hkv, K, N].
+
+    Returns: float32 [B, Hkv, N], [B, Hkv, K, D].
+    """
+    inverse_norms, total = [], None
+    for first, last in token_blocks(key, key.shape[3]):
+        part = key[:, :, first:last].float()
+        inverse_norm = 1 / torch.linalg.vector_norm(part, dim=-1).clamp_(min=1e-12)
+        block = (inverse_norm.unsqueeze(2) * kinds[..., first:last]) @ part
+        total = block if total is None else total + block
+        inverse_norms.append(inverse_norm)
+    return torch.cat(inverse_norms, dim=-1), total

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..selection import budgets
-from ..selection.global_topk import Votes
-from ..selection.ranking import Ranking, Selection
-
-# How far layers are made alike before their rows compete: 0 as they are, 1 all the same (docs/trials.md).
-_EVENED = 2 / 3
+from ..config import MixKVConfig
+from .apportion import apportion
+from .global_topk import Votes
+from .ranking import Ranking, Selection
 
 
 class Contest:
@@ -22,11 +20,15 @@ class Contest:
     Args:
         num_layers: compressed layers of the model.
         floor: see `mixkv.selection.global_topk.Votes`.
+        layer_exponent: a layer's importance is divided by its largest to this power.
         patient: trims at the end only, where the prompt's keys and values are held anyway.
     """
 
-    def __init__(self, num_layers: int, floor: float, *, patient: bool = False):
+    def __init__(
+        self, num_layers: int, floor: float, layer_exponent: float = MixKVConfig.layer_exponent, *, patient: bool = False
+    ):
         self.num_layers, self.votes, self.patient = num_layers, Votes(floor), patient
+        self.layer_exponent = layer_exponent
         # (layer, ranks of its selected rows) in order.
         self.held: list[tuple] = []
 
@@ -39,7 +41,7 @@ class Contest:
 
         ``scale`` [B]: what importance is multiplied by to be comparable with other layers'.
         """
-        _vote(self.votes, ranking, scale, self.num_layers)
+        _vote(self.votes, ranking, scale, self.num_layers, self.layer_exponent)
         if self.votes.layers == 1:
             self.total = sum(self.votes.total) + self.num_layers * int((ranking.real - ranking.choosable).sum())
         return self.votes.quota()[:, -1]
@@ -73,11 +75,11 @@ class SlotContest:
     """The dynamic heads of ``method="hybridkv"``: they hold every row, and compete for how many chunks a step attends to.
 
     Args:
-        num_layers, floor: as of a `Contest`.
+        num_layers, floor, layer_exponent: as of a `Contest`.
     """
 
-    def __init__(self, num_layers: int, floor: float):
-        self.num_layers, self.votes = num_layers, Votes(floor)
+    def __init__(self, num_layers: int, floor: float, layer_exponent: float = MixKVConfig.layer_exponent):
+        self.num_layers, self.votes, self.layer_exponent = num_layers, Votes(floor), layer_exponent
         self.layers: list = []
 
     @property
@@ -86,7 +88,7 @@ class SlotContest:
 
     def enter(self, ranking: Ranking, scale: torch.Tensor | None = None) -> None:
         """The next layer's candidates and scale, as of a `Contest`."""
-        _vote(self.votes, ranking, scale, self.num_layers)
+        _vote(self.votes, ranking, scale, self.num_layers, self.layer_exponent)
 
     def settle(self, layer, selection: Selection) -> None:
         """``layer`` has stored its ``selection`` and its chunks. With the last one, all are told how many a step attends to."""
@@ -100,24 +102,43 @@ class SlotContest:
             torch.stack([none if store is None else getattr(store, name).view_as(none).to(none) for store in stores], dim=1)
             for name in ("slots", "counts")
         )
-        shared = budgets.slots(slots.flatten(1), rows.flatten(1), counts.flatten(1)).view_as(slots)
+        shared = allocate_chunks(slots.flatten(1), rows.flatten(1), counts.flatten(1)).view_as(slots)
         for index, store in enumerate(stores):
             if store is not None:
-                store.allot(shared[:, index].flatten())
+                store.set_slots(shared[:, index].flatten())
 
 
-def _vote(votes: Votes, ranking: Ranking, scale: torch.Tensor | None, num_layers: int) -> None:
+def _vote(votes: Votes, ranking: Ranking, scale: torch.Tensor | None, num_layers: int, layer_exponent: float) -> None:
     importance = ranking.importance if scale is None else ranking.importance * scale.view(-1, 1, 1)
-    votes.add(ranking.base, ranking.choosable, _evened(importance), num_layers=num_layers)
+    votes.add(ranking.base, ranking.choosable, _evened(importance, layer_exponent), num_layers=num_layers)
 
 
-def _evened(importance: torch.Tensor) -> torch.Tensor:
+def _evened(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     """A layer's importance [B, Hkv, M] divided by a power of its largest.
 
-    Two thirds of the way, geometrically, from what rows add to as many votes for every layer. What a prompt's last queries
+    With an exponent of 2/3, two thirds of the way, geometrically, from what rows add to as many votes for every layer. What a prompt's last queries
     look for does not tell how much a later question will need of a layer: taken as it is, too few rows are left to some.
     """
     if importance.shape[-1] == 0:
         return importance
     largest = importance.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(largest > 0, importance / largest**_EVENED, importance)
+    return torch.where(largest > 0, importance / largest**exponent, importance)
+
+
+def allocate_chunks(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Chunks that heads attend to in a step: one for each head that has any, the others allocated in proportion to ``rows``.
+
+    Args:
+        equal: [B, H] int, chunks a step if all heads get the same, 0 for heads without chunks.
+        rows: [B, H] int, KV entries that `Votes` allocates to them.
+        limit: [B, H] int, the chunks there are, no fewer than ``equal``.
+    """
+    device = equal.device
+    # Not every device has float64.
+    equal, rows, limit = equal.cpu(), rows.cpu(), limit.cpu()
+    certain = (equal > 0).long()
+    total = (equal - certain).sum(dim=-1)
+    # What is added decides only where no head has any rows.
+    weight = (rows.double() + 1e-6) * certain
+    shares = total.unsqueeze(-1) * weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    return (certain + apportion(shares, total, (limit - certain) * certain)).to(device)

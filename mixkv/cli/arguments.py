@@ -1,0 +1,103 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+from .. import registry
+
+
+def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[str]) -> None:
+    """Adds the options of `configs`, with default ``methods`` and ``scores``."""
+    parser.add_argument(
+        "--budget",
+        type=list_of(budget),
+        default=[64, 128],
+        metavar="N,N",
+        help="KV entries per KV head (whole numbers), or shares of the prompt in (0, 1] (default 64,128)",
+    )
+    for name, default, names in (("method", methods, registry.METHODS), ("score", scores, registry.SCORES)):
+        parser.add_argument(
+            f"--{name}",
+            type=list_of(str),
+            default=default,
+            metavar="NAME,NAME",
+            help=f"any of {', '.join(names)} (default {','.join(default)})",
+        )
+    parser.add_argument(
+        "--cache",
+        type=list_of(method_and_score),
+        metavar="METHOD+SCORE,...",
+        help="pairs of a method and a score, instead of every --method with every --score",
+    )
+    parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm, written by mixkv calibrate or as JSON")
+
+
+def configs(options: argparse.Namespace) -> list:
+    """A `MixKVConfig` for every method, score and budget of `add_grid`.
+
+    Raises:
+        InputError: a value is invalid.
+    """
+    from ..evaluation import compare
+
+    profile = {"profile": options.profile} if options.profile else {}
+    kinds = options.cache or list(product(options.method, options.score))
+    return compare.grid(kinds, options.budget, **profile)
+
+
+def add_model(parser: argparse.ArgumentParser, default: str = "SmolLM2-135M-Instruct") -> None:
+    """Adds the options that `loading.load` takes; ``default`` describes the default model."""
+    parser.add_argument("--model", metavar="ID", help=f"Hugging Face id or folder (default {default})")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default auto")
+    parser.add_argument("--device", help="torch device (default: the GPU if there is one, else the CPU)")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=positive, metavar="N", help="number of CPU threads that torch uses")
+
+
+def add_threads_and_json(parser: argparse.ArgumentParser) -> None:
+    add_threads(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
+
+
+def method_and_score(text: str) -> tuple[str, str]:
+    method, plus, score = text.partition("+")
+    if not plus:
+        raise argparse.ArgumentTypeError(f"{text!r} is not METHOD+SCORE, for example snapkv+mix")
+    return method, score
+
+
+def list_of(item: Callable[[str], Any]) -> Callable[[str], list]:
+    """The type of a comma-separated list."""
+
+    def parse(text: str) -> list:
+        return [item(part.strip()) for part in text.split(",") if part.strip()] or [item(text)]
+
+    parse.__name__ = f"{item.__name__} list"
+    return parse
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
+    return int(text)
+
+
+def budget(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of KV entries, for example 128, nor a share, for example 0.1"
+        ) from None

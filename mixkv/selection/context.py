@@ -1,0 +1,196 @@
+"""What a score and a method are given: the candidates of one layer.
+
+Shapes: B batch rows, Hq query heads, Hkv KV heads, N tokens of the prompt, W tokens of the observation window (the last ones),
+M = N - W candidates (the tokens before it), D and Dv the sizes of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..config import MixKVConfig
+from ..ops import dispatch, score_reference
+from ..tensor_parallel import Slice
+from .apportion import apportion, total_rows
+from .scores.diversity import Directions, directions, redundancy, similarity
+from .scores.importance import output_importance, pool
+from .scores.match import match
+
+
+@dataclass(frozen=True, eq=False)
+class AllocationContext:
+    """What a method allocates a layer's budget by.
+
+    ``budget`` and ``candidates`` are on the CPU, whatever the model's device: allocation is exact in float64, which not every
+    device has, and small.
+
+    Attributes:
+        budget: int64 [B], candidates that a head keeps on average; the observation window is kept beside them.
+        candidates: int64 [B, Hkv], how many candidates each head has to choose from, padding left out.
+        importance: float32 [B, Hkv, M], importance of each candidate, comparable between the heads of the layer; -inf for
+            padding. On the model's device.
+        layer_idx, num_layers: which of the model's compressed layers this is.
+        config: the `MixKVConfig`.
+    """
+
+    budget: torch.Tensor
+    candidates: torch.Tensor
+    importance: torch.Tensor
+    layer_idx: int
+    num_layers: int
+    config: MixKVConfig
+
+    @property
+    def total(self) -> torch.Tensor:
+        """Int64 [B], candidates that all heads of the layer keep together if no layer gets more than another."""
+        return total_rows(self.budget, self.candidates)
+
+    def apportion(self, weights: torch.Tensor) -> torch.Tensor:
+        """`total` in proportion to ``weights`` [B, Hkv] >= 0: int64 [B, Hkv], exact, no head above its candidates.
+
+        What a head cannot use goes to the others; without any weight all heads get the same.
+        """
+        shares = weights.cpu().double()
+        shares = torch.where(shares.sum(dim=-1, keepdim=True) > 0, shares, 1.0)
+        shares = shares / shares.sum(dim=-1, keepdim=True) * self.total.unsqueeze(-1)
+        return apportion(shares, self.total, self.candidates)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreContext:
+    """What a score is computed from; properties are computed when they are read.
+
+    Attributes:
+        query: [B, Hq, W, D], the queries of the observation window, rotated as the model uses them.
+        key, value: [B, Hkv, N, D] and [B, Hkv, N, Dv], of the whole prompt, in the model's dtype.
+        config: the `MixKVConfig`.
+        mask: bool, [B, 1, N] or [B, Hkv, N], False for padding; None: there is none.
+        layer_idx, num_layers: which of the model's compressed layers this is.
+        uses_output_importance: whether `importance` is `output_importance`, or `attention`.
+        output_factor: see `mixkv.selection.select.rank`.
+        given_redundancy: [Hkv] or [B, Hkv], in place of what ``config.redundancy`` says; None: that decides.
+        part: which heads of the layer these are, under tensor parallelism; None: all.
+        scaling, softcap, sinks: as in the model.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    config: MixKVConfig
+    mask: torch.Tensor | None = None
+    layer_idx: int = 0
+    num_layers: int = 1
+    uses_output_importance: bool = False
+    output_factor: torch.Tensor | Callable[[], torch.Tensor | None] | None = None
+    given_redundancy: torch.Tensor | None = None
+    part: Slice | None = None
+    scaling: float | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """Bool, broadcasts to [B, Hkv, N]: False for padding."""
+        return torch.ones(1, 1, self.key.shape[2], dtype=torch.bool, device=self.key.device) if self.mask is None else self.mask
+
+    @property
+    def num_candidates(self) -> int:
+        """M, padding included."""
+        return self.key.shape[2] - self.query.shape[2]
+
+    @property
+    def valid_candidates(self) -> torch.Tensor:
+        """Bool, broadcasts to [B, Hkv, M]."""
+        return self.valid[..., : self.num_candidates]
+
+    def window_attention(self, statistic: str) -> torch.Tensor:
+        """Float32 [B, Hkv, M], ``mean`` or ``rms`` of what the window's queries attend to, not pooled."""
+        return dispatch.window_attention(
+            self.config.backend,
+            self.query,
+            self.key,
+            self.mask,
+            statistic=statistic,
+            group_reduce=self.config.group_reduce,
+            scaling=self.key.shape[-1] ** -0.5 if self.scaling is None else self.scaling,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
+
+    @cached_property
+    def attention(self) -> torch.Tensor:
+        """Float32 [B, Hkv, M], mean window attention, pooled (SnapKV, arXiv 2404.14469); 0 for padding."""
+        pooled = pool(self.window_attention("mean"), self.config.kernel_size, self.config.pooling)
+        return pooled.masked_fill(~self.valid_candidates, 0.0)
+
+    @cached_property
+    def output_importance(self) -> torch.Tensor:
+        """Float32 [B, Hkv, M], what the window takes out of each entry, in units of the residual stream; 0 for padding."""
+        factor = self.output_factor() if callable(self.output_factor) else self.output_factor
+        if factor is None:
+            norm = score_reference.norm(self.value)
+        else:
+            norm = dispatch.projected_norm(self.config.backend, self.value, factor)
+        found = output_importance(self.window_attention("rms"), norm, self.config.output_kernel_size)
+        return found.masked_fill(~self.valid_candidates, 0.0)
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """`output_importance` for a score that declares it, else `attention`."""
+        return self.output_importance if self.uses_output_importance else self.attention
+
+    @cached_property
+    def directions(self) -> Directions:
+        """Of all valid keys, see `mixkv.selection.scores.diversity`."""
+        return directions(self.key, self.valid)
+
+    @property
+    def similarity(self) -> torch.Tensor:
+        """Float32 [B, Hkv, M], cosine of each key with the mean direction of the head's keys."""
+        return similarity(self.key, self.directions)[..., : self.num_candidates]
+
+    @cached_property
+    def redundancy(self) -> torch.Tensor:
+        """Float32 [B, Hkv], mean cosine between keys of a head, or what ``config.redundancy`` says it is.
+
+        Raises:
+            ValueError: ``config.redundancy`` is a table of another shape.
+        """
+        found = self._configured_redundancy() if self.given_redundancy is None else self.given_redundancy
+        return found.to(self.key.device, torch.float32).expand(self.key.shape[:2])
+
+    @property
+    def value_norm(self) -> torch.Tensor:
+        """Float32 [B, Hkv, M]."""
+        return score_reference.norm(self.value[:, :, : self.num_candidates])
+
+    @property
+    def key_norm(self) -> torch.Tensor:
+        """Float32 [B, Hkv, M]."""
+        return score_reference.norm(self.key[:, :, : self.num_candidates])
+
+    @property
+    def key_float32(self) -> torch.Tensor:
+        """[B, Hkv, N, D] float32: a copy of all keys, if they are of another dtype."""
+        return self.key.float()
+
+    def match(self, raw: torch.Tensor) -> torch.Tensor:
+        """``raw`` [B, Hkv, M], scaled to be comparable with `importance`: see `mixkv.selection.scores.match`."""
+        return match(raw, self.importance, self.valid_candidates)
+
+    def _configured_redundancy(self) -> torch.Tensor:
+        if self.config.redundancy == "online":
+            return redundancy(self.directions)
+        heads = self.key.shape[1]
+        part = self.part or Slice(heads, heads)
+        table, layers = self.config.redundancy, self.num_layers
+        if len(table) != layers or len(table[0]) != part.total:
+            raise ValueError(
+                f"the redundancy table has shape [{len(table)}, {len(table[0])}], but the model has {layers} compressed layers "
+                f"of {part.total} KV heads: give a table [{layers}, {part.total}] or 'online'"
+            )
+        return part.own(torch.tensor(table[self.layer_idx]))

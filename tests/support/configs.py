@@ -1,0 +1,19 @@
+"""Options that every method needs to run on a tiny model."""
+
+import torch
+
+import mixkv
+from mixkv import registry
+
+
+def options_for(method, layers, heads=4):
+    """Options of `MixKVConfig` for that method, beside its budget, on a model of so many compressed layers, or on that model.
+
+    ``heads``: query heads, or KV heads.
+    """
+    if not registry.method(method).needs_profile:
+        return dict(method=method)
+    if not isinstance(layers, int):
+        layers = len([layer for layer in mixkv.MixKVCache(layers).layers if hasattr(layer, "store")])
+    profile = torch.rand(layers, heads, generator=torch.Generator().manual_seed(1))
+    return dict(method=method, profile=profile)
