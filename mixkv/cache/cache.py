@@ -223,7 +223,7 @@ class MixKVCache(Cache):
             shared.prompt_length, assisted = call_stack.prompt_plan(tokens)
             shared.recording |= assisted
         else:
-            shared.prompt_length, shared.expected_prompt = shared.expected_prompt, None
+            shared.prompt_length = shared.expected_prompt
         drafts = shared.prompt_length is not None and shared.prompt_length < tokens
         if drafts and not registry.method(self.config.method).drafts_with_prompt:
             raise RuntimeError(

@@ -89,17 +89,14 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
 def _continue(layer, query, key, value, mask, logits) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
     new = query.shape[2]
-    valid = layer.shared.valid_columns(mask, layer.seen - new, new)
-    if new == 1 and valid is None:
+    # A decode step's one token is real in every batch row, as padding on the right is refused: nothing waits for the device.
+    valid = None if new == 1 else layer.shared.valid_columns(mask, layer.seen - new, new)
+    if new == 1:
         output = layer.decode(query, key, value, logits)
     else:
         output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, logits)
     layer.settle(query, valid)
     return output
-
-
-def _logit_options(query: torch.Tensor, kwargs: dict) -> LogitOptions:
-    return LogitOptions.of(query.shape[-1], kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
 def _refuse_gradients(*tensors: torch.Tensor) -> None:
@@ -110,6 +107,10 @@ def _refuse_gradients(*tensors: torch.Tensor) -> None:
             "under torch.no_grad() or with model.generate, or read the whole sequence in one forward with an empty cache, whose "
             "gradients are exact"
         )
+
+
+def _logit_options(query: torch.Tensor, kwargs: dict) -> LogitOptions:
+    return LogitOptions.of(query.shape[-1], kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
 def check_caller(known: torch.nn.Module | None, module: torch.nn.Module, seen: int, kwargs: dict) -> None:
