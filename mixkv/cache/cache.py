@@ -20,7 +20,7 @@ from ..hf.image_tokens import ImageColumns
 from . import save, stats
 from .layer import MixKVLayer
 from .progress import Progress
-from .state import Before, Shared
+from .state import Before, CacheState
 
 _NEVER_MET = (
     "the attention of {} never met its compressed cache, so nothing would be compressed. Either the model was unpatched while "
@@ -61,7 +61,7 @@ class MixKVCache(Cache):
                 f"model must be a transformers model, not {type(model).__name__}; a config goes by name: config=..."
             )
         self.config = checked_config(config, **options)
-        self._shared = Shared(self.config)
+        self._state = CacheState(self.config)
         self._batch: int | None = None
         self._model: weakref.ref | None = None
         self._bound_to: binding.ModelReference | None = None
@@ -79,7 +79,7 @@ class MixKVCache(Cache):
             # A cache that was unpickled, or whose model was loaded again: only the binding is new.
             return
         self._slots = slots
-        self._shared.num_layers = sum(slot is None for slot in self._slots)
+        self._state.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
 
@@ -87,9 +87,12 @@ class MixKVCache(Cache):
         return {**self.__dict__, "_model": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_shared" in state:  # pickled by version 0.1.0
+            state = {**state, "_state": state["_shared"]}
+            del state["_shared"]
         self.__dict__.update({"_bound_to": None, **state})
-        if self._shared.progress is None:  # pickled by version 0.1.0
-            self._shared.progress = self._new_progress()
+        if self._state.progress is None:
+            self._state.progress = self._new_progress()
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
@@ -97,10 +100,10 @@ class MixKVCache(Cache):
     def _make_layers(self) -> None:
         ordinals = itertools.count()
         self.layers = [
-            self.layer_class(self._shared, next(ordinals)) if slot is None else copy.deepcopy(slot) for slot in self._slots
+            self.layer_class(self._state, next(ordinals)) if slot is None else copy.deepcopy(slot) for slot in self._slots
         ]
-        self._shared.progress = self._new_progress()
-        if self._shared.recording:
+        self._state.progress = self._new_progress()
+        if self._state.rollback_enabled:
             self.activate_past_recording()
 
     def _new_progress(self) -> Progress:
@@ -114,7 +117,7 @@ class MixKVCache(Cache):
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if self._shared.waiting is not None:
+        if self._state.pending_layer is not None:
             raise RuntimeError(_NEVER_MET.format(self._model_name))
         if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
@@ -129,7 +132,7 @@ class MixKVCache(Cache):
                 f"this cache holds a batch of {self._batch} and was given {batch} rows: make a new cache, or take rows with "
                 f"cache.batch_select_indices / batch_repeat_interleave"
             )
-        layer, progress = self.layers[layer_idx], self._shared.progress
+        layer, progress = self.layers[layer_idx], self._state.progress
         tracked = layer_idx in progress.attention
         if tracked and progress.start_layer(layer_idx, key_states.shape[2]):
             self._start_forward()
@@ -149,47 +152,47 @@ class MixKVCache(Cache):
 
     def _read_plan(self, layer: MixKVLayer, key_states: torch.Tensor) -> None:
         """What the first compressed layer finds out for all of them about the tokens of a forward."""
-        self._shared.valid.clear()
-        if layer.dense is not None:
+        self._state.valid.clear()
+        if layer.prompt is not None:
             return
-        columns, images = key_states.shape[2], copy.copy(self._shared.images)
+        columns, images = key_states.shape[2], copy.copy(self._state.images)
         if layer.seen == 0:
-            self._shared.prompt_length, assisted = call_stack.prompt_plan()
-            self._shared.recording |= assisted
-            columns = self._shared.prompt_length or columns
-        self._shared.images.read(layer.seen, columns, key_states)
-        self._shared.before.images = images
+            self._state.prompt_length, assisted = call_stack.prompt_plan()
+            self._state.rollback_enabled |= assisted
+            columns = self._state.prompt_length or columns
+        self._state.images.read(layer.seen, columns, key_states)
+        self._state.before.images = images
         drafts = layer.seen == 0 and columns < key_states.shape[2]
         if drafts and not registry.method(self.config.method).drafts_with_prompt:
             # They are read beside rows that layers to come have had no say in yet: not what greedy decoding would see.
             call_stack.decline_drafts()
 
     def _start_forward(self) -> None:
-        shared = self._shared
+        state = self._state
         seen = next(layer.seen for layer in self.layers if isinstance(layer, MixKVLayer))
-        shared.before = Before(seen, self._batch, shared.prompt_length, shared.recording)
-        shared.cache, shared.storing = weakref.ref(self), False
+        state.before = Before(seen, self._batch, state.prompt_length, state.rollback_enabled)
+        state.cache, state.storing = weakref.ref(self), False
 
     def _undo_forward(self) -> None:
         """After an exception in a forward: the cache is as before it, if that is still known; else its `Progress` is unfinished."""
-        shared, before = self._shared, self._shared.before
-        shared.waiting = None
-        if before is None or shared.progress.complete:
+        state, before = self._state, self._state.before
+        state.pending_layer = None
+        if before is None or state.progress.complete:
             return
-        if before.seen > 0 and (shared.storing or not shared.progress.at_first_layer):
+        if before.seen > 0 and (state.storing or not state.progress.at_first_layer):
             return
         if before.seen > 0:
-            layer = self.layers[shared.progress.current]
+            layer = self.layers[state.progress.current]
             if not isinstance(layer, MixKVLayer):
                 return
             layer.seen = before.seen
         else:
-            shared.contest, shared.recording = None, before.recording
+            state.shared_budget, state.rollback_enabled = None, before.rollback_enabled
             self._make_layers()
-        self._batch, shared.prompt_length = before.batch, before.prompt_length
+        self._batch, state.prompt_length = before.batch, before.prompt_length
         if before.images is not None:
-            shared.images = before.images
-        shared.progress.forget()
+            state.images = before.images
+        state.progress.forget()
 
     def get_conv_state(self, layer_idx: int, *args, **kwargs):
         self._touch_state("get_conv_state", layer_idx, *args, **kwargs)
@@ -212,12 +215,12 @@ class MixKVCache(Cache):
         return self._finish_state("update_recurrent_state", layer_idx, result)
 
     def _touch_state(self, method: str, layer_idx: int, state_idx: int = 0, *_, **__) -> None:
-        if not torch.compiler.is_compiling() and self._shared.progress.touch_state(layer_idx, method, state_idx):
+        if not torch.compiler.is_compiling() and self._state.progress.touch_state(layer_idx, method, state_idx):
             self._start_forward()
 
     def _finish_state(self, method: str, layer_idx: int, result):
         if not torch.compiler.is_compiling():
-            self._shared.progress.finish_state(layer_idx, method)
+            self._state.progress.finish_state(layer_idx, method)
         return result
 
     def __bool__(self) -> bool:
@@ -246,22 +249,22 @@ class MixKVCache(Cache):
         self._bind(model)
 
     def activate_past_recording(self) -> None:
-        self._shared.recording = True
+        self._state.rollback_enabled = True
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     def reset(self) -> None:
         """Forgets everything that was read, and makes a broken cache usable."""
-        shared = self._shared
-        shared.progress.change = "reset()"
-        self._batch = shared.prompt_length = shared.waiting = shared.contest = shared.before = None
-        shared.recording = False
-        shared.images = ImageColumns()
+        state = self._state
+        state.progress.change = "reset()"
+        self._batch = state.prompt_length = state.pending_layer = state.shared_budget = state.before = None
+        state.rollback_enabled = False
+        state.images = ImageColumns()
         if self.layers:
             self._make_layers()
         else:
-            shared.progress = Progress()
+            state.progress = Progress()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last ``-tokens_to_remove`` tokens.
@@ -273,7 +276,7 @@ class MixKVCache(Cache):
         for layer in self.layers:
             if isinstance(layer, MixKVLayer):
                 layer.check_crop(tokens_to_remove)
-        with self._shared.progress.changing("crop()"):
+        with self._state.progress.changing("crop()"):
             super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -290,7 +293,7 @@ class MixKVCache(Cache):
     def _take(self, rows: list[int], stock_method: str, argument) -> None:
         """Takes batch rows: read to the host once for all our layers; stock layers take them their own way."""
         self._check_usable()
-        with self._shared.progress.changing(f"{stock_method}()"):
+        with self._state.progress.changing(f"{stock_method}()"):
             for layer in self.layers:
                 if isinstance(layer, MixKVLayer):
                     layer.take_rows(rows)
@@ -298,7 +301,7 @@ class MixKVCache(Cache):
                     device = getattr(layer, "device", None)
                     here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
                     getattr(layer, stock_method)(here)
-            self._shared.images.take_rows(rows)
+            self._state.images.take_rows(rows)
             if self._batch is not None:
                 self._batch = len(rows)
 
@@ -313,7 +316,7 @@ class MixKVCache(Cache):
         Raises:
             ValueError: now if it is not two-dimensional, at the next forward if it does not fit what is read.
         """
-        self._shared.images.give(mask)
+        self._state.images.give(mask)
 
     def kept(self, layer_idx: int) -> list[list[torch.Tensor]] | None:
         """Columns of the sequence as passed that layer ``layer_idx`` holds: [B][Hkv] ascending int32 tensors.
@@ -363,12 +366,12 @@ class MixKVCache(Cache):
     @property
     def usable(self) -> bool:
         """False after an exception that left the layers with different tokens: then everything but `reset` raises."""
-        return self._shared.waiting is None and self._shared.progress.idle
+        return self._state.pending_layer is None and self._state.progress.idle
 
     def _check_usable(self) -> None:
-        if self._shared.waiting is not None:
+        if self._state.pending_layer is not None:
             raise RuntimeError(_NEVER_MET.format(self._model_name))
-        self._shared.progress.check()
+        self._state.progress.check()
 
     def __repr__(self) -> str:
         return stats.text(self)

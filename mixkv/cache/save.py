@@ -15,9 +15,8 @@ from .. import checked_file, tensor_parallel
 from ..config import MixKVConfig
 from ..hf import binding, stock_layers, versions
 from ..ops.arguments import LogitOptions
-from ..storage.chunks import ChunkStore
-from ..storage.ragged import RaggedStore
 from .layer import MixKVLayer
+from .parts import PARTS
 
 FORMAT = 2
 _FIELDS = {"mixkv", "model", "dtype", "batch", "recording", "moved", "config", "layers"}
@@ -54,7 +53,7 @@ def save(cache, path: str | os.PathLike) -> None:
     from .. import __version__
 
     ours = _read_layers(cache)
-    if any(layer.spread is not None or tensor_parallel.is_spread(layer.module and layer.module()) for layer in ours):
+    if any(layer.remote is not None or tensor_parallel.is_spread(layer.module and layer.module()) for layer in ours):
         raise ValueError(
             "this cache belongs to a tensor-parallel model and holds only this process's heads: it cannot be saved. Read the "
             "prompt with the model loaded in one process, without tp_plan"
@@ -72,15 +71,15 @@ def save(cache, path: str | os.PathLike) -> None:
     moved = any(part is not None for part in deltas)
     if moved:
         tensors[_MOVED] = deltas[0]
-    if cache._shared.images.mask is not None:
-        tensors[_IMAGES] = cache._shared.images.mask[:, : ours[0].seen]
+    if cache._state.images.mask is not None:
+        tensors[_IMAGES] = cache._state.images.mask[:, : ours[0].seen]
     header = {
         "format": FORMAT,
         "mixkv": __version__,
         "model": cache._model_name,
         "dtype": _dtype_name(ours[0].dtype),
         "batch": ours[0].batch,
-        "recording": cache._shared.recording,
+        "recording": cache._state.rollback_enabled,
         "moved": None if model is None else moved,
         "config": cache.config.to_dict(),
         "layers": layers,
@@ -133,7 +132,7 @@ def restore(cache, saved: Saved, model: PreTrainedModel) -> None:
         keeper.rope_deltas = saved.tensors[_MOVED].to(model.device, copy=True) if saved.header["moved"] else None
     if _IMAGES in saved.tensors:
         mask = _checked_mask(saved)
-        cache._shared.images.mask = mask.to(
+        cache._state.images.mask = mask.to(
             next(layer.device for layer in cache.layers if isinstance(layer, MixKVLayer)), copy=True
         )
     cache._batch = saved.header["batch"]
@@ -150,7 +149,7 @@ def _read_layers(cache) -> list[MixKVLayer]:
     ours = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
     if not any(layer.seen for layer in ours):
         raise ValueError("this cache is empty: let a model read a prompt with it, then save it")
-    if any(layer.store is None for layer in ours):
+    if any(layer.rows is None for layer in ours):
         raise ValueError(
             f"this cache has read {max(layer.seen for layer in ours)} tokens of a prompt, not all of it: save it once the prompt has "
             f"been read to its end"
@@ -161,42 +160,24 @@ def _read_layers(cache) -> list[MixKVLayer]:
 
 
 def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    store, (heads, key_size, value_size) = layer.store, layer.shape
-    key, value, position = store.held()
-    sinks = layer.logits.sinks
-    tensors = {
-        "key": key,
-        "value": value,
-        "position": position,
-        "lengths": store.lengths.view(store.batch, heads),
-        "redundancy": layer.redundancy,
-        "query_tail": layer.query_tail,
-        "sinks": sinks,
-        "sparsity": layer.sparsity,
-        "dynamic": layer.dynamic,
-        "modal_redundancy": layer.modal_redundancy,
-    }
-    if layer.chunks is not None:
-        chunk_key, chunk_value = layer.chunks.held()
-        tensors |= {"chunk_key": chunk_key, "chunk_value": chunk_value}
-        layout = (layer.chunks.rows, layer.chunks.first_positions, layer.chunks.slots)
-        tensors |= {name: part.view(store.batch, heads) for name, part in zip(_CHUNK_NUMBERS, layout)}
+    heads, key_size, value_size = layer.shape
     module = layer.module and layer.module()
+    tensors = {} if layer.logits.sinks is None else {"sinks": layer.logits.sinks}
     numbers = {
         "kind": MixKVLayer.__name__,
         "heads": heads,
         "key_size": key_size,
         "value_size": value_size,
         "seen": layer.seen,
-        "tail": store.tail,
-        "bound": None if store.even else store.max_length,
         "scaling": layer.logits.scaling,
         "softcap": layer.logits.softcap,
-        "share": layer.share,
-        "weighs_output": layer.weighs_output,
         "weights": None if module is None else _fingerprint(module),
     }
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}, numbers
+    for part in layer.parts:
+        held, told = part.state()
+        tensors |= held
+        numbers |= told
+    return tensors, numbers
 
 
 def _fill(
@@ -208,19 +189,15 @@ def _fill(
     config: MixKVConfig,
 ) -> None:
     copies = {name: tensor.to(device, copy=True) for name, tensor in held.items()}
-    rows = (copies["key"], copies["value"], copies["position"])
-    store = RaggedStore.from_rows(rows, copies["lengths"], config.backend, tail=numbers["tail"], bound=numbers["bound"])
-    logits = LogitOptions(numbers["scaling"], numbers["softcap"], copies.get("sinks"))
-    layer.restore(store, numbers["seen"], copies["redundancy"], copies.get("query_tail"), logits, module)
-    layer.share, layer.weighs_output = numbers["share"], numbers.get("weighs_output")
-    layer.sparsity, layer.dynamic = copies.get("sparsity"), copies.get("dynamic")
-    if "chunk_key" in copies:
-        parts = [copies[name] for name in ("chunk_key", "chunk_value")]
-        parts += [copies[name].flatten() for name in ("chunk_rows", "chunk_columns", "chunk_slots")]
-        layer.chunks = ChunkStore.from_rows(
-            *parts, store.batch, config.backend, chunk=config.hybrid_chunk, offload=config.offload
-        )
-    layer.modal_redundancy = copies.get("modal_redundancy")
+    layer.restore(
+        {name: restore(copies, numbers, config) for name, restore in PARTS.items()},
+        seen=numbers["seen"],
+        shape=(numbers["heads"], numbers["key_size"], numbers["value_size"]),
+        dtype=copies["key"].dtype,
+        device=copies["key"].device,
+        logits=LogitOptions(numbers["scaling"], numbers["softcap"], copies.get("sinks")),
+        module=module,
+    )
 
 
 def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .parts import PromptStatistics
+
 
 def stats(cache) -> dict[str, Any]:
     """What `MixKVCache` holds now. In a tensor-parallel model every process tells of the heads it holds.
@@ -44,7 +46,7 @@ def stats(cache) -> dict[str, Any]:
     lengths = [layer.lengths() if _ours(layer) else None for layer in layers]
     rows = sum(int(part.sum()) for layer, part in zip(layers, lengths) if part is not None and layer.store is not None)
     kept = [layer.kept() if _ours(layer) else None for layer in layers]
-    image_rows = [None if held is None else cache._shared.images.count(held) for held in kept]
+    image_rows = [None if held is None else cache._state.images.count(held) for held in kept]
     outside = sum(layer.nbytes_outside for layer in layers if _ours(layer))
     return {
         "bytes": held,
@@ -55,8 +57,8 @@ def stats(cache) -> dict[str, Any]:
         "ratio": held / full if full else 1.0,
         "seen": seen(cache),
         "lengths": lengths,
-        "redundancy": [_on_cpu(layer, "redundancy") for layer in layers],
-        "output_norm": [_OUTPUT_NORM[getattr(layer, "weighs_output", None)] for layer in layers],
+        "redundancy": [_measured(layer, "redundancy") for layer in layers],
+        "output_norm": [_OUTPUT_NORM[getattr(_statistics(layer), "weighs_output", None)] for layer in layers],
         "image_rows": image_rows,
         "text_rows": [
             None if image is None else torch.tensor([[len(part) for part in row] for row in rows_held]) - image
@@ -66,8 +68,8 @@ def stats(cache) -> dict[str, Any]:
         "redundancy_text": [_modal(layer, 1) for layer in layers],
         "rows": rows,
         "spare_rows": sum(store.spare_rows for store in stores),
-        "sparsity": [_on_cpu(layer, "sparsity") for layer in layers],
-        "dynamic": [_on_cpu(layer, "dynamic") for layer in layers],
+        "sparsity": [_measured(layer, "sparsity") for layer in layers],
+        "dynamic": [_measured(layer, "dynamic") for layer in layers],
         "chunks": _chunks([layer.chunks for layer in layers if _ours(layer) and layer.chunks is not None]),
         "method": cache.config.method,
         "score": cache.config.score,
@@ -137,8 +139,12 @@ def _ours(layer) -> bool:
     return hasattr(layer, "nbytes_full")
 
 
-def _on_cpu(layer, name: str):
-    found = getattr(layer, name) if _ours(layer) else None
+def _statistics(layer) -> PromptStatistics | None:
+    return layer.statistics if _ours(layer) else None
+
+
+def _measured(layer, name: str) -> torch.Tensor | None:
+    found = getattr(_statistics(layer), name, None)
     return None if found is None else found.cpu()
 
 
@@ -159,9 +165,9 @@ def _chunks(stores: list) -> dict[str, Any] | None:
     }
 
 
-def _modal(layer, kind: int):
-    found = layer.modal_redundancy if _ours(layer) else None
-    return None if found is None else found[..., kind].cpu()
+def _modal(layer, kind: int) -> torch.Tensor | None:
+    found = _measured(layer, "modal_redundancy")
+    return None if found is None else found[..., kind]
 
 
 def held_bytes(layer) -> int:
