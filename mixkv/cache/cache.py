@@ -1,9 +1,8 @@
-"""MixKVCache: the transformers cache protocol over layers of ragged stores. All that a generation knows lives in its cache."""
+"""MixKVCache: the transformers cache protocol over layers that keep some of their KV entries."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import warnings
 import weakref
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
@@ -20,17 +18,12 @@ from ..hf.image_tokens import ImageColumns
 from . import save, stats
 from .layer import MixKVLayer
 from .progress import Progress
-from .state import Before, CacheState
-
-_NEVER_MET = (
-    "the attention of {} never met its compressed cache, so nothing would be compressed. Either the model was unpatched while "
-    "the cache was in use (bind again with MixKVCache(model) or mixkv.patch(model), and call cache.reset()), or an earlier forward "
-    "was cut off by an exception (call cache.reset()), or its attention does not go through transformers' attention interface (not supported)"
-)
+from .state import CacheState
+from .tracked import TrackedCache
 
 
-class MixKVCache(Cache):
-    """A transformers cache that compresses a prompt once it has been read, and holds everything generated after it.
+class MixKVCache(TrackedCache):
+    """A transformers cache that compresses a prompt once it has been read, and keeps all tokens generated after it.
 
     Example:
         >>> cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=128)
@@ -40,7 +33,7 @@ class MixKVCache(Cache):
     Args:
         model: the model it is for; without one the cache binds itself to the model that first uses it.
         config: a `MixKVConfig`.
-        options: fields of `MixKVConfig`, over ``config``.
+        options: fields of `MixKVConfig`, in place of those of ``config``.
 
     After an exception the cache is as it was before the call, or every later use of it raises a RuntimeError that says so, until
     `reset`. A prompt whose attention failed has not been read. A forward that fails behind its last cache layer has been read
@@ -50,15 +43,13 @@ class MixKVCache(Cache):
         ValueError: unknown or bad options, or a model that cannot be compressed.
     """
 
-    layer_class = MixKVLayer
-
     def __init__(self, model: PreTrainedModel | None = None, config: MixKVConfig | None = None, **options):
         for name in ("offloading", "offload_only_non_sliding"):
             if options.pop(name, None):
                 raise ValueError(f"{name}=True is not supported: a compressed cache stays where its keys are. Leave it out")
         if model is not None and not isinstance(model, torch.nn.Module):
             raise ValueError(
-                f"model must be a transformers model, not {type(model).__name__}; a config goes by name: config=..."
+                f"model must be a transformers model, not {type(model).__name__}; pass a config by keyword: config=..."
             )
         self.config = checked_config(config, **options)
         self._state = CacheState(self.config)
@@ -97,28 +88,9 @@ class MixKVCache(Cache):
         if model is not None:
             binding.add_holder(model, self)
 
-    def _make_layers(self) -> None:
-        ordinals = itertools.count()
-        self.layers = [
-            self.layer_class(self._state, next(ordinals)) if slot is None else copy.deepcopy(slot) for slot in self._slots
-        ]
-        self._state.progress = self._new_progress()
-        if self._state.rollback_enabled:
-            self.activate_past_recording()
-
-    def _new_progress(self) -> Progress:
-        attention, linear = [], []
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, MixKVLayer) or getattr(layer, "is_sliding", False):
-                attention.append(index)
-            elif stock_layers.is_bounded(layer):
-                linear.append(index)
-        return Progress(attention, linear)
-
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if self._state.pending_layer is not None:
-            raise RuntimeError(_NEVER_MET.format(self._model_name))
+        self._check_met()
         if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
         if layer_idx >= len(self.layers):
@@ -155,73 +127,17 @@ class MixKVCache(Cache):
         self._state.valid.clear()
         if layer.prompt is not None:
             return
-        columns, images = key_states.shape[2], copy.copy(self._state.images)
+        tokens, images = key_states.shape[2], copy.copy(self._state.images)
         if layer.seen == 0:
             self._state.prompt_length, assisted = call_stack.prompt_plan()
             self._state.rollback_enabled |= assisted
-            columns = self._state.prompt_length or columns
-        self._state.images.read(layer.seen, columns, key_states)
+            tokens = self._state.prompt_length or tokens
+        self._state.images.read(layer.seen, tokens, key_states)
         self._state.before.images = images
-        drafts = layer.seen == 0 and columns < key_states.shape[2]
+        drafts = layer.seen == 0 and tokens < key_states.shape[2]
         if drafts and not registry.method(self.config.method).drafts_with_prompt:
             # They are read beside rows that layers to come have had no say in yet: not what greedy decoding would see.
             call_stack.decline_drafts()
-
-    def _start_forward(self) -> None:
-        state = self._state
-        seen = next(layer.seen for layer in self.layers if isinstance(layer, MixKVLayer))
-        state.before = Before(seen, self._batch, state.prompt_length, state.rollback_enabled)
-        state.cache, state.storing = weakref.ref(self), False
-
-    def _undo_forward(self) -> None:
-        """After an exception in a forward: the cache is as before it, if that is still known; else its `Progress` is unfinished."""
-        state, before = self._state, self._state.before
-        state.pending_layer = None
-        if before is None or state.progress.complete:
-            return
-        if before.seen > 0 and (state.storing or not state.progress.at_first_layer):
-            return
-        if before.seen > 0:
-            layer = self.layers[state.progress.current]
-            if not isinstance(layer, MixKVLayer):
-                return
-            layer.seen = before.seen
-        else:
-            state.shared_budget, state.rollback_enabled = None, before.rollback_enabled
-            self._make_layers()
-        self._batch, state.prompt_length = before.batch, before.prompt_length
-        if before.images is not None:
-            state.images = before.images
-        state.progress.forget()
-
-    def get_conv_state(self, layer_idx: int, *args, **kwargs):
-        self._touch_state("get_conv_state", layer_idx, *args, **kwargs)
-        result = super().get_conv_state(layer_idx, *args, **kwargs)
-        return self._finish_state("get_conv_state", layer_idx, result)
-
-    def get_recurrent_state(self, layer_idx: int, *args, **kwargs):
-        self._touch_state("get_recurrent_state", layer_idx, *args, **kwargs)
-        result = super().get_recurrent_state(layer_idx, *args, **kwargs)
-        return self._finish_state("get_recurrent_state", layer_idx, result)
-
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        self._touch_state("update_conv_state", layer_idx, *args, **kwargs)
-        result = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-        return self._finish_state("update_conv_state", layer_idx, result)
-
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        self._touch_state("update_recurrent_state", layer_idx, *args, **kwargs)
-        result = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-        return self._finish_state("update_recurrent_state", layer_idx, result)
-
-    def _touch_state(self, method: str, layer_idx: int, state_idx: int = 0, *_, **__) -> None:
-        if not torch.compiler.is_compiling() and self._state.progress.touch_state(layer_idx, method, state_idx):
-            self._start_forward()
-
-    def _finish_state(self, method: str, layer_idx: int, result):
-        if not torch.compiler.is_compiling():
-            self._state.progress.finish_state(layer_idx, method)
-        return result
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -245,7 +161,7 @@ class MixKVCache(Cache):
         if model is None and self.layers:
             return
         if model is None:
-            raise RuntimeError("this cache cannot tell which model is using it: make it with MixKVCache(model, ...)")
+            raise RuntimeError("it is not known which model uses this cache: make it with MixKVCache(model, ...)")
         self._bind(model)
 
     def activate_past_recording(self) -> None:
@@ -306,12 +222,12 @@ class MixKVCache(Cache):
                 self._batch = len(rows)
 
     def set_image_mask(self, mask: torch.Tensor) -> None:
-        """Says which columns of the next prompt or turn are image tokens, where `stats` cannot tell from the token ids.
+        """Marks the image tokens of the next prompt or turn, where `stats` cannot find them in the token ids.
 
         That is so with ``inputs_embeds``, and for models whose config names no image token.
 
         Args:
-            mask: [B, N], nonzero for image tokens; N columns, padding included.
+            mask: [B, N], nonzero for image tokens; N tokens, padding included.
 
         Raises:
             ValueError: now if it is not two-dimensional, at the next forward if it does not fit what is read.
@@ -319,7 +235,7 @@ class MixKVCache(Cache):
         self._state.images.give(mask)
 
     def kept(self, layer_idx: int) -> list[list[torch.Tensor]] | None:
-        """Columns of the sequence as passed that layer ``layer_idx`` holds: [B][Hkv] ascending int32 tensors.
+        """Positions, padding included, that layer ``layer_idx`` keeps: [B][Hkv] ascending int32 tensors.
 
         None for a layer that this library does not compress (sliding window, cross-attention, ...). In a tensor-parallel model
         Hkv are the heads of this process.
@@ -329,7 +245,7 @@ class MixKVCache(Cache):
         return layer.kept() if isinstance(layer, MixKVLayer) else None
 
     def stats(self) -> dict[str, Any]:
-        """What is held: see `mixkv.report.stats`."""
+        """What the cache holds, as a dict: see `mixkv.cache.stats.stats`."""
         self._check_usable()
         return stats.stats(self)
 
@@ -362,16 +278,6 @@ class MixKVCache(Cache):
         cache = cls(model, saved.config if backend is None else saved.config.replace(backend=backend))
         save.restore(cache, saved, model)
         return cache
-
-    @property
-    def usable(self) -> bool:
-        """False after an exception that left the layers with different tokens: then everything but `reset` raises."""
-        return self._state.pending_layer is None and self._state.progress.idle
-
-    def _check_usable(self) -> None:
-        if self._state.pending_layer is not None:
-            raise RuntimeError(_NEVER_MET.format(self._model_name))
-        self._state.progress.check()
 
     def __repr__(self) -> str:
         return stats.text(self)

@@ -1,4 +1,4 @@
-"""The parts of a layer's state: each knows how to take batch rows, how many bytes it holds, and how it is saved."""
+"""The parts of a layer's state: each knows how to take batch rows, how many bytes it has, and how it is saved."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _NUMBERS = {"heads", "key_size", "value_size", "seen", "tail", "bound", "scaling
 _CHUNK_NUMBERS = ("chunk_rows", "chunk_columns", "chunk_slots")
 _MOVED = "rope_deltas"
 _IMAGES = "image_mask"
-# Values read of each parameter to tell a model's weights from another's.
+# Values read of each parameter to distinguish a model's weights from another's.
 _SAMPLES = 64
 
 
@@ -38,8 +38,8 @@ class Saved:
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
         lengths [B, Hkv], redundancy [B, Hkv], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
         ``hybridkv`` sparsity and dynamic [B, Hkv], and where there are chunks chunk_key [rows, D], chunk_value [rows, Dv] and
-        chunk_rows, chunk_columns, chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``; ``image_mask`` bool [B, columns] where
-        it is known which columns are images.
+        chunk_rows, chunk_columns (first positions), chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``; ``image_mask`` bool
+        [B, tokens] where it is known which tokens are image tokens.
     """
 
     path: str
@@ -174,9 +174,9 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "weights": None if module is None else _fingerprint(module),
     }
     for part in layer.parts:
-        held, told = part.state()
-        tensors |= held
-        numbers |= told
+        part_tensors, part_numbers = part.state()
+        tensors |= part_tensors
+        numbers |= part_numbers
     return tensors, numbers
 
 
@@ -220,7 +220,7 @@ def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int,
                 )
     if header["moved"] is None and versions.position_keepers(model):
         raise ValueError(
-            f"{saved.path} does not tell how far images move the positions after them, which a {header['model']} keeps itself: it was "
+            f"{saved.path} does not contain how far images move the positions after them, which a {header['model']} keeps itself: it was "
             f"saved from a copy, or after its model had gone. Save the first cache"
         )
     others = [index for index, numbers in enumerate(layers) if numbers.get("weights") not in _weights(modules.get(index))]
@@ -237,7 +237,7 @@ def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int,
 
 
 def _expected(layer, module: nn.Module | None) -> dict[str, Any]:
-    """What the header must say of a layer of this model, as far as its module tells."""
+    """What the header must contain for a layer of this model, as far as its module has it."""
     if not isinstance(layer, MixKVLayer):
         window = getattr(layer, "sliding_window", None)
         return {"kind": type(layer).__name__} | ({} if window is None else {"sliding_window": window})
@@ -280,11 +280,11 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         raise ValueError(f"{saved.path} is damaged (layer {index} has lengths {lengths.tolist()}): save the cache again")
     if "chunk_key" not in held:
         return
-    rows, columns, slots = (held[name] for name in _CHUNK_NUMBERS)
+    rows, first, slots = (held[name] for name in _CHUNK_NUMBERS)
     chunk = saved.config.hybrid_chunk
     most = (rows + chunk - 1) // chunk
-    wrong = (rows < 0) | (columns < 0) | (rows + columns > numbers["seen"]) | (slots < 0) | (slots > most)
-    if wrong.any() or not slots.any() or any(part.dtype != torch.int32 for part in (rows, columns, slots)):
+    wrong = (rows < 0) | (first < 0) | (rows + first > numbers["seen"]) | (slots < 0) | (slots > most)
+    if wrong.any() or not slots.any() or any(part.dtype != torch.int32 for part in (rows, first, slots)):
         raise ValueError(f"{saved.path} is damaged (layer {index} has chunk_rows {rows.tolist()}): save the cache again")
 
 

@@ -11,15 +11,15 @@ from .parts import PromptStatistics
 
 
 def stats(cache) -> dict[str, Any]:
-    """What `MixKVCache` holds now. In a tensor-parallel model every process tells of the heads it holds.
+    """What `MixKVCache` holds now. In a tensor-parallel model: of the heads of this process.
 
     Returns: a dict with
-        bytes: bytes held, spare capacity and bookkeeping included, all layers;
+        bytes: bytes held, spare capacity and bookkeeping included, all layers: sliding windows and linear-attention states, too;
         bytes_resident: those of resident rows: all but bytes_outside;
         bytes_outside: those of chunks outside the resident rows (``hybridkv`` with ``offload``; on a GPU they lie in the host's
             memory), else 0;
         bytes_bounds: of the resident ones, those of the bounds by which ``hybridkv`` chooses chunks;
-        bytes_full: what an uncompressed cache holds after the same tokens;
+        bytes_full: what an uncompressed cache holds after the same tokens; layers that are not compressed count as they are;
         ratio: bytes / bytes_full;
         seen: tokens seen, padding included;
         lengths: per layer an int64 tensor [B, Hkv] of rows held, None for layers that are not compressed; of ``hybridkv`` the
@@ -28,16 +28,19 @@ def stats(cache) -> dict[str, Any]:
         output_norm: per layer what rows were weighed by for the ``output`` scores, ``global`` and ``hybridkv``: ``projection`` (what
             they add through the output projection) or ``value`` (the value's norm: the projection could not be read); else None;
         image_rows, text_rows: per layer int64 [B, Hkv], the rows held of image (and video) tokens and the others, those in
-            chunks included; None where no image was read, or where it is not known which columns are images (see
+            chunks included; None where no image was read, or where it is not known which tokens are image tokens (see
             `MixKVCache.set_image_mask`);
         redundancy_image, redundancy_text: per layer float32 [B, Hkv], the redundancy of the prompt's image keys and of its
             text keys, each among themselves, nan for a row without them; None likewise;
-        rows: rows held by all compressed layers, the sum of lengths; spare_rows: rows allocated on top of them;
+        rows: rows held by all compressed layers, the sum of lengths; spare_rows: rows allocated in addition, for tokens to come;
         sparsity, dynamic: per layer float32 and bool [B, Hkv], how heads were classified under ``hybridkv``; else None;
         chunks: under ``hybridkv``, of chunks of rows that dynamic heads attended to: steps (query positions so far), and a
             step's mean over all layers and batch rows of chosen, reused (chosen by the position before, too), moved (the
             others, which cross to the device where they are outside) and moved_bytes; None where no head is dynamic;
         method, score, budget: from the config.
+
+    Raises:
+        RuntimeError: an exception left the cache broken; see `MixKVCache`.
     """
     layers = cache.layers
     held = sum(map(held_bytes, layers))
@@ -149,7 +152,7 @@ def _measured(layer, name: str) -> torch.Tensor | None:
 
 
 def _chunks(stores: list) -> dict[str, Any] | None:
-    """What dynamic heads chose, as `stats` tells it."""
+    """``chunks`` of `stats`."""
     if not stores:
         return None
     steps = max(store.steps for store in stores)
