@@ -13,13 +13,16 @@ from transformers import PreTrainedModel
 
 from .. import registry
 from ..cache import MixKVCache
+from ..cache.compress import Compressor
 from ..cache.layer import MixKVLayer
+from ..cache.parts import PromptStatistics
 from ..config import MixKVConfig
 from ..hf.versions import cache_argument
 from ..selection.ranking import Ranking
 from ..selection.select import base_entries
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
+from ..storage.rows import with_chunks
 from .measure import bind, end_tokens, last_logits_only
 
 
@@ -61,7 +64,7 @@ class Recording:
         for index, (layer, recorded) in enumerate(zip(cache.layers, self._inputs)):
             if isinstance(layer, MixKVLayer):
                 layer.known, layer.name = self._rankings[index], name
-                layer.adopt(*recorded)
+                layer.fill(*recorded)
                 layer.known = None
             else:
                 cache.layers[index] = copy.deepcopy(recorded)
@@ -100,11 +103,11 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
         parts = [cache.layers[index] for cache in caches]
         rows = tuple(torch.cat(part) for part in zip(*(part.store.held() for part in parts)))
         lengths = torch.cat([part.store.lengths.view(1, -1) for part in parts])
-        layer.store = RaggedStore.from_rows(rows, lengths, layer.store.backend)
-        layer.chunks = ChunkStore.joined([part.chunks for part in parts], [part.store.batch for part in parts])
-        layer.sparsity = layer.dynamic = None
-        layer.redundancy = torch.cat([part.redundancy for part in parts])
-        layer.share = layer.query_tail = layer.modal_redundancy = None
+        store = RaggedStore.from_rows(rows, lengths, layer.store.backend)
+        chunks = ChunkStore.joined([part.chunks for part in parts], [part.store.batch for part in parts])
+        layer.rows = with_chunks(store, chunks)
+        layer.statistics = PromptStatistics(torch.cat([part.statistics.redundancy for part in parts]))
+        layer.window = None
     together._batch = len(caches)
     return together
 
@@ -116,21 +119,33 @@ def _name(config: MixKVConfig) -> str:
     return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 
 
-class _ReplayLayer(MixKVLayer):
-    """Ranks candidates once for all configurations of one name."""
+class _ReplayCompressor(Compressor):
+    """Ranks candidates once for all configurations of one ``name``; ``known``: rankings by name, None: ranks as ever."""
 
+    # The recording holds the whole prompt: trimming on the way would save nothing.
+    patient = True
     known: dict[str, Ranking] | None = None
     name: str
 
-    def _contest(self, patient: bool = True):
-        # The recording holds the whole prompt: trimming on the way would save nothing.
-        return super()._contest(patient)
-
-    def _rank(self, key, value, valid, options):
+    def rank(self, *args):
+        if self.known is None:
+            return super().rank(*args)
         if self.name not in self.known:
-            self.known[self.name] = super()._rank(key, value, valid, options)
+            self.known[self.name] = super().rank(*args)
         found = self.known[self.name]
-        return replace(found, base=base_entries(self.shared.config, found.real.amax(dim=-1)))
+        return replace(found, base=base_entries(self.config, found.real.amax(dim=-1)))
+
+
+class _ReplayLayer(MixKVLayer):
+    compressor_class = _ReplayCompressor
+    known: dict[str, Ranking] | None = None
+    name: str
+
+    def _compressor(self) -> Compressor:
+        compressor = super()._compressor()
+        if self.known is not None:
+            compressor.known, compressor.name = self.known, self.name
+        return compressor
 
 
 class _ReplayCache(MixKVCache):
@@ -141,7 +156,7 @@ class _RecordingLayer(MixKVLayer):
     """Keeps what `compress` is given."""
 
     def compress(self, query, key, value, output, valid, options):
-        last = slice(-self.shared.config.window, None)
+        last = slice(-self.state.config.window, None)
         self.recorded = (self.module(), query[:, :, last].clone(), key, value, output[:, last].clone(), valid, options)
         super().compress(query, key, value, output, valid, options)
 

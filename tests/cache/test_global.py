@@ -194,7 +194,7 @@ def test_chunks_turns_and_copies(name="llama"):
     tokens, _ = oracle.generate(model, prompts, 5, past_key_values=whole)
     assert torch.equal(oracle.generate(model, prompts, 5, past_key_values=chunked, prefill_chunk_size=16)[0], tokens)
     assert rows_per_layer(whole) == rows_per_layer(chunked)
-    assert whole._shared.contest is None
+    assert whole._state.shared_budget is None
     second = torch.cat([prompts["input_ids"], tokens, prompts["input_ids"][:, :9]], dim=1)
     before = rows_per_layer(whole)
     copies = [whole, copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))]
@@ -217,7 +217,7 @@ def test_drafts_that_arrive_with_the_prompt(name):
         greedy, drafted = mixkv.MixKVCache(model, **OPTIONS), mixkv.MixKVCache(model, **OPTIONS)
         tokens = model.generate(**prompts, past_key_values=greedy, max_new_tokens=8, do_sample=False)
         out = model.generate(**prompts, past_key_values=drafted, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
-        assert torch.equal(out, tokens) and drafted._shared.contest is None
+        assert torch.equal(out, tokens) and drafted._state.shared_budget is None
         for layer in range(len(greedy.layers)):
             for mine, expected in zip(drafted.kept(layer)[0], greedy.kept(layer)[0], strict=True):
                 assert torch.equal(mine[mine < columns], expected[expected < columns])
