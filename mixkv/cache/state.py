@@ -11,7 +11,7 @@ import torch
 from ..config import MixKVConfig
 from ..hf.attention import visible
 from ..hf.image_tokens import ImageColumns
-from ..selection.global_budget import Contest, SlotContest
+from ..selection.global_budget import ChunkBudget, GlobalBudget
 from .progress import Progress
 
 # Attributes in pickles of version 0.1.0.
@@ -55,7 +55,7 @@ class CacheState:
     expected_prompt: int | None = None
     rollback_enabled: bool = False
     pending_layer: Any | None = None
-    shared_budget: Contest | SlotContest | None = None
+    shared_budget: GlobalBudget | ChunkBudget | None = None
     valid: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
     images: ImageColumns = field(default_factory=ImageColumns, repr=False)
     progress: Progress | None = field(default_factory=Progress, repr=False)
