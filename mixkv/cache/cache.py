@@ -154,7 +154,7 @@ class MixKVCache(Cache):
         if self.layers:
             self._make_layers()
         self._batch = None
-        self._shared.prompt_length = self._shared.waiting = self._shared.contest = None
+        self._shared.prompt_length = self._shared.waiting = self._shared.global_budget = None
         self._shared.recording = False
         self._shared.images = ImageColumns()
 

@@ -15,7 +15,7 @@ from ..selection.ranking import Ranking, Selection
 from ..selection.select import quota, rank
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
-from .global_budget import Contest, SlotContest
+from .global_budget import ChunkBudget, GlobalBudget
 from .state import Shared
 
 
@@ -72,25 +72,25 @@ class Compression:
         """
         self._remember(query)
         key, value = key.detach(), value.detach()
-        config, contest, part = self.shared.config, self._contest(), self._part
+        config, budget, part = self.shared.config, self._global_budget(), self._part
         ranking = self._rank(key, value, valid, options)
-        if contest is None:
+        if budget is None:
             rows = quota(config, self._of_all(ranking)[0], **self._place)
         else:
             module, last = self.module and self.module(), output[:, -config.window :].detach()
             projected = None if module is None else projected_output(module, last, part)
             whole, projected = self._of_all(ranking, projected)
-            rows = contest.enter(whole, None if projected is None else output_scale(projected))
+            rows = budget.add_layer(whole, None if projected is None else output_scale(projected))
         if config.method == "hybridkv":
             selection = self._split_heads(key, value, ranking, valid, options)
         else:
             selection = ranking.take(part.own(rows))
             self._count(rows)
         self.store = RaggedStore.from_selection(key, value, selection, config.backend)
-        if contest is not None:
-            contest.settle(self, selection)
-            if contest.over:
-                self.shared.contest = None
+        if budget is not None:
+            budget.finish_layer(self, selection)
+            if budget.complete:
+                self.shared.global_budget = None
         self.redundancy = selection.redundancy
         image = self.shared.images.of_prompt
         if image is not None:
@@ -143,7 +143,7 @@ class Compression:
         alike = ranking.real[:, :1].expand(-1, part.total)
         return ranking.over(importance, alike if self.spread is None else self.spread.lengths(ranking.real)), projected
 
-    def _contest(self, patient: bool = False) -> Contest | SlotContest | None:
+    def _global_budget(self, patient: bool = False) -> GlobalBudget | ChunkBudget | None:
         """What this layer competes in for its rows, or its chunks."""
         config, layers = self.shared.config, self.shared.num_layers
         if config.method not in CONTESTS:
@@ -154,10 +154,10 @@ class Compression:
             )
         if self.ordinal == 0:
             if config.method == "hybridkv":
-                self.shared.contest = SlotContest(layers, config.hybrid_floor)
+                self.shared.global_budget = ChunkBudget(layers, config.hybrid_floor)
             else:
-                self.shared.contest = Contest(layers, config.global_floor, patient=patient)
-        return self.shared.contest
+                self.shared.global_budget = GlobalBudget(layers, config.global_floor, patient=patient)
+        return self.shared.global_budget
 
     def _output_factor(self, value: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """The option of `rank` by that name, where it is used."""

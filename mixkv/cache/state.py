@@ -10,7 +10,7 @@ import torch
 from ..config import MixKVConfig
 from ..hf.attention import visible
 from ..hf.image_tokens import ImageColumns
-from .global_budget import Contest, SlotContest
+from .global_budget import ChunkBudget, GlobalBudget
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Shared:
     prompt_length: int | None = None
     recording: bool = False
     waiting: Any | None = None
-    contest: Contest | SlotContest | None = None
+    global_budget: GlobalBudget | ChunkBudget | None = None
     valid: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
     images: ImageColumns = field(default_factory=ImageColumns, repr=False)
 

@@ -132,9 +132,9 @@ class _ReplayLayer(MixKVLayer):
     known: dict[str, Ranking] | None = None
     name: str
 
-    def _contest(self, patient: bool = True):
+    def _global_budget(self, patient: bool = True):
         # The recording holds the whole prompt: trimming on the way would save nothing.
-        return super()._contest(patient)
+        return super()._global_budget(patient)
 
     def _rank(self, key, value, valid, options):
         if self.name not in self.known:

@@ -6,10 +6,11 @@ to rounding, no head gets more rows than it has candidates, and what one head ca
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ..head_profile import Table
-from .apportion import apportion, total_rows
+from .apportion import apportion, to_device, to_host, total_rows
 
 
 def uniform(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -19,7 +20,11 @@ def uniform(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         base: [B] int, candidate rows per head on average.
         candidates: [B, Hkv] int, rows to choose from.
     """
-    shares = base.double().unsqueeze(-1).expand(candidates.shape)
+    return to_device(_uniform(*to_host(base, candidates)), candidates.device)
+
+
+def _uniform(base: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    shares = np.broadcast_to(base[:, None], candidates.shape)
     return apportion(shares, total_rows(base, candidates), candidates)
 
 
@@ -28,42 +33,48 @@ def pyramid(base: torch.Tensor, candidates: torch.Tensor, *, layer_idx: int, num
 
     The first layer's share is ``2 * base - base // beta``, less where the prompt has fewer candidates.
     """
-    limit = candidates.amax(dim=-1).double()
-    mean = base.double().minimum(limit)
-    top = (2 * mean - (base // beta).double()).minimum(limit)
+    means, limits = to_host(base, candidates)
+    limit = limits.max(axis=-1)
+    mean = np.minimum(means, limit).astype(np.float64)
+    top = np.minimum(2 * mean - means // beta, limit)
     bottom = 2 * mean - top
-    steps = torch.linspace(0, 1, num_layers, dtype=torch.float64, device=base.device)
-    shares = top.unsqueeze(-1) + (bottom - top).unsqueeze(-1) * steps
+    step = np.arange(num_layers)
+    # From either end, so that layers as far from the middle have shares that sum to twice the mean, to the bit.
+    width = 1 / max(num_layers - 1, 1)
+    steps = np.where(step < num_layers // 2, step * width, 1 - (num_layers - 1 - step) * width)
+    shares = top[:, None] + (bottom - top)[:, None] * steps
     if num_layers == 1:
-        shares = mean.unsqueeze(-1)
-    layers = apportion(shares, (mean * num_layers).long(), limit.unsqueeze(-1).expand_as(shares).long())
-    return uniform(layers[:, layer_idx], candidates)
+        shares = mean[:, None]
+    layers = apportion(shares, (mean * num_layers).astype(np.int64), np.broadcast_to(limit[:, None], shares.shape))
+    return to_device(_uniform(layers[:, layer_idx], limits), candidates.device)
 
 
 def ada(base: torch.Tensor, candidates: torch.Tensor, attention: torch.Tensor, *, floor: float) -> torch.Tensor:
     """Shared out within a layer by attention mass, with a floor (AdaKV, arXiv 2407.11550, algorithm 1).
 
     The ``Hkv * base`` largest attention scores over all heads, each weighted by its head's share of mass in its top
-    ``base``, vote for their heads: n_h votes; a head gets ``(1 - floor) * n_h + floor * base``.
+    ``base``, count for their heads: n_h of them; a head gets ``(1 - floor) * n_h + floor * base``.
 
     Args:
         attention: [B, Hkv, M] float32, pooled window attention; 0 or -inf for padding.
     """
     batch, heads, length = attention.shape
-    total = total_rows(base, candidates)
     if length == 0:
         return candidates.clone()
+    means, limits = to_host(base, candidates)
+    totals = total_rows(means, limits)
     real = attention.clamp(min=0)
-    top = real.topk(min(int(base.max()), length), dim=-1).values
+    top = real.topk(min(int(means.max()), length), dim=-1).values
     in_top = torch.arange(top.shape[-1], device=real.device) < base.view(-1, 1, 1)
     concentration = (top * in_top).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1e-30)
     weighted = (real * concentration).masked_fill(attention.isneginf(), -1.0)
-    largest = min(int(total.max()), heads * length)
-    votes = weighted.flatten(1).topk(largest, dim=-1).indices // length
-    counted = (torch.arange(largest, device=real.device) < total.unsqueeze(-1)).double()
-    voted = torch.zeros(batch, heads, dtype=torch.float64, device=real.device).scatter_add_(1, votes, counted)
-    shares = (1 - floor) * voted + floor * total.double().unsqueeze(-1) / heads
-    return apportion(shares, total, candidates)
+    largest = min(int(totals.max()), heads * length)
+    owners = weighted.flatten(1).topk(largest, dim=-1).indices // length
+    total = (base * heads).minimum(candidates.sum(dim=-1)).unsqueeze(-1)
+    counted = (torch.arange(largest, device=real.device) < total).long()
+    counts = torch.zeros(batch, heads, dtype=torch.long, device=real.device).scatter_add_(1, owners, counted)
+    shares = (1 - floor) * counts.cpu().numpy() + floor * totals[:, None] / heads
+    return to_device(apportion(shares, totals, limits), candidates.device)
 
 
 def from_profile(
@@ -77,21 +88,22 @@ def from_profile(
         profile: [num_layers, Hq] (summed over each group) or [num_layers, Hkv].
     """
     batch, heads = candidates.shape
-    scores = torch.tensor(profile, dtype=torch.float64, device=base.device)
+    scores = np.array(profile, dtype=np.float64)
     if scores.shape[0] != num_layers or scores.shape[1] % heads:
         raise ValueError(
             f"profile has shape {list(scores.shape)}, but the model has {num_layers} compressed layers of {heads} KV heads: "
             f"give a table [{num_layers}, query heads] or [{num_layers}, {heads}]"
         )
-    scores = scores.view(num_layers, heads, -1).sum(-1)
+    scores = scores.reshape(num_layers, heads, -1).sum(-1)
     share = (scores / scores.sum()).flatten()
-    limit = candidates.amax(dim=-1, keepdim=True).expand(batch, share.numel())
-    total = (base * share.numel()).minimum(limit.sum(-1))
-    pool = (base.double() * share.numel() * (1 - floor)).unsqueeze(-1)
-    model = apportion(share * pool + floor * base.double().unsqueeze(-1), total, limit)
-    mine = model.view(batch, num_layers, heads)[:, layer_idx]
+    means, limits = to_host(base, candidates)
+    limit = np.broadcast_to(limits.max(axis=-1, keepdims=True), (batch, share.size))
+    total = np.minimum(means * share.size, limit.sum(-1))
+    pool = (means * share.size * (1 - floor))[:, None]
+    model = apportion(share * pool + floor * means[:, None], total, limit)
+    mine = model.reshape(batch, num_layers, heads)[:, layer_idx]
     # Heads of one prompt have equally many candidates; when a cache is compressed again they may not.
-    return apportion(mine.double(), mine.sum(-1).minimum(candidates.sum(-1)), candidates)
+    return to_device(apportion(mine, np.minimum(mine.sum(-1), limits.sum(-1)), limits), candidates.device)
 
 
 def slots(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
@@ -99,12 +111,14 @@ def slots(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor) -> torch
 
     Args:
         equal: [B, H] int, what they have if none gets more than its neighbours, 0 for heads without chunks.
-        rows: [B, H] int, rows they would get under `Votes`.
+        rows: [B, H] int, rows they would get under `GlobalTopK`.
         limit: [B, H] int, the chunks there are, no fewer than ``equal``.
     """
-    certain = (equal > 0).long()
-    total = (equal - certain).sum(dim=-1)
-    # What is added decides only where nobody has votes.
-    weight = (rows.double() + 1e-6) * certain
-    shares = total.unsqueeze(-1) * weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    return certain + apportion(shares, total, (limit - certain) * certain)
+    device = limit.device
+    equal, rows, limit = to_host(equal, rows, limit)
+    certain = (equal > 0).astype(np.int64)
+    total = (equal - certain).sum(axis=-1)
+    # What is added decides only where nobody has any rows.
+    weight = (rows + 1e-6) * certain
+    shares = total[:, None] * weight / weight.sum(axis=-1, keepdims=True).clip(min=1e-30)
+    return to_device(certain + apportion(shares, total, (limit - certain) * certain), device)

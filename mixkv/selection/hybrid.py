@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from ..ops import score_reference
-from .apportion import apportion
+from .apportion import apportion, to_device, to_host
 
 if TYPE_CHECKING:
     from ..config import MixKVConfig
@@ -32,7 +33,7 @@ class Split(NamedTuple):
         dynamic: bool, whether the head's chunks are chosen step by step.
         rows: int64, resident rows beside the last `LAST`. A dynamic head's are those of its slots, its first rows, and the ones
             just before the last.
-        slots: int64, chunks attended in a step, before `mixkv.cache.global_budget.SlotContest` shares them out over the model; 0 for static
+        slots: int64, chunks attended in a step, before `mixkv.cache.global_budget.ChunkBudget` shares them out over the model; 0 for static
             heads.
         chunk: rows of a chunk.
     """
@@ -211,7 +212,7 @@ def divide(
     static heads: to each its window, then a share ``floor`` of the rest in equal parts, and what remains in proportion to the
     attention that they give to what is not kept for certain. Where no static head can take it, the rows just before a dynamic head's last stay
     resident. Heads that can be kept whole, or whose budget has no room for a chunk, are static. How many chunks a dynamic head
-    attends to in the end, `mixkv.cache.global_budget.SlotContest` decides.
+    attends to in the end, `mixkv.cache.global_budget.ChunkBudget` decides.
 
     Args:
         sparse: [B, Hkv], of `sparsity`.
@@ -222,23 +223,27 @@ def divide(
         threshold: heads at least so sparse are static; 1: none is.
         floor: see above.
     """
-    candidates, mean = choosable - window, base.unsqueeze(-1)
+    device = sparse.device
+    sparse, (base, choosable, window) = sparse.cpu().numpy(), to_host(base, choosable, window)
+    candidates, mean = choosable - window, base[:, None]
     share = mean + window
-    total = (base * sparse.shape[-1]).minimum(candidates.sum(dim=-1))
+    total = np.minimum(base * sparse.shape[-1], candidates.sum(axis=-1))
     dynamic = ((sparse < threshold) | (threshold == 1)) & (share >= FIRST + chunk) & (mean < candidates)
     whole = dynamic * (share - (share - FIRST) % chunk)
-    rest = total - (whole - dynamic * window).sum(dim=-1)
-    room = torch.where(dynamic, 0, candidates)
-    pruned = rest.minimum(room.sum(dim=-1))
-    weight = (1 - sparse.double() + 1e-6) * ~dynamic
-    equal = (~dynamic).double()
-    weight, equal = (part / part.sum(dim=-1, keepdim=True).clamp(min=1e-30) for part in (weight, equal))
-    shares = pruned.unsqueeze(-1) * (floor * equal + (1 - floor) * weight)
+    rest = total - (whole - dynamic * window).sum(axis=-1)
+    room = np.where(dynamic, 0, candidates)
+    pruned = np.minimum(rest, room.sum(axis=-1))
+    weight = (1 - sparse.astype(np.float64) + 1e-6) * ~dynamic
+    weight, equal = (
+        part / part.sum(axis=-1, keepdims=True).clip(min=1e-30) for part in (weight, (~dynamic).astype(np.float64))
+    )
+    shares = pruned[:, None] * (floor * equal + (1 - floor) * weight)
     static = ~dynamic * window + apportion(shares, pruned, room)
     over = rest - pruned
-    equal = dynamic.double() / dynamic.sum(dim=-1, keepdim=True).clamp(min=1)
-    rows = whole + static + apportion(over.unsqueeze(-1) * equal, over, torch.where(dynamic, choosable - whole, 0))
-    return Split(dynamic, rows, torch.where(dynamic, (rows - FIRST) // chunk, 0), chunk)
+    equal = dynamic / dynamic.sum(axis=-1, keepdims=True).clip(min=1)
+    rows = whole + static + apportion(over[:, None] * equal, over, np.where(dynamic, choosable - whole, 0))
+    slots = np.where(dynamic, (rows - FIRST) // chunk, 0)
+    return Split(*(to_device(part, device) for part in (dynamic, rows, slots)), chunk)
 
 
 def text_first(ranks: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

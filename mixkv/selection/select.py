@@ -30,7 +30,7 @@ def select(
         query: [B, Hq, >= min(window, N), D], the last queries of the prompt, rotated as the model uses them.
         key, value: [B, Hkv, N, D], the prompt's keys and values; Hq a multiple of Hkv.
         config: method, score, budget and the rest. ``global`` shares rows out among the heads of this layer alone,
-            like ``adakv``; over layers: `mixkv.contest`. Of ``hybridkv`` the result is what is always resident: see
+            like ``adakv``; over layers: `mixkv.cache.global_budget`. Of ``hybridkv`` the result is what is always resident: see
             `mixkv.selection.hybrid.plan`.
         layer_idx, num_layers: which of the compressed layers this is (pyramidkv, sparsemm).
         lengths: [B, Hkv] int, forces the columns kept per head, window included.
@@ -156,7 +156,7 @@ def base_rows(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
 def rows_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:
     """The budget in rows for prompts of ``length`` [B] real tokens; a float is a share, rounded to the nearest row."""
     if isinstance(budget, float):
-        return (length.double() * budget).round().long()
+        return torch.tensor([round(tokens * budget) for tokens in length.tolist()], device=length.device)
     return torch.full_like(length, budget)
 
 
