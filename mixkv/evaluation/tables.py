@@ -99,8 +99,8 @@ def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[st
 def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
     """Prints the records of `bench.run`, by batch size and prompt: the measurements, then the ratios."""
     for batch, length in dict.fromkeys((record["batch"], record["prompt_tokens"]) for record in records):
-        rows = f"{batch} rows of " if batch > 1 else ""
-        console.print(f"\n{rows}{length:,} tokens", style="bold")
+        size = f"batch size {batch}, " if batch > 1 else ""
+        console.print(f"\n{size}{length:,} tokens", style="bold")
         _prompt(console, [record for record in records if (record["batch"], record["prompt_tokens"]) == (batch, length)])
     console.print(
         "rows: KV entries per KV head and layer right after the prompt; MiB: size then; peak: MiB during the prefill. prefill, "
