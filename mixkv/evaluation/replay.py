@@ -1,4 +1,4 @@
-"""One reading of a prompt, many caches: what attention saw is recorded once and compressed again by any configuration."""
+"""Many caches from one prefill: the inputs of compression are recorded once and compressed again by any config."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .measure import bind, end_tokens, last_logits_only
 
 
 class Recording:
-    """A prompt [B, N] read once by ``model``.
+    """The prefill of a prompt [B, N].
 
     Attributes:
-        cache: an uncompressed `MixKVCache` that holds the prompt.
+        cache: an uncompressed `MixKVCache` of the prompt.
         logits: [B, V], of the token after the prompt.
     """
 
@@ -43,7 +43,12 @@ class Recording:
         window: int = 128,
         inputs: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ):
-        """``inputs``: what the model reads with the prompt: pixel_values and the like."""
+        """Runs the prefill.
+
+        Args:
+            window: the largest observation window of the configs to be compressed by.
+            inputs: further inputs of the model, such as pixel_values.
+        """
         self.model = model
         self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
         options = {**inputs, **last_logits_only(model)}
@@ -54,7 +59,7 @@ class Recording:
         self._rankings: list[dict[str, Ranking]] = [{} for _ in self.cache.layers]
 
     def compressed(self, config: MixKVConfig | None) -> MixKVCache:
-        """The cache that reading the prompt under ``config`` leaves; None: the full cache.
+        """The cache that a prefill under ``config`` gives; None: the full cache.
 
         Raises:
             ValueError: ``config.window`` exceeds the recorded window.
@@ -72,7 +77,7 @@ class Recording:
 
     @torch.no_grad()
     def follow(self, cache: MixKVCache, input_ids: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        """Feeds tokens [B, n] after the prompt at once, each seeing those before it: logits [B, n, V], or of the ``last`` ones."""
+        """Feeds tokens [B, n] after the prompt in one forward: logits [B, n, V], or those of the ``last`` tokens."""
         bind(self.model, cache)
         last = last or input_ids.shape[1]
         options = last_logits_only(self.model, last)
@@ -80,7 +85,7 @@ class Recording:
 
     @torch.no_grad()
     def answer(self, first: torch.Tensor, count: int) -> torch.Tensor:
-        """Greedy tokens [1, n <= count] of the full cache after tokens ``first`` [1, f], end-of-text token included."""
+        """The full cache's greedy answer [1, n <= count] after tokens ``first`` [1, f], including the end-of-text token."""
         ends = end_tokens(self.model)
         cache, fed, tokens = self.compressed(None), first, []
         while len(tokens) < count and (not tokens or tokens[-1] not in ends):
@@ -90,10 +95,10 @@ class Recording:
 
 
 def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
-    """Caches of one prompt of batch size 1, under whatever budgets, as the rows of one batch, for forwards at a common cost.
+    """Caches of one prompt of batch size 1, with any budgets, as the batch rows of one cache, so that they share forwards.
 
     Raises:
-        ValueError: they keep chunks of different numbers of rows.
+        ValueError: their chunks differ in size.
     """
     together = copy.deepcopy(caches[0])
     for index, layer in enumerate(together.layers):
@@ -113,7 +118,7 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
 
 
 def _name(config: MixKVConfig) -> str:
-    """The same for configurations that differ only in who gets how many rows."""
+    """A key that is equal for configs that differ only in the allocation of the budget."""
     allocation = {"budget"}.union(*(method.options for method in registry.METHODS.values()))
     importance = {"method": registry.method(config.method).uses_output_importance}
     return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
@@ -122,7 +127,7 @@ def _name(config: MixKVConfig) -> str:
 class _ReplayCompressor(Compressor):
     """Ranks candidates once for all configurations of one ``name``; ``known``: rankings by name, None: ranks as ever."""
 
-    # The recording holds the whole prompt: trimming on the way would save nothing.
+    # The recording has the whole prompt in memory: early eviction would save nothing.
     patient = True
     known: dict[str, Ranking] | None = None
     name: str
@@ -153,7 +158,7 @@ class _ReplayCache(MixKVCache):
 
 
 class _RecordingLayer(MixKVLayer):
-    """Keeps what `compress` is given."""
+    """Records the arguments of `compress`."""
 
     def compress(self, query, key, value, output, valid, options):
         last = slice(-self.state.config.window, None)

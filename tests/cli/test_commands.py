@@ -99,7 +99,7 @@ def test_bench_draws(folder, tmp_path, capsys):
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     assert cli.main(["bench", *arguments, "--batch", "1,2"]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert "2 rows of 100 tokens" in capsys.readouterr().out
+    assert "batch size 2, 100 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
