@@ -1,4 +1,4 @@
-"""Tables and the figure of docs/results.md, from the samples that `mixkv eval --out` wrote.
+"""Tables and the figure of research/, from the samples that `mixkv eval --out` wrote.
 
 python benchmarks/quality.py benchmarks/results/eval_smollm2.jsonl [more.jsonl] [--figure docs/figures/quality.svg]
 
