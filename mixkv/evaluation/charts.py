@@ -95,7 +95,7 @@ def patches(model, reading, configs: list, path: str) -> None:
         cache = read_prompt(model, reading.input_ids, config, inputs=reading.inputs).cache
         inputs = {"input_ids": reading.input_ids, **reading.inputs}
         kept_patches(cache, reading.images, inputs, model.config, legend=False, ax=axes)
-        kept = axes.get_title().splitlines()[-1]
+        kept = axes.get_title().split("\n", 1)[1]
         axes.set_title(f"{config.method}, {config.score}, budget {config.budget}\n{kept}", fontsize=11)
     patch_legend(panels)
     try:

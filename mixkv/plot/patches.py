@@ -89,16 +89,14 @@ def kept_patches(
 
     veils = [(*_GREY, veil(share)) for _, share in found]
     ax.add_collection(PatchCollection([rectangle(*patch[1:]) for patch, _ in found], facecolor=veils, linewidth=0))
-    if margins := [rectangle(*margin) for margin in _margins([patch for patch, _ in found])]:
-        ax.add_collection(
-            PatchCollection(
-                margins, facecolor=(1, 1, 1, 0.9), edgecolor=(*_GREY, 1), linewidth=0, hatch="///", label="cut off, not seen"
-            )
-        )
+    margins = [rectangle(*margin) for margin in _margins([patch for patch, _ in found])]
+    if margins:
+        ax.add_collection(PatchCollection(margins, facecolor=(1, 1, 1, 0.9), edgecolor=(*_GREY, 1), linewidth=0, hatch="///"))
     ax.set_axis_off()
     where = "all layers" if layer is None else f"layer {layer}"
     where += "" if head is None else f", KV head {head}"
-    ax.set_title(f"{where}\n{sum(share > 0 for _, share in found)} of {len(found)} patches kept", fontsize=10)
+    title = f"{where}\n{sum(share > 0 for _, share in found)} of {len(found)} patches kept"
+    ax.set_title(title + ("\n(hatched: cut off by the processor)" if margins else ""), fontsize=10)
     if legend:
         patch_legend([ax])
     return ax
@@ -106,14 +104,15 @@ def kept_patches(
 
 def patch_legend(panels: Sequence[Axes]) -> Colorbar:
     """The colour bar of one or several pictures that `kept_patches` drew on one figure: the shade of white paper by the share."""
+    (left, right), (bottom, top) = panels[0].get_xlim(), panels[0].get_ylim()
+    tall = len(panels) == 1 and abs(bottom - top) > 1.5 * abs(right - left)
     evicted, faded = (tuple(1 - opacity * (1 - part) for part in _GREY) for opacity in (_EVICTED, _FADED))
     return colour_bar(
         panels[0].figure,
         scale([faded, (1, 1, 1)], evicted),
         "share of KV heads that keep the patch",
         ax=list(panels),
-        location="bottom",
-        shrink=0.8 / len(panels),
+        **({"location": "right", "shrink": 0.6} if tall else {"location": "bottom", "shrink": 0.8 / len(panels)}),
         aspect=25,
     )
 

@@ -72,7 +72,7 @@ def scale(colours: Sequence, evicted=None) -> ScalarMappable:
 
 def colour_bar(figure: Figure, shades: ScalarMappable, label: str, **options) -> Colorbar:
     """A colour bar of a `scale`; a colour of its own for what is evicted is a box before it."""
-    bar = figure.colorbar(shades, label=label, ticks=TICKS, extendrect=True, extendfrac=0.08, **options)
+    bar = figure.colorbar(shades, label=label, extendrect=True, extendfrac=0.08, **options)
+    bar.set_ticks(TICKS, labels=["0 (evicted)", *(f"{tick:.0%}" for tick in TICKS[1:-1]), "all"])
     bar.ax.minorticks_off()
-    bar.ax.set_xticklabels(["0 (evicted)", *(f"{tick:.0%}" for tick in TICKS[1:-1]), "all"])
     return bar
