@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.language_model import needs_smollm2  # noqa: F401  a fixture for all tests
 
 torch.set_num_threads(1)
 

@@ -129,15 +129,53 @@ class MixKVCache(TrackedCache):
             return
         tokens, images = key_states.shape[2], copy.copy(self._state.images)
         if layer.seen == 0:
-            self._state.prompt_length, assisted = call_stack.prompt_plan()
-            self._state.rollback_enabled |= assisted
+            self._plan_prompt(tokens)
             tokens = self._state.prompt_length or tokens
         self._state.images.read(layer.seen, tokens, key_states)
         self._state.before.images = images
-        drafts = layer.seen == 0 and tokens < key_states.shape[2]
+
+    def _plan_prompt(self, tokens: int) -> None:
+        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
+        state = self._state
+        if state.expected_prompt is None:
+            state.prompt_length, assisted = call_stack.prompt_plan(tokens)
+            state.rollback_enabled |= assisted
+        else:
+            state.prompt_length = state.expected_prompt
+        drafts = state.prompt_length is not None and state.prompt_length < tokens
         if drafts and not registry.method(self.config.method).drafts_with_prompt:
-            # They are read beside rows that layers to come have had no say in yet: not what greedy decoding would see.
-            call_stack.decline_drafts()
+            raise RuntimeError(
+                f"a prompt of {state.prompt_length} tokens came in one forward with {tokens - state.prompt_length} more, which would "
+                f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
+                f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
+            )
+
+    def expect_prompt(self, length: int) -> None:
+        """Says how long the next prompt is, so that it is compressed when all of it has been read.
+
+        Needed where you read a prompt in several forwards of your own; `generate` with ``prefill_chunk_size`` or assisted decoding
+        needs it only in a transformers that this library does not know.
+
+        Args:
+            length: the length of the prompt in tokens, padding included, images as the tokens that stand for them.
+
+        Raises:
+            ValueError: it is not a positive int.
+            RuntimeError: something has been read already.
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f"length={length!r} must be a positive int: the length of the prompt in tokens")
+        if self:
+            raise RuntimeError(
+                f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
+                f"after cache.reset()"
+            )
+        self._state.expected_prompt = length
+
+    @property
+    def reads_prompt_alone(self) -> bool:
+        """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
+        return not registry.method(self.config.method).drafts_with_prompt and not self
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -166,6 +204,9 @@ class MixKVCache(TrackedCache):
 
     def activate_past_recording(self) -> None:
         self._state.rollback_enabled = True
+        model = None if self.layers else call_stack.assisted_model()
+        if model is not None:
+            self._bind(model)
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -174,7 +215,8 @@ class MixKVCache(TrackedCache):
         """Forgets everything that was read, and makes a broken cache usable."""
         state = self._state
         state.progress.change = "reset()"
-        self._batch = state.prompt_length = state.pending_layer = state.shared_budget = state.before = None
+        self._batch = state.prompt_length = state.expected_prompt = None
+        state.pending_layer = state.shared_budget = state.before = None
         state.rollback_enabled = False
         state.images = ImageColumns()
         if self.layers:

@@ -14,7 +14,7 @@ from ..config import MixKVConfig
 from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
 from ..selection import scores
-from ..selection.global_budget import Contest, SlotContest
+from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
 from ..storage.chunks import ChunkStore
@@ -50,7 +50,7 @@ class Compressor:
         heads: KV heads of the layer that this process holds.
     """
 
-    # Evicts after the last layer only, where the prompt's keys and values are held anyway: see `Contest`.
+    # Evicts after the last layer only, where the prompt's keys and values are held anyway: see `GlobalBudget`.
     patient = False
 
     def __init__(self, config: MixKVConfig, layer_idx: int, num_layers: int, module: nn.Module | None, heads: int):
@@ -60,7 +60,7 @@ class Compressor:
         self.shard = tensor_parallel.slice_of(module, heads)
         self.weighs_output: bool | None = None
 
-    def new_shared_budget(self) -> Contest | SlotContest | None:
+    def new_shared_budget(self) -> GlobalBudget | ChunkBudget | None:
         """What the layers of a prompt compete for; None: every layer has its own budget.
 
         Raises:
@@ -84,7 +84,7 @@ class Compressor:
         *,
         valid: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
-        shared_budget: Contest | SlotContest | None = None,
+        shared_budget: GlobalBudget | ChunkBudget | None = None,
     ) -> Compressed:
         """Keeps the selected entries of a whole prompt.
 
@@ -106,7 +106,7 @@ class Compressor:
             last = output[:, -config.window :].detach()
             projected = None if self.module is None else projected_output(self.module, last, self.shard)
             whole, projected = self.gather_heads(ranking, projected)
-            entries = shared_budget.enter(whole, None if projected is None else output_scale(projected))
+            entries = shared_budget.add_layer(whole, None if projected is None else output_scale(projected))
         chunks = sparsity = dynamic = remote = None
         if self.method.keeps_chunks:
             plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, **vars(logits))

@@ -220,8 +220,8 @@ class MixKVLayer(CacheLayerMixin):
         found = compressor.compress(*inputs, valid=valid, image=state.images.of_prompt, shared_budget=budget)
         self.rows, self.statistics, self.remote = found.rows, found.statistics, found.remote
         if budget is not None:
-            budget.settle(self, found.selection)
-            if budget.over:
+            budget.finish_layer(self, found.selection)
+            if budget.complete:
                 state.shared_budget = None
         self.prompt, self.logits = None, logits
         if state.config.decode_budget is None:
@@ -299,7 +299,7 @@ class MixKVLayer(CacheLayerMixin):
     def share(self, share: list[float] | None) -> None:
         self.statistics.share = share
 
-    def trim(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def evict(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`RaggedStore.evict` down to ``rows`` [B, all heads of the layer]."""
         compressor = self._compressor()
         left = self.store.evict(ranks, compressor.shard.own(rows).flatten())

@@ -11,7 +11,7 @@ import torch
 from ..config import MixKVConfig
 from ..hf.attention import visible
 from ..hf.image_tokens import ImageColumns
-from ..selection.global_budget import Contest, SlotContest
+from ..selection.global_budget import ChunkBudget, GlobalBudget
 from .progress import Progress
 
 # Attributes in pickles of version 0.1.0.
@@ -37,6 +37,7 @@ class CacheState:
     """What the layers of one cache share.
 
     ``prompt_length``: tokens of a prompt that arrives in several forwards or with drafts attached; None: one forward.
+    ``expected_prompt``: the length of the next prompt, if the caller gave it.
     ``rollback_enabled``: tokens may be taken back by `crop` after each forward (assisted decoding).
     ``pending_layer``: the layer whose keys have been handed out and not come to the attention function yet.
     ``shared_budget``: what the layers of a prompt compete for, if the method is cross-layer, until its last layer has come.
@@ -51,9 +52,10 @@ class CacheState:
     config: MixKVConfig
     num_layers: int = 0
     prompt_length: int | None = None
+    expected_prompt: int | None = None
     rollback_enabled: bool = False
     pending_layer: Any | None = None
-    shared_budget: Contest | SlotContest | None = None
+    shared_budget: GlobalBudget | ChunkBudget | None = None
     valid: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
     images: ImageColumns = field(default_factory=ImageColumns, repr=False)
     progress: Progress | None = field(default_factory=Progress, repr=False)

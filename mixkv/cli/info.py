@@ -11,10 +11,10 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..evaluation import machine, smollm2
-    from ..ops import dispatch
+    from ..evaluation import machine
+    from ..ops import build, dispatch
 
-    for name, value in {**machine.versions(), **machine.describe(), "cache folder": smollm2.cache_folder()}.items():
+    for name, value in {**machine.versions(), **machine.describe(), "cache folder": build.cache_folder()}.items():
         print(f"{name:<14}{'none' if value is None else value}")
     for line in dispatch.report():
         print(line)

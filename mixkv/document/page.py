@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from . import words
 from .words import BLANK, DECORATION, HELD_OUT, LINE_END
 
+# Cells on a side of a page, and pixels on a side of a cell.
 SIDE = 24
+CELL = 36
 LAYOUTS, HELD_OUT_LAYOUT = 3, 3
 # A screen's position is told in blocks of four cells: A1 to F6.
 BLOCK = 4

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
-from .page import SIDE, Page
+from .page import CELL, SIDE, Page
 from .words import BLANK, DECORATION, LINE_END
 
-CELL = 36
 FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSerif DejaVuSerif-Bold DejaVuSansMono DejaVuSansMono-Bold STIXGeneral "
     "STIXGeneralBol cmss10"

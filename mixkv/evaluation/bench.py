@@ -21,7 +21,7 @@ from .prompts import check_length, filler
 
 FULL, FLOOR = "full", "floor"
 
-# The most that is aimed at; see `targets`.
+# Upper limits of `targets`.
 BYTES, PREFILL, STEP, LONGER = 1.25, 1.03, 1.03, 1.05
 
 # What is measured: a method, FULL or FLOOR, and the length of the prompt.
@@ -144,18 +144,22 @@ def _batch(
 
 
 def targets(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    """What `run` measured against what this library aims at: for every method, how much at the most.
+    """The measurements of `run` beside this library's targets. Methods that keep all entries in chunks have none.
 
-    Returns: a dict each with ``what``, method, prompt_tokens, batch, value, limit, met.
+    Returns: a list of dicts with ``what`` (the ratio), method, prompt_tokens, batch, value, limit (the target: at most this)
+        and met.
     """
     found = []
     shortest = min(record["prompt_tokens"] for record in records if record["method"] != FLOOR)
     for record in records:
-        if record["method"] in (FULL, FLOOR):
+        if record["method"] in (FULL, FLOOR) or registry.method(record["method"].partition("+")[0]).keeps_chunks:
             continue
-        limits = {"prefill_to_full": PREFILL, "prefill_to_rest": PREFILL, "step_to_floor": STEP}
-        if record["method"] == "adakv":
-            limits["bytes_to_full"] = BYTES * budget / record["prompt_tokens"]
+        limits = {
+            "prefill_to_full": PREFILL,
+            "prefill_to_rest": PREFILL,
+            "step_to_floor": STEP,
+            "bytes_to_full": BYTES * budget / record["prompt_tokens"],
+        }
         if record["prompt_tokens"] != shortest:
             limits["step_to_shortest"] = LONGER
         for what, limit in limits.items():

