@@ -14,7 +14,7 @@ _PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
     ("decode step, ms", lambda record: 1e3 * record["step_seconds"]),
     ("first token, s", lambda record: record["first_token_seconds"]),
     ("size of the cache, MiB", lambda record: record["bytes"] / 2**20),
-    ("peak of the prefill, MiB", lambda record: None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20),
+    ("peak during prefill, MiB", lambda record: None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20),
 )
 
 
