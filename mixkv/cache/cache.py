@@ -316,7 +316,7 @@ class MixKVCache(Cache):
         self._shared.images.give(mask)
 
     def kept(self, layer_idx: int) -> list[list[torch.Tensor]] | None:
-        """Columns of the sequence as passed that layer ``layer_idx`` holds: [B][Hkv] ascending int32 tensors.
+        """Columns of the sequence as passed that layer ``layer_idx`` holds: ``[B][Hkv]`` ascending int32 tensors.
 
         None for a layer that this library does not compress (sliding window, cross-attention, ...). In a tensor-parallel model
         Hkv are the heads of this process.
