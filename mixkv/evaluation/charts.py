@@ -1,4 +1,4 @@
-"""Results as a picture. matplotlib is imported only when one is asked for."""
+"""Pictures of results. matplotlib is imported when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from . import InputError
 
-# What each panel shows: its title, and its number from a record of `bench.run`.
+# The title of each panel, and its number as a function of a record of `bench.run`.
 _PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
     ("decode step, ms", lambda record: 1e3 * record["step_seconds"]),
     ("first token, s", lambda record: record["first_token_seconds"]),
     ("held, MiB", lambda record: record["bytes"] / 2**20),
-    ("peak while reading, MiB", lambda record: None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20),
+    ("prefill peak, MiB", lambda record: None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20),
 )
 
 
@@ -22,7 +22,7 @@ def check(path: str, option: str = "--plot") -> None:
     """Checks, before minutes of work, that a picture can be drawn and written to ``path``.
 
     Raises:
-        InputError: matplotlib is not installed, or does not write such files, or there is no such folder.
+        InputError: matplotlib is not installed or does not write such files, or the folder does not exist.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(f"{option} {path} needs matplotlib: pip install 'mixkv[plot]'")
@@ -37,7 +37,7 @@ def check(path: str, option: str = "--plot") -> None:
 
 
 def bench(records: list[dict[str, Any]], path: str, title: str) -> None:
-    """Draws what `bench.run` returns: a row of panels a batch size, by prompt length, a line a cache.
+    """Draws the records of `bench.run` over prompt length: a row of panels per batch size, a line per cache.
 
     Raises:
         InputError: ``path`` cannot be written.
@@ -78,7 +78,7 @@ def _panel(axes, records: list[dict[str, Any]], number: Callable, lengths: list[
 
 
 def patches(model, reading, configs: list, path: str) -> None:
-    """Draws the first image of a `prompts.Reading` with what is left of it under each configuration, side by side."""
+    """Draws the first image of a `prompts.Reading` once per config, with the patches that the cache keeps."""
     from matplotlib.figure import Figure
 
     from ..plot import kept_patches

@@ -1,4 +1,4 @@
-"""Pictures of what a cache kept and what that costs. matplotlib is imported when one is drawn, not before."""
+"""Plots of what a cache keeps and what that costs. matplotlib is imported when a plot is drawn."""
 
 from .heads import budgets, redundancy, sparsity
 from .patches import kept_patches

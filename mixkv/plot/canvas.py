@@ -1,4 +1,4 @@
-"""Where the pictures are drawn: matplotlib's Axes, given or made."""
+"""The matplotlib Axes of a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The patches of an image that a compressed cache still holds, drawn on the image."""
+"""The patches of an image that a compressed cache keeps, drawn on the image."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def kept_patches(
     part: str | None = None,
     ax=None,
 ):
-    """Draws ``image`` with its evicted patches darkened: the fewer heads hold a patch, the darker it is.
+    """Draws ``image`` with its evicted patches darkened: the fewer heads keep a patch, the darker it is.
 
-    What the processor cut off, the model has never seen: it is drawn pale.
+    The parts of the image that the processor cropped off are drawn pale.
 
     Example:
         >>> model.generate(**inputs, past_key_values=cache)
@@ -34,12 +34,12 @@ def kept_patches(
 
     Args:
         cache: the `MixKVCache` that has read the prompt.
-        image: the PIL image that went to the processor; a list of all of the prompt's images, in order, if there are several.
+        image: the PIL image that the processor received; if the prompt has several, the list of all of them, in order.
         inputs: the processor's outputs: input_ids [B, N], and image_grid_thw [images, 3] of the qwen families.
-        config: the model's config. For llava the processor is taken to crop the middle of the image, as its checkpoints do.
+        config: the model's config. The processor of llava is assumed to crop the center of the image, as in its checkpoints.
         layer, head: one layer, one KV head; None: summed over all.
         row: batch row of the cache.
-        index: which of several images.
+        index: of the image to draw.
         part: "tiles" for the tiles of an image, "whole" for the view of the whole image that comes with them; None: the tiles
             where there are any.
         ax: matplotlib axes to draw on; None: new ones.
@@ -48,7 +48,8 @@ def kept_patches(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a model without image columns or without a known grid, or images, part, layer or head that do not fit.
+        ValueError: the model has no image tokens or its patch grid is unknown; or the images, part, layer or head do not match
+            the prompt and the cache.
     """
     try:
         from matplotlib import pyplot
@@ -59,12 +60,12 @@ def kept_patches(
 
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     if not 0 <= index < len(images):
-        raise ValueError(f"index={index} is none of the {len(images)} images given")
+        raise ValueError(f"index={index} must be from 0 to {len(images) - 1}: {len(images)} images were given")
     found = held(cache, [(one.height, one.width) for one in images], inputs, config, layer=layer, head=head, row=row)[index]
     parts = {patch.part for patch, _ in found}
     part = part or ("tiles" if "tiles" in parts else "whole")
     if part not in parts:
-        raise ValueError(f"part={part!r} is none of what this image has: {', '.join(sorted(parts))}")
+        raise ValueError(f"unknown part {part!r} of this image; choose from {', '.join(sorted(parts))}")
     found = [(patch, held_by) for patch, held_by in found if patch.part == part]
 
     picture = images[index]
@@ -96,25 +97,27 @@ def held(
     head: int | None = None,
     row: int = 0,
 ) -> list[list[tuple[Patch, float]]]:
-    """What `kept_patches` draws: for each image its patches, and the share of heads that hold each, 0 to 1.
+    """The data of `kept_patches`: for each image its patches, each with the share of heads that keep it, in [0, 1].
 
-    Args: as there, with ``sizes`` (height, width) of the prompt's images.
+    Arguments are those of `kept_patches`, with ``sizes`` (height, width) instead of the images.
     """
     placeholders = picture_token_ids(config)
     if not placeholders:
-        raise ValueError(f"{config.model_type} has no image columns in its self-attention: there is nothing to draw")
+        raise ValueError(f"{config.model_type} has no image tokens in its self-attention, so there is nothing to draw")
     ids = inputs["input_ids"]
     heads, batch = _heads(cache, layer, head, row)
     if batch % ids.shape[0]:
-        raise ValueError(f"the cache holds a batch of {batch}, and inputs are {ids.shape[0]} prompts: give those it has read")
+        raise ValueError(
+            f"the batch size of this cache is {batch}, and inputs have {ids.shape[0]} prompts: pass the prompts that it has read"
+        )
     prompt = row // (batch // ids.shape[0])  # beams and samples of a prompt lie next to each other
     is_image = torch.isin(ids.cpu(), torch.tensor(sorted(placeholders)))
     grids = _grids_of(inputs, config, is_image.sum(dim=1).tolist(), prompt)
-    columns = is_image[prompt].nonzero().flatten().tolist()
-    shares = iter(share(heads, ids.shape[1])[columns].tolist())
+    positions = is_image[prompt].nonzero().flatten().tolist()
+    shares = iter(share(heads, ids.shape[1])[positions].tolist())
     return [
         [(patch, value) for patch, value in zip(patches, shares) if patch is not None]
-        for patches in locate(config, sizes, len(columns), grids)
+        for patches in locate(config, sizes, len(positions), grids)
     ]
 
 
@@ -127,23 +130,23 @@ def _margins(patches: Sequence[Patch]) -> list[tuple[float, float, float, float]
 
 
 def _heads(cache, layer: int | None, head: int | None, row: int) -> tuple[list[torch.Tensor], int]:
-    """The columns that each of the chosen heads holds of a batch row, and the size of the batch."""
+    """The positions that each of the chosen heads keeps of a batch row, and the batch size."""
     if layer is not None and not 0 <= layer < len(cache.layers):
         raise ValueError(f"layer={layer}: this cache has {len(cache.layers)} layers")
     layers = range(len(cache.layers)) if layer is None else [layer]
     kept = [found for found in map(cache.kept, layers) if found is not None]
     if not kept:
-        raise ValueError(f"layer={layer} is not compressed by mixkv: it holds no selection")
+        raise ValueError(f"layer={layer} is not compressed: choose another layer")
     if not 0 <= row < len(kept[0]):
-        raise ValueError(f"row={row}: this cache holds a batch of {len(kept[0])}")
+        raise ValueError(f"row={row}: the batch size of this cache is {len(kept[0])}")
     if head is not None and not 0 <= head < len(kept[0][row]):
         raise ValueError(f"head={head}: this model has {len(kept[0][row])} KV heads")
     heads = [positions for found in kept for positions in (found[row] if head is None else [found[row][head]])]
     return heads, len(kept[0])
 
 
-def _grids_of(inputs: Mapping, config, columns: list[int], prompt: int) -> list[tuple[int, ...]] | None:
-    """The ``image_grid_thw`` of one prompt, out of those of a batch whose prompts have ``columns`` image columns each."""
+def _grids_of(inputs: Mapping, config, image_tokens: list[int], prompt: int) -> list[tuple[int, ...]] | None:
+    """The ``image_grid_thw`` of one prompt of a batch; ``image_tokens`` has the number of image tokens of each prompt."""
     grids = inputs.get("image_grid_thw")
     if grids is None:
         return None
@@ -153,5 +156,5 @@ def _grids_of(inputs: Mapping, config, columns: list[int], prompt: int) -> list[
     for time, height, width in grids:
         starts.append(filled)
         filled += time * (height // merge) * (width // merge)
-    first = sum(columns[:prompt])
-    return [grid for grid, start in zip(grids, starts) if first <= start < first + columns[prompt]]
+    first = sum(image_tokens[:prompt])
+    return [grid for grid, start in zip(grids, starts) if first <= start < first + image_tokens[prompt]]

@@ -1,13 +1,17 @@
-"""Which share of KV heads holds a column."""
+"""The share of KV heads that keep a token."""
 
 from __future__ import annotations
 
 import torch
 
 
-def share(heads: list[torch.Tensor], columns: int) -> torch.Tensor:
-    """For each of the first ``columns`` columns the share of ``heads`` (columns held, a tensor each): float32 [columns]."""
-    total = torch.zeros(columns)
+def share(heads: list[torch.Tensor], length: int) -> torch.Tensor:
+    """The share of heads that keep each of the first ``length`` positions, float32 [length].
+
+    Args:
+        heads: for each head a tensor of the positions that it keeps.
+    """
+    total = torch.zeros(length)
     for positions in heads:
-        total[positions[positions < columns].cpu().long()] += 1
+        total[positions[positions < length].cpu().long()] += 1
     return total / len(heads)

@@ -1,4 +1,4 @@
-"""Which text survived: the prompt's tokens, coloured by the share of KV heads that kept them."""
+"""The prompt's text, each token colored by the share of KV heads that keep it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NEWLINE, _TAB = "↵", "    "
-# Of a monospaced font: its characters' width and the distance of lines, both to the font size.
+# Width of a character and distance between lines of a monospaced font, relative to the font size.
 _CHARACTER, _LINE = 0.602, 1.45
 _POINTS = 72  # an inch
 _SHADES = ("#ffffff", "#4a98c9")  # both light enough for black text
 
 
 class Piece(NamedTuple):
-    """A token's text on one line: ``column`` of the sequence, ``line`` and first character ``start`` on the page."""
+    """The part of a token's text that is on one line.
 
-    column: int
+    Attributes:
+        position: of the token in the sequence.
+        line, start: the line, and the first character on it.
+    """
+
+    position: int
     line: int
     start: int
     text: str
@@ -40,16 +45,16 @@ def kept(
     width: int = 80,
     ax: Axes | None = None,
 ) -> Axes:
-    """The text of ``input_ids``, every token on a colour that tells which share of KV heads kept it.
+    """Draws the text of ``input_ids``, each token on a color for the share of KV heads that keep it.
 
     Args:
         cache: a `MixKVCache` that has read ``input_ids``, and perhaps more.
         tokenizer: of the model.
         input_ids: [N] or [B, N], the sequence as passed to the model; padding on the left is not drawn.
-        layer, head: only this layer, only this KV head of every layer; all by default.
+        layer, head: only this layer, only this KV head of each layer; all by default.
         row: the batch row.
-        width: characters a line.
-        ax: where to draw; a new figure as high as the text by default.
+        width: characters per line.
+        ax: where to draw; a new figure that fits the text by default.
 
     Returns: the Axes.
 
@@ -68,35 +73,35 @@ def kept(
     return _draw(ax, page, found[padding:].tolist(), width, lines)
 
 
-def shares(cache, columns: int, *, layer: int | None = None, head: int | None = None, row: int = 0) -> torch.Tensor:
-    """The share of KV heads that hold each of the first ``columns`` columns: float32 [columns], from 0 to 1.
+def shares(cache, length: int, *, layer: int | None = None, head: int | None = None, row: int = 0) -> torch.Tensor:
+    """The share of KV heads that keep each of the first ``length`` positions: float32 [length], in [0, 1].
 
-    Args and errors as for `kept`.
+    Arguments and errors are those of `kept`.
     """
     held = [cache.kept(index) for index in range(len(cache.layers))]
     ours = [index for index, part in enumerate(held) if part]
     if not ours:
-        raise ValueError("this cache is empty: let a model read a prompt with it first")
+        raise ValueError("this cache is empty: run a model on a prompt with it first")
     if layer is not None and layer not in ours:
         raise ValueError(f"layer={layer} is not compressed; choose from {ours}")
-    if columns > cache.get_seq_length():
+    if length > cache.get_seq_length():
         raise ValueError(
-            f"input_ids has {columns} tokens and this cache has read {cache.get_seq_length()}: give the tokens that it has read"
+            f"input_ids has {length} tokens and this cache has read {cache.get_seq_length()}: pass the tokens that it has read"
         )
     batch, most = len(held[ours[0]]), max(len(held[index][0]) for index in ours)
     if not 0 <= row < batch:
-        raise ValueError(f"row={row} must be from 0 to {batch - 1}: the cache holds a batch of {batch}")
+        raise ValueError(f"row={row} must be from 0 to {batch - 1}: the batch size of this cache is {batch}")
     if head is not None and not 0 <= head < most:
-        raise ValueError(f"head={head} must be from 0 to {most - 1}: there are {most} KV heads")
+        raise ValueError(f"head={head} must be from 0 to {most - 1}: the model has {most} KV heads")
     rows = [held[index][row] for index in ours if layer in (None, index)]
     chosen = [part for heads in rows for part in (heads if head is None else heads[head : head + 1])]
-    return share(chosen, columns)
+    return share(chosen, length)
 
 
 def lay_out(texts: list[str], width: int) -> list[Piece]:
-    """Places tokens on lines of ``width`` characters: whole where they fit, and after a line break on a new line."""
+    """Arranges tokens on lines of ``width`` characters. A token that does not fit and one after a line break start a new line."""
     page, line, start = [], 0, 0
-    for column, text in enumerate(texts):
+    for position, text in enumerate(texts):
         parts = text.replace("\t", _TAB).replace("\n", _NEWLINE + "\n").split("\n")
         for index, part in enumerate(parts):
             if index or start and start + len(part) > width:
@@ -104,7 +109,7 @@ def lay_out(texts: list[str], width: int) -> list[Piece]:
             for first in range(0, len(part), width):
                 if first:
                     line, start = line + 1, 0
-                page.append(Piece(column, line, start, part[first : first + width]))
+                page.append(Piece(position, line, start, part[first : first + width]))
                 start += len(page[-1].text)
     return page
 
@@ -116,11 +121,11 @@ def _draw(ax: Axes, page: list[Piece], held_by: list[float], width: int, lines: 
     from matplotlib.patches import Rectangle
 
     shades = ScalarMappable(Normalize(0, 1), LinearSegmentedColormap.from_list("kept", _SHADES))
-    ax.figure.colorbar(shades, ax=ax, label="share of KV heads that kept the token", fraction=0.04, pad=0.02)
+    ax.figure.colorbar(shades, ax=ax, label="share of KV heads that keep the token", fraction=0.04, pad=0.02)
     ax.set(xlim=(0, width), ylim=(lines, 0))
     ax.set_axis_off()
     boxes = [Rectangle((piece.start, piece.line), len(piece.text), 1) for piece in page]
-    colours = shades.to_rgba([held_by[piece.column] for piece in page])
+    colours = shades.to_rgba([held_by[piece.position] for piece in page])
     ax.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors="none", antialiased=False))
     size = ax.get_position().width * ax.figure.get_figwidth() * _POINTS / width / _CHARACTER
     for piece in page:

@@ -189,7 +189,7 @@ def test_tradeoff_by_other_numbers():
     results = [dict(method="adakv", score=score, budget=64, accuracy=0.5) for score in ("mix", "attn")]
     _, given = pyplot.subplots()
     ax = plot.tradeoff(results, quality="accuracy", ax=given)
-    assert ax is given and (ax.get_xlabel(), ax.get_ylabel()) == ("budget (rows per KV head)", "accuracy")
+    assert ax is given and (ax.get_xlabel(), ax.get_ylabel()) == ("budget (KV entries per KV head)", "accuracy")
     assert len(ax.get_legend_handles_labels()[1]) == 2
 
 

@@ -46,7 +46,7 @@ def test_held_patches_are_those_of_the_kept_columns():
     [
         (dict(layer=2), "layer=2: this cache has 2 layers"),
         (dict(layer=0), "layer=0 is not compressed"),
-        (dict(row=2), "row=2: this cache holds a batch of 2"),
+        (dict(row=2), "row=2: the batch size of this cache is 2"),
         (dict(head=2), "head=2: this model has 2 KV heads"),
     ],
 )
@@ -56,7 +56,7 @@ def test_places_that_do_not_exist(options, message):
 
 
 def test_mllama_has_nothing_to_draw():
-    with pytest.raises(ValueError, match="mllama has no image columns in its self-attention"):
+    with pytest.raises(ValueError, match="mllama has no image tokens in its self-attention"):
         held(Kept([1], [2]), [(24, 24)], llava_prompt(), zoo.build("mllama").config)
 
 
@@ -92,7 +92,7 @@ def test_beams_lie_next_to_each_other():
     (found,) = held(Kept([5], [5]), [(24, 24)], one, config, row=1)
     assert [share for _, share in found] == [1] + 8 * [0]
     three = dict(input_ids=torch.cat([one["input_ids"]] * 3))
-    with pytest.raises(ValueError, match="the cache holds a batch of 2, and inputs are 3 prompts"):
+    with pytest.raises(ValueError, match="the batch size of this cache is 2, and inputs have 3 prompts"):
         held(Kept([5], [5]), [(24, 24)], three, config)
 
 
@@ -113,9 +113,9 @@ def test_drawing():
     axes.figure.canvas.draw()
     other = matplotlib.pyplot.subplots()[1]
     assert kept_patches(Kept([5], [9]), [picture], llava_prompt(), config, row=1, ax=other) is other
-    with pytest.raises(ValueError, match="part='tiles' is none of what this image has: whole"):
+    with pytest.raises(ValueError, match="unknown part 'tiles' of this image; choose from whole"):
         kept_patches(Kept([5], [9]), picture, llava_prompt(), config, row=1, part="tiles")
-    with pytest.raises(ValueError, match="index=1 is none of the 1 images given"):
+    with pytest.raises(ValueError, match="index=1 must be from 0 to 0: 1 images were given"):
         kept_patches(Kept([5], [9]), picture, llava_prompt(), config, row=1, index=1)
     matplotlib.pyplot.close("all")
 

@@ -18,7 +18,7 @@ def test_apportion_is_exact_and_within_limits(heads, fill):
     total = (limit.sum(-1) * fill).long()
     weights = torch.tensor([[weight for weight, _ in heads]], dtype=torch.float64) + 1e-3
     shares = weights / weights.sum() * total
-    got = apportion(shares, total, limit)
+    got = torch.from_numpy(apportion(shares, total, limit))
     assert got.sum() == total
     assert (got >= 0).all() and (got <= limit).all()
     if (shares <= limit).all():
@@ -27,7 +27,7 @@ def test_apportion_is_exact_and_within_limits(heads, fill):
 
 def test_apportion_gives_the_remainder_to_the_largest_fractions():
     shares = torch.tensor([[1.5, 2.25, 0.75, 2.5]])
-    got = apportion(shares, torch.tensor([7]), torch.full((1, 4), 9))
+    got = torch.from_numpy(apportion(shares, torch.tensor([7]), torch.full((1, 4), 9)))
     assert got.tolist() == [[2, 2, 1, 2]]
 
 
