@@ -12,12 +12,13 @@ import argparse
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from mixkv import MixKVConfig, registry
-from mixkv.evaluation import journal, pages
+from mixkv.evaluation import journal, pages, paired
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -160,8 +161,37 @@ def options() -> str:
     return table(["option", "default"], ([f"`{field.name}`", f"`{_default(field.name)}`"] for field in _fields()))
 
 
+def quality() -> str:
+    """Change of KL on texts, the defaults against snapkv with mix, with its confidence interval."""
+    rows = []
+    for name in ("eval_smollm2", "eval_gemma3_270m"):
+        header, found = _summary(name, (("snapkv", "mix"), ("global", "mix-output")))
+        for budget in (64, 128, 256):
+            cells = []
+            for task in _TEXT_TASKS:
+                row = found["global", budget, task]
+                text = f"{row['kl_change']:+.0%} [{row['kl_low']:+.0%}, {row['kl_high']:+.0%}]"
+                cells.append(f"**{text}**" if row["kl_low"] > 0 or row["kl_high"] < 0 else text)
+            rows.append([header["model"].split("/")[-1], str(budget), *cells])
+    return table(["model", "budget", *_TEXT_TASKS], rows)
+
+
+def texts() -> str:
+    """Right answers of the full cache that stay right on texts, at three budgets."""
+    caches = (("snapkv", "attn"), ("snapkv", "mix"), ("adakv", "mix"), ("adakv", "mix-output"), ("global", "mix-output"))
+    tasks = [task for task in _TEXT_TASKS if task != "prose"]
+    rows, totals = [], {}
+    for method, score in caches:
+        _, found = _summary("eval_smollm2", (("snapkv", "mix"), (method, score)))
+        of = {task: [found[method, budget, task] for budget in (64, 128, 256)] for task in tasks}
+        totals |= {task: of[task][0]["answered"] for task in tasks}
+        rows.append([f"`{method}`, `{score}`", *(" / ".join(str(row["kept"]) for row in of[task]) for task in tasks)])
+    return table(["cache", *(f"{task} (of {totals[task]})" for task in tasks)], rows)
+
+
 TABLES = {
-    function.__name__: function for function in (readme, methods, scores, budgets, later, speed, hybrid, demo, options)
+    function.__name__: function
+    for function in (readme, methods, scores, budgets, later, speed, hybrid, demo, options, quality, texts)
 }
 
 
@@ -212,6 +242,24 @@ def _share(task: str, cache: tuple[str, str] | None, budget: int | float, names:
 
 
 _PAGES = ("eval_pages", "eval_pages_layers")
+_TEXT_TASKS = ("codes", "lookup", "needle", "prose", "several")
+
+
+@cache
+def _summary(name: str, caches: tuple[tuple[str, str], ...]) -> tuple[dict, dict]:
+    """The header, and `paired.summary` by method, budget and task, over the seeds of which every task is there."""
+    header, records = _read(name)
+    seeds = Counter(record["seed"] for record in records)
+    tasks = {record["task"] for record in records}
+    wanted = [index for index, config in enumerate(header["configs"]) if (config["method"], config["score"]) in caches]
+    configs = [header["configs"][index] for index in wanted]
+    whole = [
+        record | {"results": [record["results"][index] for index in wanted]}
+        for record in records
+        if seeds[record["seed"]] == len(tasks)
+    ]
+    rows = paired.summary(whole, configs, caches[0])
+    return header, {(row["method"], row["budget"], row["task"]): row for row in rows if (row["method"], row["score"]) == caches[-1]}
 
 
 def _percent(task: str, cache: tuple[str, str] | None, budget: int | float, names: tuple[str, ...] = _PAGES) -> str:

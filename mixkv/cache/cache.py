@@ -277,7 +277,7 @@ class MixKVCache(TrackedCache):
         self._state.images.give(mask)
 
     def kept(self, layer_idx: int) -> list[list[torch.Tensor]] | None:
-        """Positions, padding included, that layer ``layer_idx`` keeps: [B][Hkv] ascending int32 tensors.
+        """Positions, padding included, that layer ``layer_idx`` keeps: ``[B][Hkv]`` ascending int32 tensors.
 
         None for a layer that this library does not compress (sliding window, cross-attention, ...). In a tensor-parallel model
         Hkv are the heads of this process.
