@@ -20,7 +20,7 @@ class Shared:
     ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
     ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
     ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
-    ``contest``: the layers of a prompt under a method of `config.CONTESTS`, until its last layer has come.
+    ``global_budget``: the layers of a prompt under a method of `config.CONTESTS`, until its last layer has come.
     ``valid``: valid columns by (first column, columns), of the present forward: its masks are read once, not once a layer.
     ``images``: which columns are image tokens.
     """

@@ -34,13 +34,13 @@ def offline(importance, base, floor):
     ]
     limit = len(entries) // (layers * heads)
     base = min(base, limit)
-    votes = torch.zeros(layers * heads, dtype=torch.float64)
+    counts = torch.zeros(layers * heads, dtype=torch.float64)
     for _, layer, head, _ in sorted(entries)[: base * layers * heads]:
-        votes[layer * heads + head] += limit - base
+        counts[layer * heads + head] += limit - base
     for one in range(layers):
         for _, _, head, _ in sorted(entry for entry in entries if entry[1] == one)[: base * heads]:
-            votes[one * heads + head] += base
-    shares = (1 - floor) * (votes / max(limit, 1)) + floor * base
+            counts[one * heads + head] += base
+    shares = (1 - floor) * (counts / max(limit, 1)) + floor * base
     total, limits = torch.tensor(base * layers * heads), torch.full((layers * heads,), limit)
     return torch.from_numpy(apportion(shares, total, limits)).view(layers, heads)
 
@@ -114,6 +114,25 @@ def test_streaming_equals_offline(layers, heads, length, budget, floor, pads, le
                 assert kept[head].tolist() == best + list(range(length - min(6, real), length))
                 rows = layer.store.padded()[0][row, head, -len(kept[head]) :]
                 assert torch.equal(rows, layer.key[row, head, kept[head].long()])
+
+
+def test_few_layers_are_laid_out_anew(monkeypatch):
+    """Every layer once in the end, and few before that; what is held meanwhile stays within the total and its slack."""
+    evictions = []
+    evict = RaggedStore.trim
+    monkeypatch.setattr(RaggedStore, "trim", lambda store, *args: evictions.append(store) or evict(store, *args))
+    layers, heads, length = 24, 2, 256
+    config = MixKVConfig(method="global", score="mix-output", budget=48, window=6)
+    budgeted, held = GlobalBudget(layers, 0.2), []
+    for query, key, value, _ in prompt(layers, heads, length, 6, 1, (0,), 1000):
+        assert sum(layer.store.total for layer in held) <= budgeted.total + budgeted.slack
+        ranking = rank(query, key, value, config)
+        selection = ranking.take(budgeted.add_layer(ranking))
+        held.append(Layer(RaggedStore.from_selection(key, value, selection, "torch"), key))
+        budgeted.finish_layer(held[-1], selection)
+    assert budgeted.complete and sum(layer.store.total for layer in held) == budgeted.total == layers * heads * 48
+    assert 0 < budgeted.slack <= min(budgeted.total / 8, heads * length / 4)
+    assert layers <= len(evictions) <= 2.5 * layers
 
 
 def test_quotas_so_far_are_never_below_the_final_ones():

@@ -20,11 +20,11 @@ def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tenso
     return operation(attention, kernel_size, stride=1, padding=kernel_size // 2)
 
 
-# Neighbours that share the importance of a peak in `output_importance`.
-_OUTPUT_KERNEL = 9
+# The pooling width of `output_importance` in the published results.
+OUTPUT_KERNEL = 9
 
 
-def output_importance(weights: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+def output_importance(weights: torch.Tensor, norm: torch.Tensor, kernel_size: int = OUTPUT_KERNEL) -> torch.Tensor:
     """What the window takes out of each row, in units of the residual stream: comparable across heads and layers.
 
     The root mean square of its weights favours what *some* window query needs much over what all need a little; pooling
@@ -34,7 +34,8 @@ def output_importance(weights: torch.Tensor, norm: torch.Tensor) -> torch.Tensor
         weights: [B, Hkv, M], `window_attention` with ``statistic="rms"``.
         norm: [B, Hkv, >= M], of what each value row adds to the layer's output: `projected_norm` through
             `mixkv.hf.output_projection.output_factor`, or the value's own norm.
+        kernel_size: neighbours that share the importance of a peak.
 
     Returns: [B, Hkv, M].
     """
-    return pool(weights * norm[..., : weights.shape[-1]], _OUTPUT_KERNEL, "max")
+    return pool(weights * norm[..., : weights.shape[-1]], kernel_size, "max")
