@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from mixkv import registry
 from mixkv.evaluation import journal, pages, paired
 
 Cache = tuple[str, str]
@@ -145,25 +146,31 @@ def draw(models: dict[str, list[dict]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.6), squeeze=False, layout="constrained")
+    caches = sorted({(row["method"], row["score"]) for rows in models.values() for row in rows})
+    # A colour for each method, the same in all pictures, and a line style for each score.
+    colours = {name: f"C{index}" for index, name in enumerate(registry.METHODS)}
+    styles = {"mix-output": "-", "mix": "--", "attn": ":"}
+    figure, axes = plt.subplots(1, len(models), figsize=(2 + 4.5 * len(models), 3.6), squeeze=False, layout="constrained")
     for ax, (name, rows) in zip(axes[0], models.items()):
         exact = all(row["task"] in pages.TASKS for row in rows)
-        for cache in dict.fromkeys((row["method"], row["score"]) for row in rows):
-            mine = [row for row in rows if (row["method"], row["score"]) == cache]
+        for method, score in caches:
+            mine = [row for row in rows if (row["method"], row["score"]) == (method, score)]
             budgets = sorted({row["budget"] for row in mine})
             means = [
                 [row["kept"] / questions(row) if exact else row["kl"] for row in mine if row["budget"] == budget]
                 for budget in budgets
             ]
-            style = {"snapkv": ":", "adakv": "--", "global": "-"}.get(cache[0], "-.")
-            ax.plot(budgets, [sum(part) / len(part) for part in means], style, marker="o", markersize=3, label=" ".join(cache))
+            look = {"color": colours[method], "linestyle": styles.get(score, "-."), "marker": "o", "markersize": 3}
+            ax.plot(budgets, [sum(part) / len(part) for part in means], label=f"{method} {score}", **look)
         label = "answered exactly, mean over tasks" if exact else "KL to the full cache, mean over tasks"
-        ax.set(title=name, xlabel="budget (rows per KV head)", ylabel=label, xscale="log")
+        ax.set(title=name, xlabel="budget (entries per KV head)", ylabel=label, xscale="log", ylim=(0, None))
+        budgets = sorted({row["budget"] for row in rows})
         ax.set_xticks(budgets, map(str, budgets))
         ax.minorticks_off()
-    axes[0][-1].legend(fontsize=7)
+    handles = {name: handle for ax in axes[0] for handle, name in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
     plt.rcParams["svg.hashsalt"] = "mixkv"
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
 def main() -> None:

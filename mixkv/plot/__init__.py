@@ -1,4 +1,4 @@
-"""Plots of what a cache keeps and what that costs. matplotlib is imported when a plot is drawn."""
+"""Pictures of what a cache keeps and what that costs. matplotlib and ipywidgets are imported when something is drawn."""
 
 from .heads import budgets, redundancy, sparsity
 from .patches import kept_patches

@@ -1,4 +1,4 @@
-"""Answer quality against the size of the cache: one line per method and score, one point per budget."""
+"""Answer quality against the size of the cache: a line for each method and score, a point for each budget."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FULL = "full"
-# Fields of records and the labels of their axes; the first field that the records have is drawn.
+# The number of the records that is drawn: the first one that they have, and the label of its axis.
 _QUALITIES = {"kl": "KL to the full cache (nats per token)", "mean_kl": "KL to the full cache (nats per token)"}
-_SIZES = {"bytes": "held (MiB)", "budget": "budget (KV entries per KV head)"}
+_SIZES = {"bytes": "size of the cache (MiB)", "budget": "budget (entries per KV head)"}
 
 
 def tradeoff(
     results: Iterable[Mapping[str, Any]], *, quality: str | None = None, size: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Draws quality against size, one line per method and score.
+    """Draws quality against size, a line for each method and score.
 
     Args:
         results: one record per run, in any order, such as `mixkv.evaluation.compare.run` returns and `mixkv compare --json`
@@ -29,24 +29,22 @@ def tradeoff(
                  "kl": 0.23, "kl_low": 0.19, "kl_high": 0.28}
 
             ``method`` and ``score`` name the line; ``budget`` or ``bytes`` (or another number, named by ``size``) is the
-            point's size; the quality is ``kl``, ``mean_kl`` or the number named by ``quality``. ``<quality>_low`` and
-            ``<quality>_high``, if a record has both, are the bounds of its confidence interval. Records of method ``full``
-            are drawn as a horizontal line.
-        quality: the field of the answer's quality; by default the first of ``kl``, ``mean_kl`` that the records have.
-        size: the field of the cache's size; by default the first of ``bytes``, ``budget`` that all records have.
+            point's place on it; the quality is ``kl``, ``mean_kl`` or the number named by ``quality``. ``<quality>_low`` and
+            ``<quality>_high``, where a record has both, are the ends of its confidence interval. Records of method ``full``
+            are a horizontal line.
+        quality: which number is the answer's quality; by default the first of ``kl``, ``mean_kl`` that there is.
+        size: which number is the cache's size; by default the first of ``bytes``, ``budget`` that all records have.
         ax: where to draw; a new figure by default.
 
     Returns: the Axes.
 
     Raises:
-        ValueError: there are no records, or a record lacks a field; the message names it.
+        ValueError: no records, or one lacks a number; the message names it.
         ImportError: matplotlib is not installed.
     """
     records = list(results)
     if not records:
-        raise ValueError(
-            "results is empty: pass one record per run, for example those that mixkv compare --json writes under 'runs'"
-        )
+        raise ValueError("results is empty: give one record per run, such as mixkv compare --json writes under runs")
     quality = quality or next((name for name in _QUALITIES if name in records[0]), "kl")
     compressed = [record for record in records if record.get("method") != FULL]
     size = size or next((name for name in _SIZES if all(name in record for record in compressed)), "bytes")
@@ -67,10 +65,10 @@ def tradeoff(
 
 
 def lines(records: list[Mapping[str, Any]], quality: str, size: str) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Points (size, quality, low, high) in order of size, by ``"method, score"``. Without an interval, low and high are quality.
+    """Points (size, quality, low, high) in order of size, by ``"method, score"``; without an interval, low and high equal the quality.
 
     Raises:
-        ValueError: a record lacks a field, or its quality is outside its interval.
+        ValueError: a record lacks a number.
     """
     found: dict[str, list[tuple[float, float, float, float]]] = {}
     for index, record in enumerate(records):
@@ -78,7 +76,7 @@ def lines(records: list[Mapping[str, Any]], quality: str, size: str) -> dict[str
             if record.get(name) is None:
                 raise ValueError(
                     f"record {index} of results ({record.get('method')}, {record.get('score')}, budget {record.get('budget')}) has no "
-                    f"{name!r}: add it to every record, or choose another field with quality= or size="
+                    f"{name!r}: give every record one, or choose another number with quality= or size="
                 )
         value = record[quality]
         interval = (record.get(f"{quality}_low"), record.get(f"{quality}_high"))

@@ -116,6 +116,25 @@ def test_streaming_equals_offline(layers, heads, length, budget, floor, pads, le
                 assert torch.equal(rows, layer.key[row, head, kept[head].long()])
 
 
+def test_few_layers_are_laid_out_anew(monkeypatch):
+    """Every layer once in the end, and few before that; what is held meanwhile stays within the total and its slack."""
+    evictions = []
+    evict = RaggedStore.evict
+    monkeypatch.setattr(RaggedStore, "evict", lambda store, *args: evictions.append(store) or evict(store, *args))
+    layers, heads, length = 24, 2, 256
+    config = MixKVConfig(method="global", score="mix-output", budget=48, window=6)
+    budgeted, held = GlobalBudget(layers, 0.2), []
+    for query, key, value, _ in prompt(layers, heads, length, 6, 1, (0,), 1000):
+        assert sum(layer.store.total for layer in held) <= budgeted.total + budgeted.slack
+        ranking = rank(query, key, value, config)
+        selection = ranking.take(budgeted.add_layer(ranking))
+        held.append(Layer(RaggedStore.from_selection(key, value, selection, "torch"), key))
+        budgeted.finish_layer(held[-1], selection)
+    assert budgeted.complete and sum(layer.store.total for layer in held) == budgeted.total == layers * heads * 48
+    assert 0 < budgeted.slack <= min(budgeted.total / 8, heads * length / 4)
+    assert layers <= len(evictions) <= 2.5 * layers
+
+
 def test_quotas_so_far_are_never_below_the_final_ones():
     counts = GlobalTopK(0.2)
     generator = torch.Generator().manual_seed(3)

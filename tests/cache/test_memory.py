@@ -6,8 +6,7 @@ from support.stores import needs_library
 
 from mixkv import MixKVConfig, registry
 from mixkv.evaluation import memory
-from mixkv.selection import hybrid
-from mixkv.selection.select import quota, rank
+from mixkv.selection.select import allocate, rank
 from mixkv.storage.chunks import ChunkStore
 from mixkv.storage.ragged import RaggedStore
 
@@ -17,12 +16,13 @@ TOKENS, HEADS, GROUPS, SIZE = 16384, 1, 3, 64
 def compress(query, key, value, config, factor):
     """What a layer does with a prompt: its stores, `RaggedStore` and perhaps `ChunkStore`."""
     ranking = rank(query, key, value, config, output_factor=factor, num_layers=2)
-    if config.method != "hybridkv":
-        selection = ranking.take(quota(config, ranking, 0, 2))
+    method = registry.method(config.method)
+    if method.plan is None:
+        selection = ranking.take(allocate(config, ranking, 0, 2))
         return [RaggedStore.from_selection(key, value, selection, config.backend)]
-    plan = hybrid.plan(query, key, config, ranking)
+    plan = method.plan(query, key, config, ranking)
     chunks = ChunkStore.from_plan(key, value, plan, config.backend)
-    return [RaggedStore.from_selection(key, value, plan.ranking.take(plan.rows), config.backend), chunks]
+    return [RaggedStore.from_selection(key, value, plan.ranking.take(plan.entries), config.backend), chunks]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -33,8 +33,8 @@ def test_extra_memory_is_less_than_a_quarter_of_the_layer(method, backend, dtype
         torch.randn(1, count, heads, SIZE).to(dtype).transpose(1, 2)
         for count, heads in ((32, HEADS * GROUPS), (TOKENS, HEADS), (TOKENS, HEADS))
     )
-    profile = ((1.0,), (3.0,)) if method == "sparsemm" else None
-    for score in registry.score_names():
+    profile = ((1.0,), (3.0,)) if registry.method(method).needs_profile else None
+    for score in registry.SCORES:
         config = MixKVConfig(method=method, score=score, backend=backend, profile=profile)
         with memory.allocations() as allocated:
             stores = compress(query, key, value, config, torch.randn(HEADS, SIZE, SIZE).triu())

@@ -19,7 +19,8 @@ def pyramid(base: torch.Tensor, candidates: torch.Tensor, *, layer_idx: int, num
     means, limits = to_host(base, candidates)
     limit = limits.max(axis=-1)
     mean = np.minimum(means, limit).astype(np.float64)
-    top = np.minimum(2 * mean - means // beta, limit)
+    # At least the mean: a prompt that is shorter than its budget is kept whole.
+    top = np.minimum(np.maximum(2 * mean - means // beta, mean), limit)
     bottom = 2 * mean - top
     step = np.arange(num_layers)
     # From either end, so that layers as far from the middle have shares that sum to twice the mean, to the bit.
