@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "extending.md"
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 
 # Runs with the diffs applied: what each of them adds.
-CHECK = '''
+CHECK = """
 import torch
 from support import zoo
 
@@ -43,7 +43,7 @@ for layout in range(4):
     document = page.make("ticket", layout, layout=layout)
     assert len(document.facts) == 4
     render.draw(document.pages[0], "ticket")
-'''
+"""
 
 
 @pytest.fixture(scope="module")
