@@ -1,4 +1,4 @@
-"""Tables and the figure of docs/results.md, from the samples that `mixkv eval --out` wrote.
+"""Tables and the figure of research/, from the samples that `mixkv eval --out` wrote.
 
 python benchmarks/quality.py benchmarks/results/eval_smollm2.jsonl [more.jsonl] [--figure docs/figures/quality.svg]
 
@@ -17,14 +17,14 @@ Cache = tuple[str, str]
 
 
 def whole_rounds(records: list[dict]) -> list[dict]:
-    """The seeds for which every task is there, so that all tasks have the same number of samples."""
+    """The records of seeds for which every task has a sample, so that all tasks have the same number of samples."""
     tasks = {record["task"] for record in records}
     seeds = Counter(record["seed"] for record in records)
     return [record for record in records if seeds[record["seed"]] == len(tasks)]
 
 
 def merged(runs: list[tuple[dict, list[dict]]]) -> tuple[list[dict], list[dict]]:
-    """Configurations and records of runs over the same samples, those of later runs behind the earlier ones'; each once."""
+    """Configs and records of several runs on the same samples, in the order of the runs, without duplicates."""
     configs, records = list(runs[0][0]["configs"]), {journal.name(record): record for record in runs[0][1]}
     for header, more in runs[1:]:
         new = [index for index, config in enumerate(header["configs"]) if kind(config) not in map(kind, configs)]
@@ -48,7 +48,7 @@ def cell(row: dict) -> str:
 
 
 def with_interval(middle: float, low: float, high: float) -> str:
-    """A relative change with its interval; bold where the interval lies on one side of 0."""
+    """A relative change with its interval; bold if the interval does not contain 0."""
     return marked(f"{middle:+.0%} [{low:+.0%}, {high:+.0%}]", low, high)
 
 
@@ -92,7 +92,7 @@ def print_tables(name: str, rows: list[dict], reference: Cache, answers_only: bo
 
 
 def print_equal(name: str, rows: list[dict], reference: Cache, method: str) -> None:
-    """A method's caches against the reference with at least as many bytes resident."""
+    """Prints the caches of ``method`` compared with the reference with at least as many resident bytes."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     mine = [row for row in rows if row["method"] == method and row["kl_change"] is not None]
     print(
@@ -113,12 +113,12 @@ def print_equal(name: str, rows: list[dict], reference: Cache, method: str) -> N
 
 
 def questions(row: dict) -> int:
-    """Questions about pages; of a page that is read before they are known there are several."""
+    """The number of questions about pages; there are several about a page that is compressed before its questions."""
     return row["samples"] * (pages.LATER_QUESTIONS if "later" in row["task"] else 1)
 
 
 def print_exact(name: str, rows: list[dict], reference: Cache) -> None:
-    """Share of questions about pages answered exactly right, and the paired difference to the reference in points."""
+    """Prints the share of questions about pages that are answered exactly, and the paired difference to the reference in points."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
     for budget, by in by_budget(rows).items():
@@ -140,7 +140,7 @@ def print_exact(name: str, rows: list[dict], reference: Cache) -> None:
 
 
 def draw(models: dict[str, list[dict]], path: str) -> None:
-    """Mean over the tasks against the budget, a line a cache, a panel a model: of KL, or for pages of the exact answers."""
+    """Draws the mean over tasks of KL, or of exact answers for pages, against the budget: a line per cache, a panel per model."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,8 @@
-"""MixKVCache: the transformers cache protocol over layers of ragged stores. All that a generation knows lives in its cache."""
+"""MixKVCache: the transformers cache protocol over layers that keep some of their KV entries."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import warnings
 import weakref
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
@@ -19,17 +17,13 @@ from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageColumns
 from . import save, stats
 from .layer import MixKVLayer
-from .state import Shared
-
-_NEVER_MET = (
-    "the attention of {} never met its compressed cache, so nothing would be compressed. Either the model was unpatched while "
-    "the cache was in use (bind again with MixKVCache(model) or mixkv.patch(model)), or an earlier forward was interrupted (make a "
-    "new cache), or its attention does not go through transformers' attention interface (not supported)"
-)
+from .progress import Progress
+from .state import CacheState
+from .tracked import TrackedCache
 
 
-class MixKVCache(Cache):
-    """A transformers cache that compresses a prompt once it has been read, and holds everything generated after it.
+class MixKVCache(TrackedCache):
+    """A transformers cache that compresses a prompt once it has been read, and keeps all tokens generated after it.
 
     Example:
         >>> cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=128)
@@ -39,13 +33,15 @@ class MixKVCache(Cache):
     Args:
         model: the model it is for; without one the cache binds itself to the model that first uses it.
         config: a `MixKVConfig`.
-        options: fields of `MixKVConfig`, over ``config``.
+        options: fields of `MixKVConfig`, in place of those of ``config``.
+
+    After an exception the cache is as it was before the call, or every later use of it raises a RuntimeError that says so, until
+    `reset`. A prompt whose attention failed has not been read. A forward that fails behind its last cache layer has been read
+    whole: `get_seq_length` counts its tokens.
 
     Raises:
         ValueError: unknown or bad options, or a model that cannot be compressed.
     """
-
-    layer_class = MixKVLayer
 
     def __init__(self, model: PreTrainedModel | None = None, config: MixKVConfig | None = None, **options):
         for name in ("offloading", "offload_only_non_sliding"):
@@ -53,10 +49,10 @@ class MixKVCache(Cache):
                 raise ValueError(f"{name}=True is not supported: a compressed cache stays where its keys are. Leave it out")
         if model is not None and not isinstance(model, torch.nn.Module):
             raise ValueError(
-                f"model must be a transformers model, not {type(model).__name__}; a config goes by name: config=..."
+                f"model must be a transformers model, not {type(model).__name__}; pass a config by keyword: config=..."
             )
         self.config = checked_config(config, **options)
-        self._shared = Shared(self.config)
+        self._state = CacheState(self.config)
         self._batch: int | None = None
         self._model: weakref.ref | None = None
         self._bound_to: binding.ModelReference | None = None
@@ -74,31 +70,27 @@ class MixKVCache(Cache):
             # A cache that was unpickled, or whose model was loaded again: only the binding is new.
             return
         self._slots = slots
-        self._shared.num_layers = sum(slot is None for slot in self._slots)
+        self._state.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
-        if self._shared.recording:
-            self.activate_past_recording()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_shared" in state:  # pickled by version 0.1.0
+            state = {**state, "_state": state["_shared"]}
+            del state["_shared"]
         self.__dict__.update({"_bound_to": None, **state})
+        if self._state.progress is None:
+            self._state.progress = self._new_progress()
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
 
-    def _make_layers(self) -> None:
-        ordinals = itertools.count()
-        self.layers = [
-            self.layer_class(self._shared, next(ordinals)) if slot is None else copy.deepcopy(slot) for slot in self._slots
-        ]
-
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if self._shared.waiting is not None:
-            raise RuntimeError(_NEVER_MET.format(self._model_name))
+        self._check_met()
         if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
         if layer_idx >= len(self.layers):
@@ -112,25 +104,78 @@ class MixKVCache(Cache):
                 f"this cache holds a batch of {self._batch} and was given {batch} rows: make a new cache, or take rows with "
                 f"cache.batch_select_indices / batch_repeat_interleave"
             )
-        layer = self.layers[layer_idx]
-        first = isinstance(layer, MixKVLayer) and layer.ordinal == 0
-        if first:
-            self._shared.valid.clear()
-        if first and layer.dense is None:
-            columns = key_states.shape[2]
-            if layer.seen == 0:
-                self._shared.prompt_length, assisted = call_stack.prompt_plan()
-                self._shared.recording |= assisted
-                columns = self._shared.prompt_length or columns
-            self._shared.images.read(layer.seen, columns, key_states)
-            drafts = layer.seen == 0 and columns < key_states.shape[2]
-            if drafts and not registry.method(self.config.method).drafts_with_prompt:
-                call_stack.decline_drafts()
-        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._batch = batch
-        if stock_layers.keeps_prompt_alive(layer):
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        layer, progress = self.layers[layer_idx], self._state.progress
+        tracked = layer_idx in progress.attention
+        if tracked and progress.start_layer(layer_idx, key_states.shape[2]):
+            self._start_forward()
+        try:
+            if isinstance(layer, MixKVLayer) and layer.ordinal == 0:
+                self._read_plan(layer, key_states)
+            result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            self._batch = batch
+            if stock_layers.keeps_prompt_alive(layer):
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        except BaseException:
+            self._undo_forward()
+            raise
+        if tracked and not isinstance(layer, MixKVLayer):
+            progress.finish_layer()
         return result
+
+    def _read_plan(self, layer: MixKVLayer, key_states: torch.Tensor) -> None:
+        """What the first compressed layer finds out for all of them about the tokens of a forward."""
+        self._state.valid.clear()
+        if layer.prompt is not None:
+            return
+        tokens, images = key_states.shape[2], copy.copy(self._state.images)
+        if layer.seen == 0:
+            self._plan_prompt(tokens)
+            tokens = self._state.prompt_length or tokens
+        self._state.images.read(layer.seen, tokens, key_states)
+        self._state.before.images = images
+
+    def _plan_prompt(self, tokens: int) -> None:
+        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
+        state = self._state
+        if state.expected_prompt is None:
+            state.prompt_length, assisted = call_stack.prompt_plan(tokens)
+            state.rollback_enabled |= assisted
+        else:
+            state.prompt_length = state.expected_prompt
+        drafts = state.prompt_length is not None and state.prompt_length < tokens
+        if drafts and not registry.method(self.config.method).drafts_with_prompt:
+            raise RuntimeError(
+                f"a prompt of {state.prompt_length} tokens came in one forward with {tokens - state.prompt_length} more, which would "
+                f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
+                f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
+            )
+
+    def expect_prompt(self, length: int) -> None:
+        """Says how long the next prompt is, so that it is compressed when all of it has been read.
+
+        Needed where you read a prompt in several forwards of your own; `generate` with ``prefill_chunk_size`` or assisted decoding
+        needs it only in a transformers that this library does not know.
+
+        Args:
+            length: the length of the prompt in tokens, padding included, images as the tokens that stand for them.
+
+        Raises:
+            ValueError: it is not a positive int.
+            RuntimeError: something has been read already.
+        """
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(f"length={length!r} must be a positive int: the length of the prompt in tokens")
+        if self:
+            raise RuntimeError(
+                f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
+                f"after cache.reset()"
+            )
+        self._state.expected_prompt = length
+
+    @property
+    def reads_prompt_alone(self) -> bool:
+        """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
+        return not registry.method(self.config.method).drafts_with_prompt and not self
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -154,22 +199,43 @@ class MixKVCache(Cache):
         if model is None and self.layers:
             return
         if model is None:
-            raise RuntimeError("this cache cannot tell which model is using it: make it with MixKVCache(model, ...)")
+            raise RuntimeError("it is not known which model uses this cache: make it with MixKVCache(model, ...)")
         self._bind(model)
 
     def activate_past_recording(self) -> None:
-        self._shared.recording = True
+        self._state.rollback_enabled = True
+        model = None if self.layers else call_stack.assisted_model()
+        if model is not None:
+            self._bind(model)
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     def reset(self) -> None:
+        """Forgets everything that was read, and makes a broken cache usable."""
+        state = self._state
+        state.progress.change = "reset()"
+        self._batch = state.prompt_length = state.expected_prompt = None
+        state.pending_layer = state.shared_budget = state.before = None
+        state.rollback_enabled = False
+        state.images = ImageColumns()
         if self.layers:
             self._make_layers()
-        self._batch = None
-        self._shared.prompt_length = self._shared.waiting = self._shared.contest = None
-        self._shared.recording = False
-        self._shared.images = ImageColumns()
+        else:
+            state.progress = Progress()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            ValueError: more than were appended since the last compression; nothing is changed.
+        """
+        self._check_usable()
+        for layer in self.layers:
+            if isinstance(layer, MixKVLayer):
+                layer.check_crop(tokens_to_remove)
+        with self._state.progress.changing("crop()"):
+            super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._take(beam_idx.tolist(), "reorder_cache", beam_idx)
@@ -184,43 +250,45 @@ class MixKVCache(Cache):
 
     def _take(self, rows: list[int], stock_method: str, argument) -> None:
         """Takes batch rows: read to the host once for all our layers; stock layers take them their own way."""
-        for layer in self.layers:
-            if isinstance(layer, MixKVLayer):
-                layer.take_rows(rows)
-            else:
-                device = getattr(layer, "device", None)
-                here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
-                getattr(layer, stock_method)(here)
-        self._shared.images.take_rows(rows)
-        if self._batch is not None:
-            self._batch = len(rows)
+        self._check_usable()
+        with self._state.progress.changing(f"{stock_method}()"):
+            for layer in self.layers:
+                if isinstance(layer, MixKVLayer):
+                    layer.take_rows(rows)
+                else:
+                    device = getattr(layer, "device", None)
+                    here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
+                    getattr(layer, stock_method)(here)
+            self._state.images.take_rows(rows)
+            if self._batch is not None:
+                self._batch = len(rows)
 
     def set_image_mask(self, mask: torch.Tensor) -> None:
-        """Says which columns of the next prompt or turn are image tokens, where `stats` cannot tell from the token ids.
+        """Marks the image tokens of the next prompt or turn, where `stats` cannot find them in the token ids.
 
         That is so with ``inputs_embeds``, and for models whose config names no image token.
 
         Args:
-            mask: [B, N], nonzero for image tokens; N columns, padding included.
+            mask: [B, N], nonzero for image tokens; N tokens, padding included.
 
         Raises:
             ValueError: now if it is not two-dimensional, at the next forward if it does not fit what is read.
         """
-        self._shared.images.give(mask)
+        self._state.images.give(mask)
 
     def kept(self, layer_idx: int) -> list[list[torch.Tensor]] | None:
-        """Columns of the sequence as passed that layer ``layer_idx`` holds: [B][Hkv] ascending int32 tensors.
+        """Positions, padding included, that layer ``layer_idx`` keeps: ``[B][Hkv]`` ascending int32 tensors.
 
         None for a layer that this library does not compress (sliding window, cross-attention, ...). In a tensor-parallel model
         Hkv are the heads of this process.
         """
-        self._check_met()
+        self._check_usable()
         layer = self.layers[layer_idx]
         return layer.kept() if isinstance(layer, MixKVLayer) else None
 
     def stats(self) -> dict[str, Any]:
-        """What is held: see `mixkv.report.stats`."""
-        self._check_met()
+        """What the cache holds, as a dict: see `mixkv.cache.stats.stats`."""
+        self._check_usable()
         return stats.stats(self)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -231,7 +299,7 @@ class MixKVCache(Cache):
                 an unknown kind, or the model is tensor-parallel.
             OSError: the file cannot be written.
         """
-        self._check_met()
+        self._check_usable()
         save.save(self, path)
 
     @classmethod
@@ -252,10 +320,6 @@ class MixKVCache(Cache):
         cache = cls(model, saved.config if backend is None else saved.config.replace(backend=backend))
         save.restore(cache, saved, model)
         return cache
-
-    def _check_met(self) -> None:
-        if self._shared.waiting is not None:
-            raise RuntimeError(_NEVER_MET.format(self._model_name))
 
     def __repr__(self) -> str:
         return stats.text(self)

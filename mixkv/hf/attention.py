@@ -50,8 +50,11 @@ def attend_with_cache(
 
 @torch.compiler.disable
 def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-    with layer.arriving(module, kwargs):
-        if layer.store is None:
+    with layer.attention_call(module, kwargs):
+        # A prompt's own attention is the base's, on full keys and values; stored rows are cut off from what made them.
+        if layer.rows is not None or layer.prompt_length not in (None, key.shape[2]):
+            _refuse_gradients(query, key, value)
+        if layer.rows is None:
             return _read_prompt(layer, base, module, query, key, value, mask, kwargs)
         if kwargs.get("output_attentions"):
             warnings.warn(
@@ -66,14 +69,15 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
     prompt = layer.prompt_length or total
     if total < prompt:
         output = base(module, query, key, value, mask, **kwargs)
-        layer.collect(query, key, value)
+        layer.append_prefill_chunk(query, key, value)
         return output
     head = new - (total - prompt)
     prompt_mask = mask if total == prompt else _slice_mask(mask, slice(head), slice(prompt))
     output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
     logits = _logit_options(query, kwargs)
-    valid = layer.shared.valid_columns(prompt_mask, 0, prompt)
-    layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
+    valid = layer.state.valid_tokens(prompt_mask, 0, prompt)
+    with torch.no_grad():
+        layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
     if total == prompt:
         return output, weights
     # Draft tokens came along with the prompt: they see the compressed cache, as they would in a forward of their own.
@@ -85,13 +89,24 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
 def _continue(layer, query, key, value, mask, logits) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
     new = query.shape[2]
-    valid = layer.shared.valid_columns(mask, layer.seen - new, new)
-    if new == 1 and valid is None:
+    # A decode step's one token is real in every batch row, as padding on the right is refused: nothing waits for the device.
+    valid = None if new == 1 else layer.state.valid_tokens(mask, layer.seen - new, new)
+    if new == 1:
         output = layer.decode(query, key, value, logits)
     else:
         output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, logits)
-    layer.settle(query, valid)
+    layer.enforce_decode_budget(query, valid)
     return output
+
+
+def _refuse_gradients(*tensors: torch.Tensor) -> None:
+    """Raises a RuntimeError if a backward pass could come through ``tensors``, which would miss what reaches stored rows."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "gradients through a compressed cache would be wrong: its rows are detached from the forward that made them. Go on "
+            "under torch.no_grad() or with model.generate, or read the whole sequence in one forward with an empty cache, whose "
+            "gradients are exact"
+        )
 
 
 def _logit_options(query: torch.Tensor, kwargs: dict) -> LogitOptions:

@@ -3,32 +3,73 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from .versions import NEWEST_TESTED
 
-def prompt_plan() -> tuple[int | None, bool]:
-    """How the calling `generate` is about to read its prompt.
+
+def prompt_plan(tokens: int) -> tuple[int | None, bool]:
+    """How the calling `generate` reads its prompt.
 
     A cache sees one forward at a time: neither that more chunks of the prompt follow (``prefill_chunk_size``), nor where
     the prompt ends and the drafts of assisted decoding begin. `generate` knows, a few frames up.
 
-    Returns: the prompt's columns if they come in several forwards or with drafts attached, else None; and whether tokens
-        may be taken back after each forward (assisted decoding, which before transformers 5.15 does not tell the cache).
+    Args:
+        tokens: how many the present forward, the first of a prompt, reads.
+
+    Returns: the length of the prompt in tokens if it comes in several forwards or with drafts attached, else None; and whether
+        tokens may be taken back after each forward (assisted decoding, of which transformers before 5.15 does not inform the cache).
+
+    Raises:
+        RuntimeError: it may come so, and the frames of this transformers do not say how long it is.
     """
-    for frame in _frames():
-        if frame.f_globals.get("__name__") != "transformers.generation.utils":
-            continue
-        local = frame.f_locals
-        assisted = frame.f_code.co_name == "_assisted_decoding"
-        chunked = frame.f_code.co_name == "_prefill" and local["generation_config"].prefill_chunk_size is not None
-        if assisted or chunked:
-            return local["input_ids"].shape[1], assisted
+    frames = [frame for frame in _frames() if frame.f_globals.get("__name__", "").startswith("transformers.generation.")]
+    if not frames:
+        return None, False
+    for frame in frames:
+        if frame.f_code.co_name == "_assisted_decoding":
+            return _prompt_length(frame, lambda length: length <= tokens), True
+        if frame.f_code.co_name == "_prefill" and _chunk_size(frame.f_locals.get("generation_config")) is not None:
+            return _prompt_length(frame, lambda length: length >= tokens), False
+    # No frame of the two that read a prompt in parts: the options of `generate` confirm that none was asked for.
+    options = next((found for frame in frames if (found := _generation_config(frame)) is not None), None)
+    assistant = next((frame.f_locals["assistant_model"] for frame in frames if "assistant_model" in frame.f_locals), None)
+    if options is None or _chunk_size(options) is not None or "assisted" in str(options.get_generation_mode(assistant)).lower():
+        raise _unknown()
     return None, False
+
+
+def _prompt_length(frame: FrameType, is_possible: Callable[[int], bool]) -> int | None:
+    """The length of the prompt that ``frame`` has as token ids; None if there are none, but embeddings."""
+    ids = frame.f_locals.get("input_ids")
+    if not torch.is_tensor(ids) or ids.ndim != 2 or (ids.shape[1] > 0 and not is_possible(ids.shape[1])):
+        raise _unknown()
+    return ids.shape[1] or None
+
+
+def _generation_config(frame: FrameType):
+    """The options of `generate` among the variables of ``frame``, whatever it calls them."""
+    return next((value for value in frame.f_locals.values() if type(value).__name__ == "GenerationConfig"), None)
+
+
+def _chunk_size(options) -> int | None:
+    if not hasattr(options, "prefill_chunk_size"):
+        raise _unknown()
+    return options.prefill_chunk_size
+
+
+def _unknown() -> RuntimeError:
+    return RuntimeError(
+        f"this prompt may come in several forwards or with drafts, and how long it is cannot be told in transformers "
+        f"{transformers.__version__}: call cache.expect_prompt(length) with its length in tokens before generate, leave "
+        f"prefill_chunk_size and assisted decoding out, or install transformers=={NEWEST_TESTED}"
+    )
 
 
 def thrown_away_at(length: int) -> int | None:
@@ -43,22 +84,18 @@ def thrown_away_at(length: int) -> int | None:
         or caller.f_globals["__name__"] == "transformers.generation.utils"
     ):
         return None
-    model, ids = caller.f_locals["self"], caller.f_locals.get("input_ids")
-    limit = getattr(model.config, "original_max_position_embeddings", None)
+    model, ids = caller.f_locals.get("self"), caller.f_locals.get("input_ids")
+    limit = getattr(getattr(model, "config", None), "original_max_position_embeddings", None)
     return limit if limit is not None and ids is not None and length <= limit < ids.shape[1] else None
 
 
-def decline_drafts() -> None:
-    """Makes the calling `generate` take none of the drafts that came along with a prompt.
-
-    After the forward it compares them with its own choices: as ids of no token they differ from all. Only where it samples
-    from an assistant model's drafts they are weighed instead, and stay.
-    """
+def assisted_model() -> PreTrainedModel | None:
+    """The model whose assisted decoding is calling; None if there is none."""
     for frame in _frames():
-        if frame.f_code.co_name == "_assisted_decoding":
-            local = frame.f_locals
-            if not local["do_sample"] or local["candidate_logits"] is None:
-                local["candidate_input_ids"][:, local["input_ids"].shape[1] :] = -1
+        model = frame.f_locals.get("self")
+        if frame.f_code.co_name == "_assisted_decoding" and isinstance(model, PreTrainedModel):
+            return model
+    return None
 
 
 def calling_model() -> PreTrainedModel | None:

@@ -63,17 +63,15 @@ def _get_candidate_generator(self: PreTrainedModel, *args, **kwargs) -> Candidat
 
 def _skip_first_draft(candidates: CandidateGenerator) -> None:
     """Makes a new candidate generator answer its first call with no draft, as prompt lookup does where it finds none."""
+    draft = candidates.get_candidates
 
     def get_candidates(input_ids, *args, **kwargs):
         del candidates.get_candidates
+        # Drafted all the same: an assistant model reads its prompt here, and goes on from it.
+        draft(input_ids, *args, **kwargs)
         return input_ids, None
 
-    def update_candidate_strategy(*args, **kwargs):
-        # A round without drafts says nothing about how many to draft.
-        del candidates.update_candidate_strategy
-
     candidates.get_candidates = get_candidates
-    candidates.update_candidate_strategy = update_candidate_strategy
 
 
 _METHODS: list[Callable] = [_get_candidate_generator]

@@ -1,7 +1,8 @@
-"""What a value row adds to the residual stream: small factors of a model's output projections, made once a model."""
+"""What a value row adds to the residual stream: small factors of a model's output projections, computed once a model."""
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable
 
@@ -11,12 +12,18 @@ from torch import nn
 from ..tensor_parallel import Slice
 
 _NAMES = ("o_proj", "out_proj", "dense", "wo")
+# Devices that have float64; elsewhere factors are made on the host.
+_WITH_FLOAT64 = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Attention module -> (what the factor was made of, the factor). Goes with the module.
+# All by attention module, and gone with it: (what the factor was computed from, the factor),
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor]] = weakref.WeakKeyDictionary()
-# Attention module -> the norm that its output goes through before it is added to the residual stream.
+# the norm that its output goes through before it is added to the residual stream,
 _norms: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+# and the decoder that it is part of.
+_decoders: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+# Decoders, or attention modules by themselves, of which a warning was given.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def learn_norms(decoder: nn.Module, attention: Iterable[nn.Module]) -> None:
@@ -27,6 +34,8 @@ def learn_norms(decoder: nn.Module, attention: Iterable[nn.Module]) -> None:
         attention: its attention modules.
     """
     wanted = set(attention)
+    for module in wanted:
+        _decoders[module] = weakref.ref(decoder)
     for layer in decoder.modules():
         for child in wanted.intersection(layer.children()):
             norm = getattr(layer, "post_self_attn_layernorm", None)
@@ -50,12 +59,13 @@ def output_factor(module: nn.Module, key_value_heads: int, size: int, part: Slic
         size: Dv, the head size of its values.
         part: which heads these are, where several processes run the module.
 
-    Returns: float32 [Hkv, Dv, Dv], upper triangular, on the projection's device. None where the module has no projection that
-        can be read: quantised or offloaded weights, or names unknown here.
+    Returns: float32 [Hkv, Dv, Dv], upper triangular, on the projection's device. None, with a warning once a model, where the
+        module has no projection that can be read: quantised or offloaded weights, or names unknown here.
     """
     columns = module.num_key_value_groups * key_value_heads * size
     weight = _projection(module, columns, part)
     if weight is None:
+        _warn_unreadable(module)
         return None
     read = [weight, *(_norms[module].parameters() if module in _norms else ())]
     made_of = (key_value_heads, *((tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype) for tensor in read))
@@ -103,6 +113,25 @@ def output_scale(projected: torch.Tensor) -> torch.Tensor:
     return projected.square().mean(dim=-1).sqrt().clamp(min=1e-12).reciprocal().mean(dim=-1)
 
 
+def _warn_unreadable(module: nn.Module) -> None:
+    """Says, once a model, that the output projection of ``module`` cannot be read, and what follows from it."""
+    decoder = _decoders.get(module, lambda: None)() or module
+    if decoder in _warned:
+        return
+    _warned.add(decoder)
+    projection = next((part for name in _NAMES if (part := getattr(module, name, None)) is not None), None)
+    weight = getattr(projection, "weight", None)
+    kind = (
+        f"its output projection is a {type(projection).__name__}" if projection is not None else "no output projection is found"
+    )
+    kind += f" with {weight.dtype} weights on {weight.device}" if isinstance(weight, torch.Tensor) else ""
+    warnings.warn(
+        f"what values add to the output of {type(decoder).__name__} cannot be computed in layer {getattr(module, 'layer_idx', '?')} "
+        f"({type(module).__name__}): {kind}. There, scores and methods that use it rank tokens by the norm of their values instead, and "
+        f"keep others than in a model of unquantised weights; stats()['output_norm'] has it by layer"
+    )
+
+
 def _gain(module: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
     """The factors [hidden] that the norm behind a projection gives each channel: of ones it returns nothing else."""
     norm = _norms.get(module)
@@ -115,12 +144,15 @@ def _gain(module: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
 def factor(weight: torch.Tensor, key_value_heads: int, size: int) -> torch.Tensor:
     """The factors [Hkv, Dv, Dv] of an output projection's ``weight`` [hidden, Hq * Dv]; see `output_factor`."""
     groups = weight.shape[1] // (key_value_heads * size)
+    device = weight.device
+    weight = weight if device.type in _WITH_FLOAT64 else weight.cpu()
     columns = weight.double().view(weight.shape[0], key_value_heads, groups, size).permute(1, 2, 0, 3)
     gram = (columns.transpose(-1, -2) @ columns).mean(dim=1)
     # A rank lost to few rows or to zeros must not stop the factorisation; the trace is far above what is added.
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp(min=1e-30)
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    return torch.linalg.cholesky(gram + 1e-12 * scale[:, None, None] * identity).transpose(-1, -2).float().contiguous()
+    root = torch.linalg.cholesky(gram + 1e-12 * scale[:, None, None] * identity)
+    return root.transpose(-1, -2).float().contiguous().to(device)
 
 
 def _projection(module: nn.Module, columns: int, part: Slice | None) -> torch.Tensor | None:

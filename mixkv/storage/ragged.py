@@ -162,16 +162,20 @@ class RaggedStore:
         Raises:
             ValueError: that reaches beyond what was appended since the last compression, whose other rows are gone.
         """
-        if count > self.tail:
-            raise ValueError(
-                f"cannot crop {count} tokens: only the {self.tail} appended since the last compression can be taken back. Start "
-                f"from a copy made earlier (copy.deepcopy(cache))"
-            )
+        self.check_crop(count)
         self.lengths.sub_(count)
         self.spare += count
         self.max_length -= count
         self.tail -= count
         self.row_totals = [total - self.heads * count for total in self.row_totals]
+
+    def check_crop(self, count: int) -> None:
+        """Raises the ValueError of `crop`."""
+        if count > self.tail:
+            raise ValueError(
+                f"cannot crop {count} tokens: only the {self.tail} appended since the last compression can be taken back. Start "
+                f"from a copy made earlier (copy.deepcopy(cache))"
+            )
 
     def take_rows(self, rows: list[int]) -> None:
         """Makes batch row i a copy of former batch row ``rows[i]``; rows may repeat or be left out (beam search)."""

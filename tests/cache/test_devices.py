@@ -25,7 +25,7 @@ def same_rows(first, second):
     )
 
 
-def test_masks_are_read_once_a_forward_though_each_layer_has_its_own_copy(monkeypatch):
+def test_masks_are_read_once_a_prompt_or_turn_though_each_layer_has_its_own_copy(monkeypatch):
     """As under device_map, where every layer's inputs are moved to its device; each reading waits for the device."""
     model = zoo.build("llama", "eager")
     prompts = zoo.ragged("llama", [44, 31])[0]
@@ -42,15 +42,20 @@ def test_masks_are_read_once_a_forward_though_each_layer_has_its_own_copy(monkey
         layer.register_forward_pre_hook(copy_mask, with_kwargs=True)
     again, cache = generate(model, prompts)
     assert torch.equal(again, tokens) and same_rows(cache, expected)
-    assert len(copied) == 5 * len(cache.layers) and len(read) == 5
+    # A decode step's one token is real: its mask is not read at all.
+    assert len(copied) == 5 * len(cache.layers) and len(read) == 1
+    more = torch.cat([again, prompts["input_ids"][:, -7:]], dim=1)
+    mask = torch.cat([prompts["attention_mask"], torch.ones(2, 12, dtype=torch.long)], dim=1)
+    model.generate(more, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    assert len(copied) == 6 * len(cache.layers) and len(read) == 2
 
 
-def test_drafts_as_long_as_the_prompt_have_valid_columns_of_their_own():
-    known = state.Shared(mixkv.MixKVConfig())
+def test_drafts_as_long_as_the_prompt_have_valid_tokens_of_their_own():
+    known = state.CacheState(mixkv.MixKVConfig())
     masks = torch.tensor([[0, 1, 1], [1, 1, 1]]), torch.tensor([[1, 1, 1], [1, 1, 1]])
-    assert known.valid_columns(masks[0], 0, 3).tolist() == masks[0].bool().tolist()
-    assert known.valid_columns(masks[1], 3, 3) is None
-    assert known.valid_columns(masks[0].clone(), 0, 3).tolist() == masks[0].bool().tolist()
+    assert known.valid_tokens(masks[0], 0, 3).tolist() == masks[0].bool().tolist()
+    assert known.valid_tokens(masks[1], 3, 3) is None
+    assert known.valid_tokens(masks[0].clone(), 0, 3).tolist() == masks[0].bool().tolist()
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

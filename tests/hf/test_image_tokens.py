@@ -145,7 +145,7 @@ def test_rows_follow_their_selection():
 
 def test_chunked_prompts_and_drafts_are_one_prompt():
     model, prompts = zoo.build("llava"), zoo.inputs("llava", 50)
-    plain, chunked, drafted = (mixkv.MixKVCache(model, **SMALL) for _ in range(3))
+    plain, chunked, drafted = (mixkv.MixKVCache(model, **{**SMALL, "budget": 30}) for _ in range(3))
     generate(model, prompts, plain, steps=1)
     model(**prompts, past_key_values=drafted)
     for cache in (plain, drafted):

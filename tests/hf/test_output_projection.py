@@ -8,6 +8,7 @@ from torch import nn
 import mixkv
 from mixkv import MixKVConfig, select
 from mixkv.hf.output_projection import factor, output_factor, output_scale, projected_output
+from mixkv.hf.versions import cache_argument
 from mixkv.selection.select import rank
 
 
@@ -147,3 +148,44 @@ def test_stats_tell_what_rows_were_weighed_by():
     cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=14, window=6)
     model.generate(**prompts, past_key_values=cache, max_new_tokens=2)
     assert set(cache.stats()["output_norm"]) == {None}
+
+
+def quantised(model, layers):
+    for index in layers:
+        attention = model.get_decoder().layers[index].self_attn
+        attention.o_proj = QuantisedLinear(attention.o_proj)
+    return model
+
+
+class QuantisedLinear(nn.Module):
+    """A projection of int8 weights."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.abs().max().detach() / 127
+        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, hidden):
+        return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
+
+
+@pytest.mark.parametrize("method, score", [("adakv", "mix-output"), ("global", "mix"), ("snapkv", "output")])
+def test_a_projection_that_cannot_be_read_is_named_once_a_model(method, score):
+    options = dict(method=method, score=score, budget=14, window=6)
+    for model in (quantised(zoo.build("llama"), [1, 2]), quantised(zoo.build("llama"), [0])):
+        with pytest.warns(UserWarning, match=r"QuantisedLinear with torch.int8 weights.*rank tokens by the norm") as told:
+            for _ in range(2):
+                cache = mixkv.MixKVCache(model, **options)
+                with torch.no_grad():
+                    model(**zoo.inputs("llama", 40), **cache_argument(cache))
+        assert len([warning for warning in told if "QuantisedLinear" in str(warning.message)]) == 1
+    assert cache.stats()["output_norm"] == ["value", "projection", "projection"]
+
+
+def test_nothing_is_said_where_projections_are_not_used(recwarn):
+    model = quantised(zoo.build("llama"), [0, 1, 2])
+    cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=14, window=6)
+    with torch.no_grad():
+        model(**zoo.inputs("llama", 40), **cache_argument(cache))
+    mixkv.MixKVCache(zoo.build("llama"))
+    assert not [warning for warning in recwarn if "projection" in str(warning.message)]

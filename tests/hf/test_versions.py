@@ -107,7 +107,7 @@ def test_measuring_uses_the_present_name(config):
 
 
 def test_a_newer_transformers_is_told_once(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(versions.transformers, "__version__", "5.99.0")
     versions.warn_if_untested.cache_clear()
     with pytest.warns(UserWarning, match=f"up to {versions.NEWEST_TESTED}, and this is 5.99.0") as told:
         mixkv.MixKVCache(zoo.build("llama"), **SMALL)

@@ -22,7 +22,7 @@ def grids(prompts):
 
 
 def image_embeddings(model, prompts):
-    """What the decoder is given in the image tokens of the only row: [tokens, D]."""
+    """What the decoder is given in the image columns of the only row: [columns, D]."""
     seen = {}
 
     def look(module, args, kwargs):
@@ -36,7 +36,7 @@ def image_embeddings(model, prompts):
 
 
 def without_mixing(model):
-    """The model with nothing coming out of its tower's attention, so that a patch shows in its own token only."""
+    """The model with nothing coming out of its tower's attention, so that a patch shows in its own column only."""
     for name, weight in model.named_parameters():
         if "vis" in name and any(part in name for part in ("out_proj", "o_proj", "attn.proj", "projection_layer")):
             weight.data.zero_()
@@ -44,7 +44,7 @@ def without_mixing(model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_painting_a_patch_changes_its_token(name):
+def test_painting_a_patch_changes_its_column(name):
     processor, model = zoo_processors.build(name), without_mixing(zoo.build(name))
     for size in SIZES:
         pixels = np.array(zoo_processors.picture(*size, seed=1))
@@ -68,12 +68,12 @@ def test_two_images_in_a_prompt(name):
     processor, model = zoo_processors.build(name), zoo.build(name)
     images = [zoo_processors.picture(*size) for size in SIZES[:2]]
     prompts = zoo_processors.encode(processor, [images])
-    tokens = int(prompts["input_ids"].eq(zoo.IMAGE).sum())
+    columns = int(prompts["input_ids"].eq(zoo.IMAGE).sum())
     if name == "internvl":
-        with pytest.raises(ValueError, match="cannot be derived for internvl: give one image per prompt"):
-            locate(model.config, SIZES[:2], tokens)
+        with pytest.raises(ValueError, match="is unknown for internvl: use one image per prompt"):
+            locate(model.config, SIZES[:2], columns)
         return
-    found = locate(model.config, SIZES[:2], tokens, grids(prompts))
+    found = locate(model.config, SIZES[:2], columns, grids(prompts))
     alone = [zoo_processors.encode(processor, [[image]]) for image in images]
     assert found == [
         locate(model.config, [size], int(own["input_ids"].eq(zoo.IMAGE).sum()), grids(own))[0]
@@ -135,8 +135,8 @@ def test_counts_at_the_checkpoints_sizes(config):
     processor.image_processor = SimpleNamespace(image_grid_pinpoints=config.image_grid_pinpoints)
     for height, width in photographs():
         size = config.vision_config.image_size
-        tokens = processor._get_number_of_features(height, width, size, size)
-        (patches,) = locate(config, [(height, width)], tokens)
+        columns = processor._get_number_of_features(height, width, size, size)
+        (patches,) = locate(config, [(height, width)], columns)
         check_cover(patches)
 
 
@@ -179,9 +179,9 @@ def test_internvl_arrangements_at_the_checkpoints_sizes():
 
 
 def test_images_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="no patch grid is known for 'llama': known are gemma3, "):
+    with pytest.raises(ValueError, match="no patch grid is known for 'llama'; choose a model of gemma3, "):
         locate(SimpleNamespace(model_type="llama"), [(24, 24)], 9)
-    with pytest.raises(ValueError, match="1 images of sizes .* take 9 tokens in llava, but the prompt has 12"):
+    with pytest.raises(ValueError, match="1 images of sizes .* give 9 image tokens in llava, but the prompt has 12"):
         locate(zoo.build("llava").config, [(24, 24)], 12)
     with pytest.raises(ValueError, match="needs the image_grid_thw of its 2 images"):
         locate(zoo.build("qwen2_vl").config, [(24, 24)] * 2, 18, [(1, 6, 6)])
