@@ -76,7 +76,9 @@ def explore(
     found = views(model, tokenizer, prompt, image=image, budgets=budgets, max_new_tokens=max_new_tokens, **options)
     full = found[-1].nbytes
     names = [f"{view.budget or 'all'}" for view in found]
-    slider = ipywidgets.SelectionSlider(options=names, value=names[len(names) // 2], description="budget", continuous_update=True)
+    slider = ipywidgets.SelectionSlider(
+        options=names, value=names[len(names) // 2], description="budget", continuous_update=True
+    )
     pages = [ipywidgets.HTML(_page(view, full)) for view in found]
     stack = ipywidgets.Stack(pages, selected_index=slider.index)
     # Linked in the browser: no kernel is needed.
