@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
-from ..hf.image_tokens import ImageColumns
+from ..hf.image_tokens import ImageTokens
 from . import save, stats
 from .layer import MixKVLayer
 from .progress import Progress
@@ -299,7 +299,7 @@ class MixKVCache(Cache):
         self._batch = shared.prompt_length = shared.expected_prompt = None
         shared.waiting = shared.contest = shared.before = None
         shared.recording = False
-        shared.images = ImageColumns()
+        shared.images = ImageTokens()
         if self.layers:
             self._make_layers()
         else:

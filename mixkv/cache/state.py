@@ -10,7 +10,7 @@ import torch
 
 from ..config import MixKVConfig
 from ..hf.attention import visible
-from ..hf.image_tokens import ImageColumns
+from ..hf.image_tokens import ImageTokens
 from ..selection.global_budget import Contest, SlotContest
 from .progress import Progress
 
@@ -26,7 +26,7 @@ class Before:
     batch: int | None
     prompt_length: int | None
     recording: bool
-    images: ImageColumns | None = None
+    images: ImageTokens | None = None
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Shared:
     waiting: Any | None = None
     contest: Contest | SlotContest | None = None
     valid: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
-    images: ImageColumns = field(default_factory=ImageColumns, repr=False)
+    images: ImageTokens = field(default_factory=ImageTokens, repr=False)
     progress: Progress | None = field(default_factory=Progress, repr=False)
     before: Before | None = field(default=None, repr=False)
     storing: bool = False
