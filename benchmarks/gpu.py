@@ -165,7 +165,7 @@ class Checks:
             self.failures.append(what)
 
     def compare(self, what, dtype, found, twin, exact) -> None:
-        """``found`` against ``exact``; ``twin`` is what plain torch makes of the same inputs."""
+        """``found`` against ``exact``; ``twin`` is the result of plain torch for the same inputs."""
         exact = exact.nan_to_num(0.0).double()
         scale = exact.norm().item() + 1e-9
         error = ((found.double() - exact).norm() / scale).item()
@@ -237,22 +237,22 @@ class Checks:
             native.append(mine, key, value, 9, valid)
             reference.append(theirs, key, value, 9, valid)
             self.verdict(f"append n{new} {dtype} {size}/{value_size}", all(map(same, mine, theirs)))
-        for columns in (40, 3000):
-            lengths = [random.choice((0, 1, columns, random.randint(0, columns))) for _ in range(batch * heads)]
+        for tokens in (40, 3000):
+            lengths = [random.choice((0, 1, tokens, random.randint(0, tokens))) for _ in range(batch * heads)]
             mine = make_store(batch, heads, size, value_size, lengths, dtype)
             theirs = copied(mine)
-            key, value = strided(batch, columns, heads, size, dtype), strided(batch, columns, heads, value_size, dtype)
-            positions = torch.cat([torch.randperm(columns)[:length].sort().values for length in lengths]).int().cuda()
+            key, value = strided(batch, tokens, heads, size, dtype), strided(batch, tokens, heads, value_size, dtype)
+            positions = torch.cat([torch.randperm(tokens)[:length].sort().values for length in lengths]).int().cuda()
             native.compact(mine, key, value, positions)
             reference.compact(theirs, key, value, positions)
-            self.verdict(f"compact N{columns} {dtype} {size}/{value_size}", all(map(same, mine, theirs)))
+            self.verdict(f"compact N{tokens} {dtype} {size}/{value_size}", all(map(same, mine, theirs)))
             order = torch.tensor([3, 4, 5, 3, 4, 5, 0, 1, 2], device="cuda")
             source, moved = mine._replace(starts=mine.starts[order]), mine.lengths[order]
             to = make_store(3, heads, size, value_size, moved.tolist(), dtype)
             wanted = copied(to)
             native.move_rows(to, source, max_length=int(moved.max()))
             reference.move_rows(wanted, source, total=int(moved.sum()))
-            self.verdict(f"move_rows N{columns} {dtype} {size}/{value_size}", all(map(same, to, wanted)))
+            self.verdict(f"move_rows N{tokens} {dtype} {size}/{value_size}", all(map(same, to, wanted)))
 
     def chunks(self, dtype, size, value_size) -> None:
         batch, heads, groups, chunk = 2, 3, random.choice((1, 4, 7)), random.choice((8, 32))
@@ -293,17 +293,17 @@ class Checks:
         self.verdict(f"chunk_scores {dtype} {size}/{value_size} G{groups}", bool(good))
 
     def window(self, dtype, size) -> None:
-        for batch, heads, groups, window, columns in (
+        for batch, heads, groups, window, tokens in (
             (1, 2, 4, 32, 3000),
             (2, 1, 1, 8, 130),
             (1, 1, 7, 20, 64),
             (2, 2, 2, 1, 129),
         ):
-            query, key = strided(batch, window, heads * groups, size, dtype), strided(batch, columns, heads, size, dtype)
+            query, key = strided(batch, window, heads * groups, size, dtype), strided(batch, tokens, heads, size, dtype)
             valid = None
             if random.random() < 0.5:
-                valid = torch.ones(batch, 1, columns, dtype=torch.bool, device="cuda")
-                valid[:, :, : random.choice((0, 5, columns - 3))] = False
+                valid = torch.ones(batch, 1, tokens, dtype=torch.bool, device="cuda")
+                valid[:, :, : random.choice((0, 5, tokens - 3))] = False
             options = {
                 "scaling": size**-0.5,
                 "statistic": random.choice(("mean", "rms")),
@@ -318,7 +318,7 @@ class Checks:
             label = ("window_scores", str(dtype).removeprefix("torch."))
             self.worst[label] = max(self.worst.get(label, 0.0), error)
             self.verdict(
-                f"window_scores {dtype} D{size} W{window} N{columns}: error {error:.2e}",
+                f"window_scores {dtype} D{size} W{window} N{tokens}: error {error:.2e}",
                 bool(found.isfinite().all()) and error < 2e-5,
             )
 

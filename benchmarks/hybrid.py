@@ -1,4 +1,4 @@
-"""What hybridkv's decode step takes, holds and moves, beside the full cache and snapkv at equal resident rows.
+"""Time, memory and transfers of a decode step of hybridkv, compared with the full cache and snapkv at equal resident KV entries.
 
     python benchmarks/hybrid.py [--tokens N] [--budget 0.1,0.2] [--steps 32] [--threads N] [--random] [--json FILE]
 
@@ -71,14 +71,14 @@ def random_model(device: str, tokens: int) -> LlamaForCausalLM:
 
 
 def threshold_for(model, ids: torch.Tensor, budget: float, share: float) -> float:
-    """The threshold under which a ``share`` of the heads is dynamic."""
+    """The threshold for which a ``share`` of the heads is dynamic."""
     config = MixKVConfig(method="hybridkv", budget=budget, hybrid_threshold=0.0)
     found = measure.read_prompt(model, ids, config).cache.stats()["sparsity"]
     return float(torch.cat([part.flatten() for part in found]).quantile(share))
 
 
 def bytes_read(cache) -> int:
-    """Of keys, values and bounds in a step, all layers."""
+    """Bytes of keys, values and bounds that a decode step reads, in all layers."""
     numbers = cache.stats() if hasattr(cache, "stats") else None
     if numbers is None:
         return measure.held(cache).bytes
@@ -87,7 +87,7 @@ def bytes_read(cache) -> int:
 
 
 def run(model, ids: torch.Tensor, fed: torch.Tensor, configs: dict[str, MixKVConfig | None], steps: int) -> list[dict]:
-    """Reads ``ids`` [1, N] into every cache and feeds each ``fed`` [steps, 1]."""
+    """Prefills every cache with ``ids`` [1, N] and feeds each of them ``fed`` [steps, 1]."""
     caches = {}
     for name, config in configs.items():
         print(f"reading {ids.shape[1]} tokens: {name}", file=sys.stderr, flush=True)
@@ -163,7 +163,7 @@ def main() -> None:
     else:
         loaded = loading.load(given.model, device=device)
         model, name = loaded.model, loaded.name
-        # SmolLM2 ends at 8,192 tokens, those that are decoded included.
+        # The context of SmolLM2 is 8,192 tokens, including the decoded ones.
         room = model.config.get_text_config(decoder=True).max_position_embeddings - new
         ids, fed = (prompts.filler(loaded.tokenizer, count).to(device) for count in (min(tokens, room), new))
         fed = fed.T

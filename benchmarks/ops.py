@@ -1,4 +1,4 @@
-"""Times the compiled operations on the CPU beside the ways to do the same in plain torch.
+"""Times the compiled operations on the CPU and their alternatives in plain torch.
 
     python benchmarks/ops.py [--threads 1 2] [--repeats 60] [--only attend append window select]
 
@@ -188,13 +188,13 @@ def bench_extend(threads: list[int], repeats: int) -> None:
 
 
 def peak_extra(run) -> int:
-    """Bytes by which a call raises the process's peak of resident memory (Linux)."""
+    """The increase of the process's peak resident memory in a call, in bytes (Linux)."""
 
     def held(field):
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
 
-    # Memory that earlier calls gave back to malloc counts as not held, and the peak starts anew.
+    # Returns free memory to the system and resets the peak.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = held("VmRSS")

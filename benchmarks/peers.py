@@ -1,4 +1,4 @@
-"""mixkv beside kvpress on the same prompts: bytes, prefill, decode step and KL at equal rows, each to its own full cache.
+"""mixkv and kvpress on the same prompts: bytes, prefill, decode step and KL at equal KV entries, each relative to its full cache.
 
     python benchmarks/peers.py [--prompt-tokens 1024,4096] [--rows 128] [--threads N] [--json FILE]
 
@@ -36,7 +36,7 @@ from mixkv.evaluation import (  # noqa: E402
 
 KVPRESS = "kvpress==0.5.5"
 FULL = "full"
-# More than this many waiting processes before the start, and times are not to be trusted.
+# With a higher load average before the start, times are not reliable.
 QUIET = 0.3
 
 
@@ -52,7 +52,7 @@ class Worker:
         self.names, self.versions = made["names"], made["versions"]
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request and waits for its answer: meanwhile nothing else computes."""
+        """Sends a request and waits for its answer, so that only one worker computes at a time."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._receive()
@@ -70,7 +70,7 @@ class Worker:
 
 
 def environment() -> Path:
-    """The Python of an environment with kvpress and this torch version, made if it is not there yet."""
+    """The Python of an environment with kvpress and this torch version, created if it does not exist."""
     wanted = [KVPRESS, f"torch=={torch.__version__.split('+')[0]}"]
     folder = loading.cache_folder() / "peers"
     python, made = folder / "bin" / "python", folder / "requirements.txt"
@@ -84,7 +84,7 @@ def environment() -> Path:
 
 
 def compare(workers: list[Worker], ids: list[int], repeats: int, steps: int, progress) -> list[dict[str, Any]]:
-    """Every cache of every worker on one prompt: prompts in ``repeats`` (>= 2) turns, then ``steps`` tokens in turns.
+    """Measures every cache of every worker on one prompt: ``repeats`` (>= 2) rounds of prefills, then ``steps`` rounds of decode steps.
 
     Returns: a dict each, with library, cache, prompt_tokens; bytes, rows_per_head (attended, on average), layer_rows;
         prefill_seconds, step_seconds (medians); bytes_to_full, prefill_to_full, step_to_full; mean_kl.
@@ -98,7 +98,7 @@ def compare(workers: list[Worker], ids: list[int], repeats: int, steps: int, pro
                 progress(f"{worker.library}: reading {len(ids):,} tokens, {name}", work)
                 reads[-1][worker.library, name] = worker.ask(read=name, ids=ids)
         if turn == 0:
-            # The answers use up the full caches, which the next turn makes anew.
+            # The answers change the full caches; the next round creates new ones.
             answers = [worker.ask(answer=steps + 1)["tokens"] for worker in workers]
     fed, compared = answers[0], min(len(answers[0]) - 1, steps)
     if any(other != fed for other in answers):
@@ -136,7 +136,7 @@ def _record(key: tuple[str, str], length: int, reads: list, decodes: list, diver
 
 
 def show(console: tables.Console, records: list[dict[str, Any]]) -> None:
-    """Prints what `compare` returns."""
+    """Prints the result of `compare`."""
     table = tables.narrow_table("library", "cache", "rows", "MiB", "bytes", "prefill", "step", "KL")
     for record in records:
         full = record["cache"] == FULL
@@ -160,7 +160,9 @@ def main() -> int:
     parser.add_argument("--model", metavar="ID", help="Hugging Face id or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--prompt-tokens", default="1024,4096", metavar="N,N", help="default 1024,4096")
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="rows a KV head on average (default 128)")
-    parser.add_argument("--window", type=int, default=32, metavar="N", help="last tokens that judge the others (default 32)")
+    parser.add_argument(
+        "--window", type=int, default=32, metavar="N", help="last tokens, whose queries score the others (default 32)"
+    )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="how often each prompt is read (default 3)")
     parser.add_argument("--steps", type=int, default=48, metavar="N", help="decode steps of each cache (default 48)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads of torch")

@@ -1,4 +1,4 @@
-"""One library's side of `peers.py`: holds a model and its caches, and does what is asked of it, line by line.
+"""The worker process of `peers.py` for one library: has a model and its caches, and answers requests, one per line.
 
     python peers_worker.py mixkv|kvpress FOLDER ROWS WINDOW THREADS
 
@@ -89,7 +89,7 @@ class Kvpress:
             with press(self.model):
                 logits = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
         seconds = perf_counter() - start
-        # What AdaKV is to leave out it notes on the model's modules; here every cache has its own notes.
+        # kvpress stores the positions that AdaKV masks on the model's modules; here every cache has its own.
         masked = [getattr(module, "masked_key_indices", None) for module in self.attention]
         self.caches[name] = [cache, masked, length]
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
@@ -121,7 +121,7 @@ class Kvpress:
 
 
 def answer(side, first: int, count: int) -> list[int]:
-    """Greedy tokens from the full cache, the end-of-text token being the last."""
+    """Greedy tokens from the full cache, up to the end-of-text token."""
     end = side.model.generation_config.eos_token_id
     tokens = [first]
     while len(tokens) < count and tokens[-1] not in (end if isinstance(end, list) else [end]):
@@ -130,7 +130,7 @@ def answer(side, first: int, count: int) -> list[int]:
 
 
 def step_all(side, token: int, first: int) -> dict[str, dict[str, float]]:
-    """A token for every cache, another one first each time."""
+    """A decode step of every cache, starting with another cache each time."""
     first %= len(side.names)
     outcome = {name: side.step(name, token) for name in side.names[first:] + side.names[:first]}
     full = outcome[FULL][0].float().log_softmax(-1)
@@ -143,7 +143,7 @@ def step_all(side, token: int, first: int) -> dict[str, dict[str, float]]:
 @torch.no_grad()
 def main() -> None:
     library, folder, rows, window, threads = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
-    # Whatever libraries print goes to standard error: standard output is for answers.
+    # Output of the libraries goes to standard error: standard output is for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(threads)

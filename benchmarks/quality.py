@@ -1,4 +1,4 @@
-"""Tables and the figure of docs/results.md, from the samples that `mixkv eval --out` wrote.
+"""Tables and the figure of research/, from the samples that `mixkv eval --out` wrote.
 
 python benchmarks/quality.py benchmarks/results/eval_smollm2.jsonl [more.jsonl] [--figure docs/figures/quality.svg]
 
@@ -10,20 +10,21 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from mixkv import registry
 from mixkv.evaluation import journal, pages, paired
 
 Cache = tuple[str, str]
 
 
 def whole_rounds(records: list[dict]) -> list[dict]:
-    """The seeds for which every task is there, so that all tasks have the same number of samples."""
+    """The records of seeds for which every task has a sample, so that all tasks have the same number of samples."""
     tasks = {record["task"] for record in records}
     seeds = Counter(record["seed"] for record in records)
     return [record for record in records if seeds[record["seed"]] == len(tasks)]
 
 
 def merged(runs: list[tuple[dict, list[dict]]]) -> tuple[list[dict], list[dict]]:
-    """Configurations and records of runs over the same samples, those of later runs behind the earlier ones'; each once."""
+    """Configs and records of several runs on the same samples, in the order of the runs, without duplicates."""
     configs, records = list(runs[0][0]["configs"]), {journal.name(record): record for record in runs[0][1]}
     for header, more in runs[1:]:
         new = [index for index, config in enumerate(header["configs"]) if kind(config) not in map(kind, configs)]
@@ -47,7 +48,7 @@ def cell(row: dict) -> str:
 
 
 def with_interval(middle: float, low: float, high: float) -> str:
-    """A relative change with its interval; bold where the interval lies on one side of 0."""
+    """A relative change with its interval; bold if the interval does not contain 0."""
     return marked(f"{middle:+.0%} [{low:+.0%}, {high:+.0%}]", low, high)
 
 
@@ -91,7 +92,7 @@ def print_tables(name: str, rows: list[dict], reference: Cache, answers_only: bo
 
 
 def print_equal(name: str, rows: list[dict], reference: Cache, method: str) -> None:
-    """A method's caches against the reference with at least as many bytes resident."""
+    """Prints the caches of ``method`` compared with the reference with at least as many resident bytes."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     mine = [row for row in rows if row["method"] == method and row["kl_change"] is not None]
     print(
@@ -112,12 +113,12 @@ def print_equal(name: str, rows: list[dict], reference: Cache, method: str) -> N
 
 
 def questions(row: dict) -> int:
-    """Questions about pages; of a page that is read before they are known there are several."""
+    """The number of questions about pages; there are several about a page that is compressed before its questions."""
     return row["samples"] * (pages.LATER_QUESTIONS if "later" in row["task"] else 1)
 
 
 def print_exact(name: str, rows: list[dict], reference: Cache) -> None:
-    """Share of questions about pages answered exactly right, and the paired difference to the reference in points."""
+    """Prints the share of questions about pages that are answered exactly, and the paired difference to the reference in points."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     caches = list(dict.fromkeys((row["method"], row["score"]) for row in rows))
     for budget, by in by_budget(rows).items():
@@ -139,31 +140,37 @@ def print_exact(name: str, rows: list[dict], reference: Cache) -> None:
 
 
 def draw(models: dict[str, list[dict]], path: str) -> None:
-    """Mean over the tasks against the budget, a line a cache, a panel a model: of KL, or for pages of the exact answers."""
+    """Draws the mean over tasks of KL, or of exact answers for pages, against the budget: a line per cache, a panel per model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 3.6), squeeze=False, layout="constrained")
+    caches = sorted({(row["method"], row["score"]) for rows in models.values() for row in rows})
+    # A colour for each method, the same in all pictures, and a line style for each score.
+    colours = {name: f"C{index}" for index, name in enumerate(registry.METHODS)}
+    styles = {"mix-output": "-", "mix": "--", "attn": ":"}
+    figure, axes = plt.subplots(1, len(models), figsize=(2 + 4.5 * len(models), 3.6), squeeze=False, layout="constrained")
     for ax, (name, rows) in zip(axes[0], models.items()):
         exact = all(row["task"] in pages.TASKS for row in rows)
-        for cache in dict.fromkeys((row["method"], row["score"]) for row in rows):
-            mine = [row for row in rows if (row["method"], row["score"]) == cache]
+        for method, score in caches:
+            mine = [row for row in rows if (row["method"], row["score"]) == (method, score)]
             budgets = sorted({row["budget"] for row in mine})
             means = [
                 [row["kept"] / questions(row) if exact else row["kl"] for row in mine if row["budget"] == budget]
                 for budget in budgets
             ]
-            style = {"snapkv": ":", "adakv": "--", "global": "-"}.get(cache[0], "-.")
-            ax.plot(budgets, [sum(part) / len(part) for part in means], style, marker="o", markersize=3, label=" ".join(cache))
+            look = {"color": colours[method], "linestyle": styles.get(score, "-."), "marker": "o", "markersize": 3}
+            ax.plot(budgets, [sum(part) / len(part) for part in means], label=f"{method} {score}", **look)
         label = "answered exactly, mean over tasks" if exact else "KL to the full cache, mean over tasks"
-        ax.set(title=name, xlabel="budget (rows per KV head)", ylabel=label, xscale="log")
+        ax.set(title=name, xlabel="budget (entries per KV head)", ylabel=label, xscale="log", ylim=(0, None))
+        budgets = sorted({row["budget"] for row in rows})
         ax.set_xticks(budgets, map(str, budgets))
         ax.minorticks_off()
-    axes[0][-1].legend(fontsize=7)
+    handles = {name: handle for ax in axes[0] for handle, name in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
     plt.rcParams["svg.hashsalt"] = "mixkv"
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
 def main() -> None:

@@ -17,8 +17,7 @@ import torch
 
 from mixkv import MixKVConfig, registry
 from mixkv.evaluation import memory
-from mixkv.selection import hybrid
-from mixkv.selection.select import quota, rank
+from mixkv.selection.select import allocate, rank
 from mixkv.storage.chunks import ChunkStore
 from mixkv.storage.ragged import RaggedStore
 
@@ -39,11 +38,12 @@ def compress(
     """What a layer does with a prompt: ranks its tokens, allocates rows and copies those that stay."""
     place = {"layer_idx": 0, "num_layers": 2}
     ranking = rank(query, key, value, config, output_factor=factor, **place)
-    if config.method != "hybridkv":
-        return RaggedStore.from_selection(key, value, ranking.take(quota(config, ranking, **place)), config.backend), None
-    plan = hybrid.plan(query, key, config, ranking)
+    method = registry.method(config.method)
+    if method.plan is None:
+        return RaggedStore.from_selection(key, value, ranking.take(allocate(config, ranking, **place)), config.backend), None
+    plan = method.plan(query, key, config, ranking)
     chunks = ChunkStore.from_plan(key, value, plan, config.backend)
-    return RaggedStore.from_selection(key, value, plan.ranking.take(plan.rows), config.backend), chunks
+    return RaggedStore.from_selection(key, value, plan.ranking.take(plan.entries), config.backend), chunks
 
 
 def measure(config: MixKVConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, factor: torch.Tensor | None):
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="head size")
     parser.add_argument("--backends", nargs="+", default=["native", "torch"])
     parser.add_argument("--methods", nargs="+", default=list(registry.METHODS))
-    parser.add_argument("--scores", nargs="+", default=list(registry.score_names()))
+    parser.add_argument("--scores", nargs="+", default=list(registry.SCORES))
     arguments = parser.parse_args()
     return_memory_at_once()
     print(f"{'dtype':9} {'backend':7} {'method':9} {'score':11} allocated resident")
@@ -94,7 +94,10 @@ def main() -> None:
             for method in arguments.methods:
                 for score in arguments.scores:
                     config = MixKVConfig(
-                        method=method, score=score, backend=backend, profile=profile if method == "sparsemm" else None
+                        method=method,
+                        score=score,
+                        backend=backend,
+                        profile=profile if registry.method(method).needs_profile else None,
                     )
                     allocated, resident = measure(config, query, key, value, factor)
                     worst = max(worst, allocated / whole, (resident or 0) / whole)

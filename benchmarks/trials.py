@@ -1,4 +1,4 @@
-"""The tables of docs/trials.md: variants that were tried on the way, from the samples in benchmarks/results/trials.jsonl.
+"""The tables of research/trials.md: variants that were tried on the way, from the samples in benchmarks/results/trials.jsonl.
 
     python benchmarks/trials.py benchmarks/results/trials.jsonl
 

@@ -1,9 +1,9 @@
-"""Questions about an image to Qwen2-VL: the full cache and a compressed one, and what the compressed one kept.
+"""A question about an image to Qwen2-VL, answered with the full cache and with a compressed cache.
 
 pip install 'mixkv[vision]'
 python examples/qwen2_vl.py IMAGE [QUESTION] [--model Qwen/Qwen2-VL-7B-Instruct] [--budget 128]
 
-torchvision, which qwen_vl_utils imports, must be of the same build as torch: both for CUDA or both for the CPU.
+qwen_vl_utils imports torchvision, which must be of the same build as torch: both for CUDA or both for the CPU.
 """
 
 import argparse
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     parser.add_argument("image", help="path or URL")
     parser.add_argument("question", nargs="?", default="Describe this image.")
     parser.add_argument("--model", default="Qwen/Qwen2-VL-7B-Instruct")
-    parser.add_argument("--budget", type=int, default=128, help="rows per KV head")
+    parser.add_argument("--budget", type=int, default=128, help="KV entries per KV head")
     given = parser.parse_args()
     loaded = AutoModelForImageTextToText.from_pretrained(given.model, dtype="auto", device_map="auto")
     main(loaded, AutoProcessor.from_pretrained(given.model), given.image, given.question, given.budget)

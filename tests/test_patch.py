@@ -100,7 +100,7 @@ def test_stats():
     for layer in cache.layers:
         tensors = layer.store.buffers if hasattr(layer, "store") else (layer.keys, layer.values)
         held += sum(part.untyped_storage().nbytes() for part in tensors if isinstance(part, torch.Tensor))
-        held += layer.redundancy.nbytes if hasattr(layer, "store") else 0
+        held += layer.statistics.nbytes if hasattr(layer, "store") else 0
     assert abs(numbers["bytes"] - held) <= 64 * len(cache.layers)
     assert numbers["ratio"] == numbers["bytes"] / numbers["bytes_full"] < 1
     assert numbers["seen"] == 60

@@ -35,14 +35,14 @@ def text(steps: int, out: Path) -> None:
     torch.manual_seed(1)
     loaded, model = _language()
     optimizer = _optimizer(model)
-    place, told = _places(loaded), Told("text", steps)
+    place, report = _places(loaded), Log("text", steps)
     for step in range(steps):
         set_rate(optimizer, PEAK * cosine(step, steps, 30, final=0.5))
         chance = random.Random(f"text {step}")
         document = page.make(_kind(chance), f"text {step}")
         loss, right = _answers(loaded, ask(loaded.tokenizer, document, chance, bare=True), place)
         _learn(optimizer, loss)
-        told.add(document.kind, loss, right)
+        report.add(document.kind, loss, right)
     _save(model, out / TEXT_PART)
 
 
@@ -56,7 +56,7 @@ def pages(steps: int, out: Path, rank: int) -> None:
     set_peft_model_state_dict(model, read(out / TEXT_PART))
     reader = reading.Reader(load(None, dtype="float32").model, loaded.tokenizer).load(out / READER)
     optimizer = _optimizer(model)
-    place, told = _places(loaded), Told("pages", steps)
+    place, report = _places(loaded), Log("pages", steps)
     seen, whole = round(SEEN * steps), round(WHOLE * steps)
     for step in range(steps):
         last = step >= whole
@@ -73,7 +73,7 @@ def pages(steps: int, out: Path, rank: int) -> None:
         loss, right = _answers(loaded, ask(loaded.tokenizer, document, chance, bare=not last), place, cells)
         _learn(optimizer, loss, together=True)
         if rank == 0:
-            told.add(document.kind, loss, right)
+            report.add(document.kind, loss, right)
     if rank == 0:
         _save(model, out / LANGUAGE)
 
@@ -146,7 +146,7 @@ def _save(model: nn.Module, path: Path) -> None:
     write(path, {name: value.detach().bfloat16().contiguous() for name, value in get_peft_model_state_dict(model).items()})
 
 
-class Told:
+class Log:
     """A line in a while: the loss, and by kind how many answers were right."""
 
     def __init__(self, stage: str, steps: int, every: int = 20):

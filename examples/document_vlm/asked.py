@@ -1,4 +1,4 @@
-"""A document and many questions about it in one sequence, none of which sees another."""
+"""A document and many questions about it in one sequence; the questions do not attend to each other."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from common import single
 from mixkv.document import page, questions, words
 
 KEYS, KEY_WEIGHTS = (1, 2, 3, 4), (2, 3, 2, 2)
-# On a page: more cost little beside the page itself.
+# Questions per sequence: more of them cost little compared with the page.
 QUESTIONS = 12
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Each question sees the pages and itself: what was said before answers nothing.
+    """A sequence in which each question attends to the pages and to itself only.
 
     Attributes:
         ids, labels: tokens [n] and what is learned of them, -100 elsewhere.
@@ -33,13 +33,13 @@ class Asked:
     positions: torch.Tensor
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Added to the weights before the softmax: [1, 1, n, n]."""
+        """The attention mask, added to the logits: [1, 1, n, n]."""
         seen = ((self.question == 0) | (self.question == self.question[:, None])).tril()
         return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[None, None]
 
 
 def ask(tokenizer, document: page.Document, chance: random.Random, bare: bool) -> Asked:
-    """Some questions; of ``bare`` pages, the cells without text are left out, a third of the tokens stay."""
+    """Random questions. ``bare`` leaves out cells without text, so that a third of the tokens remain."""
     cells = [cell for one in document.pages for row in one.cells for cell in row]
     shown = [index for index, cell in enumerate(cells) if cell in words.TEXT or not bare]
     ids = tokenizer(questions.USER)["input_ids"]
@@ -53,7 +53,7 @@ def ask(tokenizer, document: page.Document, chance: random.Random, bare: bool) -
         facts = questions.draw_facts(document, chance, chance.choices(KEYS, KEY_WEIGHTS)[0])
         question = questions.ask(document, facts, chance.randrange(4))
         asked = tokenizer(question + questions.END + questions.ASSISTANT)["input_ids"]
-        # The line end behind an answer is not the model's to write.
+        # The model does not predict the line end after an answer.
         answered = tokenizer(" " + questions.answer(facts) + questions.END)["input_ids"][:-1]
         length = len(asked) + len(answered)
         ids += asked + answered
@@ -65,14 +65,14 @@ def ask(tokenizer, document: page.Document, chance: random.Random, bare: bool) -
 
 
 def attend(module, query, key, value, attention_mask, scaling, common, **_):
-    """Attention as transformers calls it, in plain matrix products: on a CPU in bfloat16, forward and backward under a mask, they
-    take half the time of torch's own. The first ``common`` tokens see nothing of the questions behind them."""
+    """An attention function of transformers, in plain matrix products: on a CPU in bfloat16 with a mask, forward and backward take
+    half the time of torch's scaled_dot_product_attention. The first ``common`` tokens do not attend to the questions after them."""
     outputs = []
-    for rows, columns in ((slice(0, common), slice(0, common)), (slice(common, None), slice(None))):
-        part, mask = query[:, :, rows], attention_mask[:, :, None, rows, columns]
+    for queries, keys in ((slice(0, common), slice(0, common)), (slice(common, None), slice(None))):
+        part, mask = query[:, :, queries], attention_mask[:, :, None, queries, keys]
         batch, heads, length, width = part.shape
         shared = key.shape[1]
-        weight = part.reshape(batch, shared, -1, width) @ key[:, :, columns].transpose(2, 3) * scaling
+        weight = part.reshape(batch, shared, -1, width) @ key[:, :, keys].transpose(2, 3) * scaling
         weight = (weight.view(batch, shared, -1, *mask.shape[-2:]) + mask).softmax(-1)
-        outputs.append((weight.flatten(2, 3) @ value[:, :, columns]).view(batch, heads, length, width))
+        outputs.append((weight.flatten(2, 3) @ value[:, :, keys]).view(batch, heads, length, width))
     return torch.cat(outputs, 2).transpose(1, 2), None

@@ -129,7 +129,7 @@ def dense_page(chance: random.Random) -> page.Page:
 
 
 def places(embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
-    """What tells the cells' places apart, added to their embeddings: [SIDE * SIDE, hidden].
+    """Position embeddings of the cells, [SIDE * SIDE, hidden].
 
     A third of a token's norm each: a letter for four rows and a number word for four columns, as positions on screens are
     told; and waves along rows and columns, by which cells below and beside each other are found.

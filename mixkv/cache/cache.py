@@ -1,9 +1,8 @@
-"""MixKVCache: the transformers cache protocol over layers of ragged stores. All that a generation knows lives in its cache."""
+"""MixKVCache: the transformers cache protocol over layers that keep some of their KV entries."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import warnings
 import weakref
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
@@ -20,17 +18,12 @@ from ..hf.image_tokens import ImageTokens
 from . import save, stats
 from .layer import MixKVLayer
 from .progress import Progress
-from .state import Before, Shared
-
-_NEVER_MET = (
-    "the attention of {} never met its compressed cache, so nothing would be compressed. Either the model was unpatched while "
-    "the cache was in use (bind again with MixKVCache(model) or mixkv.patch(model), and call cache.reset()), or an earlier forward "
-    "was cut off by an exception (call cache.reset()), or its attention does not go through transformers' attention interface (not supported)"
-)
+from .state import CacheState
+from .tracked import TrackedCache
 
 
-class MixKVCache(Cache):
-    """A transformers cache that compresses a prompt once it has been read, and holds everything generated after it.
+class MixKVCache(TrackedCache):
+    """A transformers cache that compresses a prompt once it has been read, and keeps all tokens generated after it.
 
     Example:
         >>> cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=128)
@@ -40,7 +33,7 @@ class MixKVCache(Cache):
     Args:
         model: the model it is for; without one the cache binds itself to the model that first uses it.
         config: a `MixKVConfig`.
-        options: fields of `MixKVConfig`, over ``config``.
+        options: fields of `MixKVConfig`, in place of those of ``config``.
 
     After an exception the cache is as it was before the call, or every later use of it raises a RuntimeError that says so, until
     `reset`. A prompt whose attention failed has not been read. A forward that fails behind its last cache layer has been read
@@ -50,18 +43,16 @@ class MixKVCache(Cache):
         ValueError: unknown or bad options, or a model that cannot be compressed.
     """
 
-    layer_class = MixKVLayer
-
     def __init__(self, model: PreTrainedModel | None = None, config: MixKVConfig | None = None, **options):
         for name in ("offloading", "offload_only_non_sliding"):
             if options.pop(name, None):
                 raise ValueError(f"{name}=True is not supported: a compressed cache stays where its keys are. Leave it out")
         if model is not None and not isinstance(model, torch.nn.Module):
             raise ValueError(
-                f"model must be a transformers model, not {type(model).__name__}; a config goes by name: config=..."
+                f"model must be a transformers model, not {type(model).__name__}; pass a config by keyword: config=..."
             )
         self.config = checked_config(config, **options)
-        self._shared = Shared(self.config)
+        self._state = CacheState(self.config)
         self._batch: int | None = None
         self._model: weakref.ref | None = None
         self._bound_to: binding.ModelReference | None = None
@@ -79,7 +70,7 @@ class MixKVCache(Cache):
             # A cache that was unpickled, or whose model was loaded again: only the binding is new.
             return
         self._slots = slots
-        self._shared.num_layers = sum(slot is None for slot in self._slots)
+        self._state.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
 
@@ -87,35 +78,19 @@ class MixKVCache(Cache):
         return {**self.__dict__, "_model": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_shared" in state:  # pickled by version 0.1.0
+            state = {**state, "_state": state["_shared"]}
+            del state["_shared"]
         self.__dict__.update({"_bound_to": None, **state})
-        if self._shared.progress is None:  # pickled by version 0.1.0
-            self._shared.progress = self._new_progress()
+        if self._state.progress is None:
+            self._state.progress = self._new_progress()
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
 
-    def _make_layers(self) -> None:
-        ordinals = itertools.count()
-        self.layers = [
-            self.layer_class(self._shared, next(ordinals)) if slot is None else copy.deepcopy(slot) for slot in self._slots
-        ]
-        self._shared.progress = self._new_progress()
-        if self._shared.recording:
-            self.activate_past_recording()
-
-    def _new_progress(self) -> Progress:
-        attention, linear = [], []
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, MixKVLayer) or getattr(layer, "is_sliding", False):
-                attention.append(index)
-            elif stock_layers.is_bounded(layer):
-                linear.append(index)
-        return Progress(attention, linear)
-
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if self._shared.waiting is not None:
-            raise RuntimeError(_NEVER_MET.format(self._model_name))
+        self._check_met()
         if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
         if layer_idx >= len(self.layers):
@@ -129,7 +104,7 @@ class MixKVCache(Cache):
                 f"this cache holds a batch of {self._batch} and was given {batch} rows: make a new cache, or take rows with "
                 f"cache.batch_select_indices / batch_repeat_interleave"
             )
-        layer, progress = self.layers[layer_idx], self._shared.progress
+        layer, progress = self.layers[layer_idx], self._state.progress
         tracked = layer_idx in progress.attention
         if tracked and progress.start_layer(layer_idx, key_states.shape[2]):
             self._start_forward()
@@ -149,84 +124,28 @@ class MixKVCache(Cache):
 
     def _read_plan(self, layer: MixKVLayer, key_states: torch.Tensor) -> None:
         """What the first compressed layer finds out for all of them about the tokens of a forward."""
-        self._shared.valid.clear()
-        if layer.dense is not None:
+        self._state.valid.clear()
+        if layer.prompt is not None:
             return
-        columns, images = key_states.shape[2], copy.copy(self._shared.images)
+        tokens, images = key_states.shape[2], copy.copy(self._state.images)
         if layer.seen == 0:
-            self._plan_prompt(columns)
-            columns = self._shared.prompt_length or columns
-        self._shared.images.read(layer.seen, columns, key_states)
-        self._shared.before.images = images
-
-    def _start_forward(self) -> None:
-        shared = self._shared
-        seen = next(layer.seen for layer in self.layers if isinstance(layer, MixKVLayer))
-        shared.before = Before(seen, self._batch, shared.prompt_length, shared.recording)
-        shared.cache, shared.storing = weakref.ref(self), False
-
-    def _undo_forward(self) -> None:
-        """After an exception in a forward: the cache is as before it, if that is still known; else its `Progress` is unfinished."""
-        shared, before = self._shared, self._shared.before
-        shared.waiting = None
-        if before is None or shared.progress.complete:
-            return
-        if before.seen > 0 and (shared.storing or not shared.progress.at_first_layer):
-            return
-        if before.seen > 0:
-            layer = self.layers[shared.progress.current]
-            if not isinstance(layer, MixKVLayer):
-                return
-            layer.seen = before.seen
-        else:
-            shared.contest, shared.recording = None, before.recording
-            self._make_layers()
-        self._batch, shared.prompt_length = before.batch, before.prompt_length
-        if before.images is not None:
-            shared.images = before.images
-        shared.progress.forget()
-
-    def get_conv_state(self, layer_idx: int, *args, **kwargs):
-        self._touch_state("get_conv_state", layer_idx, *args, **kwargs)
-        result = super().get_conv_state(layer_idx, *args, **kwargs)
-        return self._finish_state("get_conv_state", layer_idx, result)
-
-    def get_recurrent_state(self, layer_idx: int, *args, **kwargs):
-        self._touch_state("get_recurrent_state", layer_idx, *args, **kwargs)
-        result = super().get_recurrent_state(layer_idx, *args, **kwargs)
-        return self._finish_state("get_recurrent_state", layer_idx, result)
-
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        self._touch_state("update_conv_state", layer_idx, *args, **kwargs)
-        result = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-        return self._finish_state("update_conv_state", layer_idx, result)
-
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        self._touch_state("update_recurrent_state", layer_idx, *args, **kwargs)
-        result = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-        return self._finish_state("update_recurrent_state", layer_idx, result)
-
-    def _touch_state(self, method: str, layer_idx: int, state_idx: int = 0, *_, **__) -> None:
-        if not torch.compiler.is_compiling() and self._shared.progress.touch_state(layer_idx, method, state_idx):
-            self._start_forward()
-
-    def _finish_state(self, method: str, layer_idx: int, result):
-        if not torch.compiler.is_compiling():
-            self._shared.progress.finish_state(layer_idx, method)
-        return result
+            self._plan_prompt(tokens)
+            tokens = self._state.prompt_length or tokens
+        self._state.images.read(layer.seen, tokens, key_states)
+        self._state.before.images = images
 
     def _plan_prompt(self, tokens: int) -> None:
         """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
-        shared = self._shared
-        if shared.expected_prompt is None:
-            shared.prompt_length, assisted = call_stack.prompt_plan(tokens)
-            shared.recording |= assisted
+        state = self._state
+        if state.expected_prompt is None:
+            state.prompt_length, assisted = call_stack.prompt_plan(tokens)
+            state.rollback_enabled |= assisted
         else:
-            shared.prompt_length = shared.expected_prompt
-        drafts = shared.prompt_length is not None and shared.prompt_length < tokens
+            state.prompt_length = state.expected_prompt
+        drafts = state.prompt_length is not None and state.prompt_length < tokens
         if drafts and not registry.method(self.config.method).drafts_with_prompt:
             raise RuntimeError(
-                f"a prompt of {shared.prompt_length} tokens came in one forward with {tokens - shared.prompt_length} more, which would "
+                f"a prompt of {state.prompt_length} tokens came in one forward with {tokens - state.prompt_length} more, which would "
                 f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
                 f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
             )
@@ -251,7 +170,7 @@ class MixKVCache(Cache):
                 f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
                 f"after cache.reset()"
             )
-        self._shared.expected_prompt = length
+        self._state.expected_prompt = length
 
     @property
     def reads_prompt_alone(self) -> bool:
@@ -280,11 +199,11 @@ class MixKVCache(Cache):
         if model is None and self.layers:
             return
         if model is None:
-            raise RuntimeError("this cache cannot tell which model is using it: make it with MixKVCache(model, ...)")
+            raise RuntimeError("it is not known which model uses this cache: make it with MixKVCache(model, ...)")
         self._bind(model)
 
     def activate_past_recording(self) -> None:
-        self._shared.recording = True
+        self._state.rollback_enabled = True
         model = None if self.layers else call_stack.assisted_model()
         if model is not None:
             self._bind(model)
@@ -294,16 +213,16 @@ class MixKVCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything that was read, and makes a broken cache usable."""
-        shared = self._shared
-        shared.progress.change = "reset()"
-        self._batch = shared.prompt_length = shared.expected_prompt = None
-        shared.waiting = shared.contest = shared.before = None
-        shared.recording = False
-        shared.images = ImageTokens()
+        state = self._state
+        state.progress.change = "reset()"
+        self._batch = state.prompt_length = state.expected_prompt = None
+        state.pending_layer = state.shared_budget = state.before = None
+        state.rollback_enabled = False
+        state.images = ImageTokens()
         if self.layers:
             self._make_layers()
         else:
-            shared.progress = Progress()
+            state.progress = Progress()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last ``-tokens_to_remove`` tokens.
@@ -315,7 +234,7 @@ class MixKVCache(Cache):
         for layer in self.layers:
             if isinstance(layer, MixKVLayer):
                 layer.check_crop(tokens_to_remove)
-        with self._shared.progress.changing("crop()"):
+        with self._state.progress.changing("crop()"):
             super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -332,7 +251,7 @@ class MixKVCache(Cache):
     def _take(self, rows: list[int], stock_method: str, argument) -> None:
         """Takes batch rows: read to the host once for all our layers; stock layers take them their own way."""
         self._check_usable()
-        with self._shared.progress.changing(f"{stock_method}()"):
+        with self._state.progress.changing(f"{stock_method}()"):
             for layer in self.layers:
                 if isinstance(layer, MixKVLayer):
                     layer.take_rows(rows)
@@ -340,25 +259,25 @@ class MixKVCache(Cache):
                     device = getattr(layer, "device", None)
                     here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
                     getattr(layer, stock_method)(here)
-            self._shared.images.take_rows(rows)
+            self._state.images.take_rows(rows)
             if self._batch is not None:
                 self._batch = len(rows)
 
     def set_image_mask(self, mask: torch.Tensor) -> None:
-        """Says which columns of the next prompt or turn are image tokens, where `stats` cannot tell from the token ids.
+        """Marks the image tokens of the next prompt or turn, where `stats` cannot find them in the token ids.
 
         That is so with ``inputs_embeds``, and for models whose config names no image token.
 
         Args:
-            mask: [B, N], nonzero for image tokens; N columns, padding included.
+            mask: [B, N], nonzero for image tokens; N tokens, padding included.
 
         Raises:
             ValueError: now if it is not two-dimensional, at the next forward if it does not fit what is read.
         """
-        self._shared.images.give(mask)
+        self._state.images.give(mask)
 
     def kept(self, layer_idx: int) -> list[list[torch.Tensor]] | None:
-        """Columns of the sequence as passed that layer ``layer_idx`` holds: [B][Hkv] ascending int32 tensors.
+        """Positions, padding included, that layer ``layer_idx`` keeps: ``[B][Hkv]`` ascending int32 tensors.
 
         None for a layer that this library does not compress (sliding window, cross-attention, ...). In a tensor-parallel model
         Hkv are the heads of this process.
@@ -368,7 +287,7 @@ class MixKVCache(Cache):
         return layer.kept() if isinstance(layer, MixKVLayer) else None
 
     def stats(self) -> dict[str, Any]:
-        """What is held: see `mixkv.report.stats`."""
+        """What the cache holds, as a dict: see `mixkv.cache.stats.stats`."""
         self._check_usable()
         return stats.stats(self)
 
@@ -401,16 +320,6 @@ class MixKVCache(Cache):
         cache = cls(model, saved.config if backend is None else saved.config.replace(backend=backend))
         save.restore(cache, saved, model)
         return cache
-
-    @property
-    def usable(self) -> bool:
-        """False after an exception that left the layers with different tokens: then everything but `reset` raises."""
-        return self._shared.waiting is None and self._shared.progress.idle
-
-    def _check_usable(self) -> None:
-        if self._shared.waiting is not None:
-            raise RuntimeError(_NEVER_MET.format(self._model_name))
-        self._shared.progress.check()
 
     def __repr__(self) -> str:
         return stats.text(self)

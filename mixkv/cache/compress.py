@@ -1,62 +1,78 @@
-"""Which rows of a prompt a layer keeps, and which it drops again when generation outgrows its bound."""
+"""Compression: which entries of a prompt a layer keeps, and which it evicts when generation exceeds the decode budget."""
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
 from .. import registry, tensor_parallel
+from ..config import MixKVConfig
 from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
 from ..selection import scores
-from ..selection.global_budget import Contest, SlotContest
+from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
-from .state import Shared
+from ..storage.rows import Rows, with_chunks
+from .parts import PromptStatistics, RemoteHeads
 
 
-class Compression:
-    """The part of a layer that chooses: from a prompt's queries, keys and values to a `RaggedStore`.
+@dataclass(frozen=True)
+class Compressed:
+    """What is left of a prompt in one layer.
 
     Attributes:
-        shared: what the layers of a cache know together.
-        ordinal: which of the compressed layers this is.
-        module: the attention module it belongs to, once known.
-        shape: KV heads, key size, value size.
-        arrived: columns that came with the last forward.
-        store: the rows held; None until the prompt has been read.
-        chunks: rows of ``hybridkv``'s dynamic heads; sparsity, dynamic: [B, Hkv], how its heads were told apart.
-        dense: the prompt so far, while it comes in chunks.
-        query_tail: the last queries, [B, Hq, >= window, D].
-        redundancy: [B, Hkv]; modal_redundancy: [B, Hkv, 2], of image keys and of text keys.
-        share: for every batch row, this layer's rows to those of the average layer; None: all layers alike.
-        spread: how rows differ among heads held in other processes; None: there are none.
-        weighs_output: whether rows were weighed by what they add to the layer's output; None: they were not to be.
-        logits: how the model computes its logits.
+        rows: the entries kept.
+        selection: of those that are resident.
+        statistics: what was measured.
+        remote: rows of heads in other processes; None: there are none.
     """
 
-    shared: Shared
-    ordinal: int
-    module: weakref.ref | None
-    shape: tuple[int, ...] | None
-    arrived: int
-    store: RaggedStore | None
-    chunks: ChunkStore | None
-    sparsity: torch.Tensor | None
-    dynamic: torch.Tensor | None
-    dense: tuple[torch.Tensor, torch.Tensor] | None
-    query_tail: torch.Tensor | None
-    redundancy: torch.Tensor | None
-    modal_redundancy: torch.Tensor | None
-    share: list[float] | None
-    spread: tensor_parallel.Spread | None
-    weighs_output: bool | None
-    logits: LogitOptions | None
+    rows: Rows
+    selection: Selection
+    statistics: PromptStatistics
+    remote: RemoteHeads | None
+
+
+class Compressor:
+    """Chooses what one layer keeps.
+
+    Args:
+        config: of the cache.
+        layer_idx: which of the ``num_layers`` compressed layers it is.
+        module: its attention module; None: not known (a copy, or a pickled cache, before its first forward).
+        heads: KV heads of the layer that this process holds.
+    """
+
+    # Evicts after the last layer only, where the prompt's keys and values are held anyway: see `GlobalBudget`.
+    patient = False
+
+    def __init__(self, config: MixKVConfig, layer_idx: int, num_layers: int, module: nn.Module | None, heads: int):
+        self.config, self.module, self.num_layers = config, module, num_layers
+        self.layer_position = {"layer_idx": layer_idx, "num_layers": num_layers}
+        self.method = registry.method(config.method)
+        self.shard = tensor_parallel.slice_of(module, heads)
+        self.weighs_output: bool | None = None
+
+    def new_shared_budget(self) -> GlobalBudget | ChunkBudget | None:
+        """What the layers of a prompt compete for; None: every layer has its own budget.
+
+        Raises:
+            ValueError: the method does not work with tensor parallelism.
+        """
+        if not self.method.tensor_parallel and self.shard.sliced:
+            others = [name for name, other in registry.METHODS.items() if other.tensor_parallel]
+            raise ValueError(
+                f"method={self.method.name!r} does not work with tensor parallelism: use another ({', '.join(others)}), or one "
+                f"process"
+            )
+        return self.method.new_budget(self.config, self.num_layers, patient=self.patient) if self.method.cross_layer else None
 
     def compress(
         self,
@@ -64,153 +80,138 @@ class Compression:
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
-        valid: torch.Tensor | None,
         logits: LogitOptions,
-    ) -> None:
-        """Keeps the selected rows of a whole prompt.
+        *,
+        valid: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        shared_budget: GlobalBudget | ChunkBudget | None = None,
+    ) -> Compressed:
+        """Keeps the selected entries of a whole prompt.
 
-        key, value [B, Hkv, N, D]; query [B, Hq, n, D] and attention's output [B, n, Hq, Dv] hold at least the last columns.
+        Args:
+            query: [B, Hq, >= window, D], the last ones.
+            key, value: [B, Hkv, N, D].
+            output: attention's [B, n, Hq, Dv] for at least the last ``window`` tokens.
+            logits: how the model computes its logits.
+            valid: bool [B, N], False for padding; None: there is none.
+            image: bool [B, N], image tokens; None: none, or not known.
+            shared_budget: what the layers of the prompt compete for, if the method is cross-layer.
         """
-        self.shared.storing = True
-        self._remember(query)
-        key, value = key.detach(), value.detach()
-        config, contest, part = self.shared.config, self._contest(), self._part
-        ranking = self._rank(key, value, valid, logits)
-        if contest is None:
-            rows = allocate(config, self._of_all(ranking)[0], **self._place)
-        else:
-            module, last = self.module and self.module(), output[:, -config.window :].detach()
-            projected = None if module is None else projected_output(module, last, part)
-            whole, projected = self._of_all(ranking, projected)
-            rows = contest.enter(whole, None if projected is None else output_scale(projected))
-        if self._method.keeps_chunks:
-            selection = self._split_heads(key, value, ranking, valid, logits)
-        else:
-            selection = ranking.take(part.own(rows))
-            self._count(rows)
-        self.store = RaggedStore.from_selection(key, value, selection, config.backend)
-        if contest is not None:
-            contest.settle(self, selection)
-            if contest.over:
-                self.shared.contest = None
-        self.redundancy = selection.redundancy
-        image = self.shared.images.of_prompt
-        if image is not None:
-            self.modal_redundancy = scores.modal_redundancy(key, image.to(key.device), valid)
-        self.dense = None
-        self.logits = logits
-        if self.shared.config.decode_budget is None:
-            self.query_tail = None
-
-    def _split_heads(
-        self, key: torch.Tensor, value: torch.Tensor, ranking: Ranking, valid: torch.Tensor | None, logits: LogitOptions
-    ) -> Selection:
-        """Puts dynamic heads' rows in chunks; returns what is always resident."""
-        config, image = self.shared.config, self.shared.images.of_prompt
+        config, key, value = self.config, key.detach(), value.detach()
         image = None if image is None else image.to(key.device)
-        plan = self._method.plan(self.query_tail, key, config, ranking, valid=valid, image=image, **vars(logits))
-        self.chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
-        self.sparsity, self.dynamic = plan.sparsity, plan.dynamic
-        return plan.ranking.take(plan.entries)
+        ranking = self.rank(query, key, value, logits, valid)
+        if shared_budget is None:
+            entries = allocate(config, self.gather_heads(ranking)[0], **self.layer_position)
+        else:
+            last = output[:, -config.window :].detach()
+            projected = None if self.module is None else projected_output(self.module, last, self.shard)
+            whole, projected = self.gather_heads(ranking, projected)
+            entries = shared_budget.add_layer(whole, None if projected is None else output_scale(projected))
+        chunks = sparsity = dynamic = remote = None
+        if self.method.keeps_chunks:
+            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, **vars(logits))
+            chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
+            sparsity, dynamic = plan.sparsity, plan.dynamic
+            selection = plan.ranking.take(plan.entries)
+        else:
+            selection = ranking.take(self.shard.own(entries))
+            remote = self.remote_heads(entries, key.device)
+        store = RaggedStore.from_selection(key, value, selection, config.backend)
+        statistics = PromptStatistics(
+            selection.redundancy,
+            None if image is None else scores.modal_redundancy(key, image, valid),
+            sparsity,
+            dynamic,
+            weighs_output=self.weighs_output,
+        )
+        return Compressed(with_chunks(store, chunks), selection, statistics, remote)
 
-    def trim(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`RaggedStore.evict` to ``rows`` [B, all heads of the layer]."""
-        self._count(rows)
-        return self.store.evict(ranks, self._part.own(rows).flatten())
+    def enforce_decode_budget(
+        self,
+        query: torch.Tensor,
+        store: RaggedStore,
+        logits: LogitOptions,
+        share: list[float] | None,
+        remote: RemoteHeads | None,
+    ) -> RemoteHeads | None:
+        """Evicts from ``store`` what exceeds ``config.decode_budget`` by more than ``config.decode_slack``.
 
-    @property
-    def row_totals(self) -> list[int]:
-        """Rows of every batch row, those of heads in other processes included."""
-        totals = self.store.row_totals
-        return totals if self.spread is None else self.spread.totals(totals)
+        Args:
+            query: [B, Hq, >= window, D], the last ones.
+            logits: how the model computes its logits.
+            share: for every batch row, this layer's rows to those of the average layer; None: all layers alike.
+            remote: rows of heads in other processes.
 
-    @property
-    def _part(self) -> tensor_parallel.Slice:
-        """Which of the layer's heads are held here."""
-        return tensor_parallel.slice_of(self.module and self.module(), self.shape[0])
+        Returns: ``remote`` afterwards.
+        """
+        config, shard = self.config, self.shard
+        rows = [max(round(config.decode_budget * part), config.window + 1) for part in share or [1.0] * store.batch]
+        totals = row_totals(store, remote)
+        exceeds = [total > (row + config.decode_slack) * shard.total for total, row in zip(totals, rows)]
+        # A copy that has not met its module yet cannot ask other processes: the next forward will.
+        if not any(exceeds) or shard.sliced != (remote is not None):
+            return remote
+        length = longest = None
+        if remote is not None:
+            longest = remote.lengths(store.lengths.view(store.batch, -1).long()).amax(dim=-1)
+            length = int(longest.max())
+        key, value, valid = store.padded(length)
+        ranking = self.rank(query, key, value, logits, valid, longest)
+        # A batch row that does not exceed its budget stays as it is, as it would alone.
+        base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, exceeds)]
+        ranking = dataclasses.replace(ranking, base=torch.tensor(base, device=key.device))
+        kept = allocate(config, self.gather_heads(ranking, remote=remote)[0], **self.layer_position)
+        store.keep(ranking.take(shard.own(kept)), key.shape[2])
+        return self.remote_heads(kept, key.device)
 
-    def _count(self, rows: torch.Tensor) -> None:
-        """All heads of the layer are about to keep ``rows`` [B, all heads] candidates."""
-        if self._part.sliced:
-            self.spread = tensor_parallel.Spread(self._part, rows.to(self.device))
+    def rank(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        logits: LogitOptions,
+        valid: torch.Tensor | None,
+        longest: torch.Tensor | None = None,
+    ) -> Ranking:
+        """The candidates in order; ``longest``: int64 [B], real tokens of the longest head, where that is in another process."""
+        return rank(
+            query,
+            key,
+            value,
+            self.config,
+            attention_mask=valid,
+            output_factor=partial(self._output_factor, value),
+            part=self.shard,
+            longest=longest,
+            **self.layer_position,
+            **vars(logits),
+        )
 
-    def _of_all(self, ranking: Ranking, projected: torch.Tensor | None = None) -> tuple[Ranking, torch.Tensor | None]:
+    def gather_heads(
+        self, ranking: Ranking, projected: torch.Tensor | None = None, remote: RemoteHeads | None = None
+    ) -> tuple[Ranking, torch.Tensor | None]:
         """``ranking`` of all heads of the layer and the sum of ``projected``, where other processes hold heads of it too."""
-        part = self._part
         importance = ranking.importance
-        if self._method.uses_importance:
-            importance, projected = part.gather(importance, projected)
-        if not part.sliced:
+        if self.method.uses_importance:
+            importance, projected = self.shard.gather(importance, projected)
+        if not self.shard.sliced:
             return ranking, projected
-        alike = ranking.real[:, :1].expand(-1, part.total)
-        return ranking.for_heads(importance, alike if self.spread is None else self.spread.lengths(ranking.real)), projected
+        alike = ranking.real[:, :1].expand(-1, self.shard.total)
+        return ranking.for_heads(importance, alike if remote is None else remote.lengths(ranking.real)), projected
 
-    def _contest(self, patient: bool = False) -> Contest | SlotContest | None:
-        """What this layer competes in for its rows, or its chunks."""
-        method = self._method
-        if not method.tensor_parallel and self._part.sliced:
-            others = [name for name, other in registry.METHODS.items() if other.tensor_parallel]
-            raise ValueError(
-                f"method={method.name!r} does not work with tensor parallelism: use another ({', '.join(others)}), or one process"
-            )
-        if not method.cross_layer:
-            return None
-        if self.ordinal == 0:
-            self.shared.contest = method.new_budget(self.shared.config, self.shared.num_layers, patient=patient)
-        return self.shared.contest
-
-    @property
-    def _method(self) -> registry.Method:
-        return registry.method(self.shared.config.method)
+    def remote_heads(self, entries: torch.Tensor, device: torch.device) -> RemoteHeads | None:
+        """Those of a layer whose heads are about to keep ``entries`` [B, all heads] candidates."""
+        return RemoteHeads(self.shard, entries.to(device)) if self.shard.sliced else None
 
     def _output_factor(self, value: torch.Tensor) -> torch.Tensor | None:
         """Of the layer's output projection, for `rank` where it is needed; None: it cannot be read."""
-        module = self.module and self.module()
-        factor = None if module is None else output_factor(module, value.shape[1], value.shape[3], self._part)
+        factor = None
+        if self.module is not None:
+            factor = output_factor(self.module, value.shape[1], value.shape[3], self.shard)
         self.weighs_output = factor is not None
         return None if factor is None else factor.to(value.device)
 
-    def _rank(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions) -> Ranking:
-        """The candidates of a whole prompt in order."""
-        rest = {"output_factor": partial(self._output_factor, value), "part": self._part, **self._place, **vars(logits)}
-        return rank(self.query_tail, key, value, self.shared.config, attention_mask=valid, **rest)
 
-    def _remember(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """Keeps the last window of queries, those of padding left out; while recording as many more as may be taken back."""
-        query, new = query.detach(), query.shape[2]
-        if self.query_tail is not None:
-            query = torch.cat([self.query_tail, query], dim=2)
-        if valid is not None:
-            real = torch.nn.functional.pad(valid, (query.shape[2] - new, 0), value=True)
-            order = real.long().argsort(dim=-1, stable=True)
-            query = query.gather(2, order[:, None, :, None].expand_as(query))
-        wanted = self.shared.config.window + (self.arrived if self.shared.recording else 0)
-        self.query_tail = query[:, :, -wanted:].clone()
-
-    def _bound(self) -> None:
-        config = self.shared.config
-        if config.decode_budget is None or self.store is None:
-            return
-        shares, part = self.share or [1.0] * self.store.batch, self._part
-        rows = [max(round(config.decode_budget * share), config.window + 1) for share in shares]
-        over = [total > (row + config.decode_slack) * part.total for total, row in zip(self.row_totals, rows)]
-        # A copy that has not met its module yet cannot ask other processes: the next forward will.
-        if not any(over) or part.sliced != (self.spread is not None):
-            return
-        length = longest = None
-        if self.spread is not None:
-            longest = self.spread.lengths(self.store.lengths.view(self.store.batch, -1).long()).amax(dim=-1)
-            length = int(longest.max())
-        key, value, valid = self.store.padded(length)
-        options = {**vars(self.logits), "output_factor": partial(self._output_factor, value), "part": part, "longest": longest}
-        ranking = rank(self.query_tail, key, value, config, attention_mask=valid, **self._place, **options)
-        # A batch row that is within its bound stays as it is, as it would alone.
-        base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, over)]
-        ranking = dataclasses.replace(ranking, base=torch.tensor(base, device=key.device))
-        kept = allocate(config, self._of_all(ranking)[0], **self._place)
-        self._count(kept)
-        self.store.keep(ranking.take(part.own(kept)), key.shape[2])
-
-    @property
-    def _place(self) -> dict[str, int]:
-        return {"layer_idx": self.ordinal, "num_layers": self.shared.num_layers}
+def row_totals(store: RaggedStore, remote: RemoteHeads | None) -> list[int]:
+    """Rows of every batch row of a layer, those of heads in other processes included."""
+    return store.row_totals if remote is None else remote.totals(store.row_totals)

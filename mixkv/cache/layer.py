@@ -1,4 +1,4 @@
-"""MixKVLayer: one attention layer's rows under the transformers cache-layer protocol."""
+"""MixKVLayer: one attention layer's KV entries under the transformers cache-layer protocol."""
 
 from __future__ import annotations
 
@@ -8,58 +8,93 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..hf.attention import MARK, check_caller
+from ..hf.attention import MARK
 from ..ops.arguments import LogitOptions
+from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
-from .compress import Compression
-from .state import Shared
+from ..storage.rows import Rows
+from .attention_call import AttentionCall
+from .compress import Compressor, row_totals
+from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, from_earlier
+from .state import CacheState
 
 
-class MixKVLayer(Compression, CacheLayerMixin):
-    """The rows of one attention layer: dense while its prompt is being read in chunks, then a `RaggedStore`."""
+class MixKVLayer(CacheLayerMixin):
+    """The KV entries of one attention layer: all of them while its prompt is being read in chunks, then those kept.
+
+    Attributes:
+        state: what the layers of a cache share.
+        ordinal: which of the compressed layers this is.
+        module: the attention module it belongs to, once known.
+        shape: KV heads, key size, value size; None before the first forward.
+        seen: tokens seen, padding included.
+        arrived: tokens that came with the last forward.
+        logits: how the model computes its logits, once the prompt has been read.
+        prompt, rows, remote, window, statistics: the parts of `parts.PARTS`, None where there is nothing.
+    """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    compressor_class = Compressor
 
-    def __init__(self, shared: Shared, ordinal: int):
-        self.shared, self.ordinal = shared, ordinal
+    prompt: PromptSoFar | None
+    rows: Rows | None
+    remote: RemoteHeads | None
+    window: QueryWindow | None
+    statistics: PromptStatistics | None
+
+    def __init__(self, state: CacheState, ordinal: int):
+        self.state, self.ordinal = state, ordinal
         self.reset()
 
     def reset(self) -> None:
         self.is_initialized = False
-        self.seen = 0
-        self.arrived = 0
-        self.store = self.chunks = self.dense = self.query_tail = None
-        self.redundancy = self.modal_redundancy = self.sparsity = self.dynamic = None
-        self.share = self.spread = self.weighs_output = self.shape = self.module = None
+        self.seen = self.arrived = 0
+        self.shape: tuple[int, int, int] | None = None
+        self.module: weakref.ref | None = None
         self.logits: LogitOptions | None = None
+        for name in PARTS:
+            setattr(self, name, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "module": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # mixkv 0.1.0 pickled them as a dictionary.
+        # mixkv 0.1.0 pickled the logit options as a dictionary, and the contents of the parts one by one.
         if "options" in state:
             options = state.pop("options")
-            state["logits"] = LogitOptions(**options) if options else None
-        self.__dict__.update(state)
+            state = {**state, "state": state.pop("shared"), "logits": LogitOptions(**options) if options else None}
+        self.__dict__.update(from_earlier(state) if "query_tail" in state else state)
+
+    @property
+    def parts(self) -> list[Part]:
+        """What the layer holds."""
+        return [part for part in map(self.__dict__.get, PARTS) if part is not None]
+
+    @property
+    def store(self) -> RaggedStore | None:
+        """The rows that every query attends to; None until the prompt has been read."""
+        return None if self.rows is None else self.rows.resident
+
+    @property
+    def chunks(self) -> ChunkStore | None:
+        """The rows of ``hybridkv``'s dynamic heads."""
+        return None if self.rows is None else self.rows.chunks
 
     # The transformers protocol.
 
     @property
     def keys(self) -> torch.Tensor:
         """What is stored, in this layer's own shape; models ask only whether there is something."""
-        if self.store is not None:
-            return self.store.key
-        return torch.empty(0) if self.dense is None else self.dense[0]
+        holder = self.store or self.prompt
+        return torch.empty(0) if holder is None else holder.key
 
     @property
     def values(self) -> torch.Tensor:
-        if self.store is not None:
-            return self.store.value
-        return torch.empty(0) if self.dense is None else self.dense[1]
+        holder = self.store or self.prompt
+        return torch.empty(0) if holder is None else holder.value
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -77,11 +112,10 @@ class MixKVLayer(Compression, CacheLayerMixin):
                 f"{shape[1]}/{shape[2]}: it belongs to another model. Make a new MixKVCache(model)"
             )
         self.arrived = key_states.shape[2]
-        if self.dense is not None:
-            key_states = torch.cat([self.dense[0], key_states], dim=2)
-            value_states = torch.cat([self.dense[1], value_states], dim=2)
+        if self.prompt is not None:
+            key_states, value_states = self.prompt.joined(key_states, value_states)
         self.seen += self.arrived
-        self.shared.waiting = self
+        self.state.pending_layer = self
         key_states = key_states.view_as(key_states)
         setattr(key_states, MARK, self)
         return key_states, value_states.view_as(value_states)
@@ -92,7 +126,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """While a prompt is being read the mask spans all of it; later only the new block: every stored row is visible."""
-        if self.store is None:
+        if self.rows is None:
             return self.seen + query_length, 0
         return query_length, self.seen
 
@@ -104,7 +138,7 @@ class MixKVLayer(Compression, CacheLayerMixin):
     def check_crop(self, count: int) -> None:
         """Raises a ValueError if `crop` would for this ``count``."""
         count = self._tokens_to_remove(count)
-        if count > 0 and self.store is None:
+        if count > 0 and self.rows is None:
             raise ValueError(f"cannot crop {count} tokens: the prompt has not been read to its end")
         if count > 0:
             self.store.check_crop(count)
@@ -116,9 +150,9 @@ class MixKVLayer(Compression, CacheLayerMixin):
         if count > 0:
             self.store.crop(count)
             self.seen -= count
-            if self.query_tail is not None:
-                self.query_tail = self.query_tail[:, :, : self.query_tail.shape[2] - count]
-        self._bound()
+            if self.window is not None:
+                self.window.crop(count)
+        self._evict_to_decode_budget()
 
     def _tokens_to_remove(self, count: int) -> int:
         # transformers before 5.23 gives a tensor.
@@ -127,41 +161,17 @@ class MixKVLayer(Compression, CacheLayerMixin):
 
     def take_rows(self, rows: list[int]) -> None:
         """Makes batch row i a copy of former row ``rows[i]``."""
-        if self.store is not None:
-            self.store.take_rows(rows)
-        if self.chunks is not None:
-            self.chunks.take_rows(rows)
-        if self.sparsity is not None:
-            self.sparsity, self.dynamic = self.sparsity[rows], self.dynamic[rows]
-        if self.dense is not None:
-            self.dense = (self.dense[0][rows], self.dense[1][rows])
-        if self.query_tail is not None:
-            self.query_tail = self.query_tail[rows]
-        if self.redundancy is not None:
-            self.redundancy = self.redundancy[rows]
-        if self.share is not None:
-            self.share = [self.share[row] for row in rows]
-        if self.spread is not None:
-            self.spread.take_rows(rows)
-        if self.modal_redundancy is not None:
-            self.modal_redundancy = self.modal_redundancy[rows]
+        for part in self.parts:
+            part.take_rows(rows)
 
     def restore(
-        self,
-        store: RaggedStore,
-        seen: int,
-        redundancy: torch.Tensor,
-        query_tail: torch.Tensor | None,
-        logits: LogitOptions,
-        module: torch.nn.Module | None,
+        self, parts: dict[str, Part | None], *, seen: int, shape: tuple, dtype, device, logits: LogitOptions, module
     ) -> None:
-        """Goes on from ``store`` as the layer did that filled it after ``seen`` tokens; see `mixkv.saving`."""
-        self.dtype, self.device = store.key.dtype, store.key.device
-        self.shape = (store.heads, store.key.shape[1], store.value.shape[1])
-        self.is_initialized = True
-        self.store, self.seen = store, seen
-        self.redundancy, self.query_tail, self.logits = redundancy, query_tail, logits
-        self.module = None if module is None else weakref.ref(module)
+        """Goes on from ``parts`` as the layer did that held them after ``seen`` tokens; see `mixkv.cache.save`."""
+        self.shape, self.dtype, self.device, self.is_initialized = shape, dtype, device, True
+        self.seen, self.logits, self.module = seen, logits, weakref.ref(module)
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.take_rows(beam_idx.tolist())
@@ -175,19 +185,49 @@ class MixKVLayer(Compression, CacheLayerMixin):
 
     @property
     def prompt_length(self) -> int | None:
-        return self.shared.prompt_length
+        return self.state.prompt_length
 
-    def arriving(self, module: torch.nn.Module, kwargs: dict) -> AttentionCall:
+    def attention_call(self, module: torch.nn.Module, kwargs: dict) -> AttentionCall:
         """A context for what the attention function of ``module`` does with the keys that `update` handed out."""
         return AttentionCall(self, module, kwargs)
 
-    def collect(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Holds the columns of a prompt whose end is still to come: key, value [B, Hkv, columns so far, D]."""
-        self.shared.storing = True
-        self.dense = (key.detach(), value.detach())
-        self._remember(query)
+    def append_prefill_chunk(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Holds a prompt whose end is still to come: key, value [B, Hkv, tokens so far, D], query [B, Hq, new tokens, D]."""
+        self.state.storing = True
+        self.prompt = PromptSoFar(key.detach(), value.detach())
+        self._append_query_window(query)
 
-    def adopt(
+    def compress(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        valid: torch.Tensor | None,
+        logits: LogitOptions,
+    ) -> None:
+        """Keeps the selected entries of a whole prompt.
+
+        key, value [B, Hkv, N, D]; query [B, Hq, n, D] and attention's output [B, n, Hq, Dv] are of at least the last tokens;
+        ``valid`` bool [B, N], False for padding.
+        """
+        self.state.storing = True
+        self._append_query_window(query)
+        compressor, state = self._compressor(), self.state
+        if self.ordinal == 0:
+            state.shared_budget = compressor.new_shared_budget()
+        budget, inputs = state.shared_budget, (self.window.query, key, value, output, logits)
+        found = compressor.compress(*inputs, valid=valid, image=state.images.of_prompt, shared_budget=budget)
+        self.rows, self.statistics, self.remote = found.rows, found.statistics, found.remote
+        if budget is not None:
+            budget.finish_layer(self, found.selection)
+            if budget.complete:
+                state.shared_budget = None
+        self.prompt, self.logits = None, logits
+        if state.config.decode_budget is None:
+            self.window = None
+
+    def fill(
         self,
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -197,19 +237,16 @@ class MixKVLayer(Compression, CacheLayerMixin):
         valid: torch.Tensor | None,
         logits: LogitOptions,
     ) -> None:
-        """`compress` for an empty layer, as if a forward of ``module`` had just brought these columns."""
+        """`compress` for an empty layer, as if a forward of ``module`` had just brought these tokens."""
         self.module = weakref.ref(module)
         self.lazy_initialization(key, value)
         self.seen = self.arrived = key.shape[2]
         self.compress(query, key, value, output, valid, logits)
 
     def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
-        """Stores the row of the token seen last, key, value [B, Hkv, 1, D], and attends: query [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-        self.shared.storing = True
-        if self.chunks is None:
-            return self.store.append_attend(query, key, value, self.seen - 1, logits)
-        self.store.append(key, value, self.seen - 1)
-        return self.chunks.attend(self.store, query, self.store.lengths.view(self.store.batch, 1, -1), logits)
+        """`Rows.decode` of the token seen last."""
+        self.state.storing = True
+        return self.rows.decode(query, key, value, self.seen - 1, logits)
 
     def extend(
         self,
@@ -220,35 +257,54 @@ class MixKVLayer(Compression, CacheLayerMixin):
         valid: torch.Tensor | None,
         logits: LogitOptions,
     ) -> torch.Tensor:
-        """Attends over the stored rows and the n columns seen last, and stores these, padding left out.
+        """`Rows.extend` by the n tokens seen last."""
+        first, options = self.seen - key.shape[2], {"mask": mask, "valid": valid}
+        return self.rows.extend(query, key, value, first, logits, **options, before_storing=self.state.start_storing)
 
-        query [B, Hq, n, D], key, value [B, Hkv, n, D]; ``mask`` bool [B or 1, 1, n, n] in place of the causal mask; ``valid``
-        [B, n], False for padding. Returns [B, n, Hq, Dv].
-        """
-        new = key.shape[2]
-        column = self.seen - new
-        if self.chunks is None:
-            output = self.store.attend_extend(query, key, value, logits, mask=mask)
-            self.shared.storing = True
-            self.store.append(key, value, column, valid)
-            return output
-        # Each position chooses for itself, as it would in a forward of its own.
-        before = self.store.lengths.view(self.store.batch, 1, -1).clone()
-        self.shared.storing = True
-        self.store.append(key, value, column, valid)
-        if valid is None:
-            added = torch.arange(1, new + 1, dtype=torch.int32, device=key.device).view(1, -1, 1)
-        else:
-            added = valid.cumsum(dim=-1, dtype=torch.int32).unsqueeze(-1)
-        return self.chunks.attend(self.store, query, before + added, logits)
-
-    def settle(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """After a continuation of queries [B, Hq, n, D], ``valid`` [B, n] of them real: holds the layer to its decode budget."""
-        if self.shared.config.decode_budget is None:
+    def enforce_decode_budget(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """After new tokens of queries [B, Hq, n, D], ``valid`` [B, n] of them real: evicts what exceeds the decode budget."""
+        if self.state.config.decode_budget is None:
             return
-        self._remember(query, valid)
-        if not self.shared.recording:
-            self._bound()
+        self._append_query_window(query, valid)
+        if not self.state.rollback_enabled:
+            self._evict_to_decode_budget()
+
+    def _append_query_window(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Keeps the last window of queries; where tokens may be taken back, as many more as the forward brought."""
+        self.window = self.window or QueryWindow()
+        self.window.append(query, self.state.config.window + (self.arrived if self.state.rollback_enabled else 0), valid)
+
+    def _evict_to_decode_budget(self) -> None:
+        if self.state.config.decode_budget is not None and self.rows is not None:
+            held = (self.window.query, self.store, self.logits, self.statistics.share, self.remote)
+            self.remote = self._compressor().enforce_decode_budget(*held)
+
+    def _compressor(self) -> Compressor:
+        module = self.module and self.module()
+        return self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+
+    # What the budget that layers share calls.
+
+    @property
+    def row_totals(self) -> list[int]:
+        """Rows of every batch row, those of heads in other processes included."""
+        return row_totals(self.store, self.remote)
+
+    @property
+    def share(self) -> list[float] | None:
+        """For every batch row, this layer's rows to those of the average layer; None: all layers alike."""
+        return None if self.statistics is None else self.statistics.share
+
+    @share.setter
+    def share(self, share: list[float] | None) -> None:
+        self.statistics.share = share
+
+    def evict(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`RaggedStore.evict` down to ``rows`` [B, all heads of the layer]."""
+        compressor = self._compressor()
+        left = self.store.evict(ranks, compressor.shard.own(rows).flatten())
+        self.remote = compressor.remote_heads(rows, self.device)
+        return left
 
     # What reports read.
 
@@ -256,19 +312,17 @@ class MixKVLayer(Compression, CacheLayerMixin):
     def batch(self) -> int:
         if self.store is not None:
             return self.store.batch
-        return 0 if self.dense is None else self.dense[0].shape[0]
+        return 0 if self.prompt is None else self.prompt.key.shape[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes held by this layer, spare capacity and bookkeeping included."""
-        held = [self.query_tail, self.redundancy, self.modal_redundancy, self.sparsity, self.dynamic, *(self.dense or ())]
-        stores = sum(part.nbytes for part in (self.store, self.chunks) if part is not None)
-        return stores + sum(t.untyped_storage().nbytes() for t in held if t is not None)
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def nbytes_outside(self) -> int:
         """Bytes of them that are not resident: chunks of dynamic heads under ``offload``."""
-        outside = self.chunks is not None and self.shared.config.offload and self.chunks.pool.key.device.type == "cpu"
+        outside = self.chunks is not None and self.state.config.offload and self.chunks.pool.key.device.type == "cpu"
         return self.chunks.pool.nbytes if outside else 0
 
     @property
@@ -281,46 +335,13 @@ class MixKVLayer(Compression, CacheLayerMixin):
 
     def lengths(self) -> torch.Tensor:
         """Rows resident, those of slots for chunks included: int64 [B, Hkv], on the CPU."""
-        if self.store is not None:
-            rows = self.store.lengths if self.chunks is None else self.store.lengths + self.chunks.chunk * self.chunks.slots
-            return rows.view(self.store.batch, self.store.heads).long().cpu()
+        if self.rows is not None:
+            return self.rows.lengths()
         return torch.full((self.batch, self.shape[0] if self.shape else 0), self.seen)
 
     def kept(self) -> list[list[torch.Tensor]]:
-        """[B][Hkv] ascending columns held, those in chunks included."""
-        if self.store is not None:
-            resident = self.store.positions()
-            return resident if self.chunks is None else self.chunks.join(resident)
+        """[B][Hkv] ascending positions held, those in chunks included."""
+        if self.rows is not None:
+            return self.rows.positions()
         heads = self.shape[0] if self.shape else 0
         return [[torch.arange(self.seen, dtype=torch.int32) for _ in range(heads)] for _ in range(self.batch)]
-
-
-class AttentionCall:
-    """What an attention function does with a layer: checks before, and afterwards the layer is done or the forward is undone.
-
-    Not a generator: one that an exception leaves open would run its handler when it is collected, in a later forward.
-    """
-
-    def __init__(self, layer: MixKVLayer, module: torch.nn.Module, kwargs: dict):
-        self.layer, self.module, self.kwargs = layer, module, kwargs
-
-    def __enter__(self) -> None:
-        layer = self.layer
-        layer.shared.waiting = None
-        try:
-            check_caller(layer.module and layer.module(), self.module, layer.seen, self.kwargs)
-            layer.module = weakref.ref(self.module)
-        except BaseException:
-            self._undo()
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        if kind is None:
-            self.layer.shared.progress.finish_layer()
-        else:
-            self._undo()
-
-    def _undo(self) -> None:
-        cache = self.layer.shared.cache and self.layer.shared.cache()
-        if cache is not None:
-            cache._undo_forward()

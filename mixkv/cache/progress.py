@@ -14,7 +14,7 @@ class Progress:
     """What has begun on the layers of a cache and has not ended: a forward, or a change of all layers.
 
     A forward calls `start_layer` and `finish_layer` for each attention layer, in any order, and `touch_state` and `finish_state`
-    whenever a linear-attention layer reads or writes its state. It is over when it has reached every layer. An exception needs
+    whenever a linear-attention layer reads or writes its state. It is complete when it has reached every layer. An exception needs
     no handler here: what it left unfinished is found by the next call. (For a single token, a linear-attention layer may change
     in place the state that it has read: an exception there is found unless it is the model's last layer.)
 
@@ -78,7 +78,7 @@ class Progress:
         return new
 
     def finish_layer(self) -> None:
-        """The layer that was started holds the new tokens."""
+        """The layer that was started has stored the new tokens."""
         self.missing.discard(self.current)
         self.current = None
 

@@ -15,9 +15,8 @@ from .. import checked_file, tensor_parallel
 from ..config import MixKVConfig
 from ..hf import binding, stock_layers, versions
 from ..ops.arguments import LogitOptions
-from ..storage.chunks import ChunkStore
-from ..storage.ragged import RaggedStore
 from .layer import MixKVLayer
+from .parts import PARTS
 
 FORMAT = 2
 _FIELDS = {"mixkv", "model", "dtype", "batch", "recording", "moved", "config", "layers"}
@@ -25,7 +24,7 @@ _NUMBERS = {"heads", "key_size", "value_size", "seen", "tail", "bound", "scaling
 _CHUNK_NUMBERS = ("chunk_rows", "chunk_columns", "chunk_slots")
 _MOVED = "rope_deltas"
 _IMAGES = "image_mask"
-# Values read of each parameter to tell a model's weights from another's.
+# Values read of each parameter to distinguish a model's weights from another's.
 _SAMPLES = 64
 
 
@@ -39,8 +38,8 @@ class Saved:
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
         lengths [B, Hkv], redundancy [B, Hkv], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
         ``hybridkv`` sparsity and dynamic [B, Hkv], and where there are chunks chunk_key [rows, D], chunk_value [rows, Dv] and
-        chunk_rows, chunk_columns, chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``; ``image_mask`` bool [B, columns] where
-        it is known which columns are images.
+        chunk_rows, chunk_columns (first positions), chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``; ``image_mask`` bool
+        [B, tokens] where it is known which tokens are image tokens.
     """
 
     path: str
@@ -54,7 +53,7 @@ def save(cache, path: str | os.PathLike) -> None:
     from .. import __version__
 
     ours = _read_layers(cache)
-    if any(layer.spread is not None or tensor_parallel.is_spread(layer.module and layer.module()) for layer in ours):
+    if any(layer.remote is not None or tensor_parallel.is_spread(layer.module and layer.module()) for layer in ours):
         raise ValueError(
             "this cache belongs to a tensor-parallel model and holds only this process's heads: it cannot be saved. Read the "
             "prompt with the model loaded in one process, without tp_plan"
@@ -72,15 +71,15 @@ def save(cache, path: str | os.PathLike) -> None:
     moved = any(part is not None for part in deltas)
     if moved:
         tensors[_MOVED] = deltas[0]
-    if cache._shared.images.mask is not None:
-        tensors[_IMAGES] = cache._shared.images.mask[:, : ours[0].seen]
+    if cache._state.images.mask is not None:
+        tensors[_IMAGES] = cache._state.images.mask[:, : ours[0].seen]
     header = {
         "format": FORMAT,
         "mixkv": __version__,
         "model": cache._model_name,
         "dtype": _dtype_name(ours[0].dtype),
         "batch": ours[0].batch,
-        "recording": cache._shared.recording,
+        "recording": cache._state.rollback_enabled,
         "moved": None if model is None else moved,
         "config": cache.config.to_dict(),
         "layers": layers,
@@ -133,7 +132,7 @@ def restore(cache, saved: Saved, model: PreTrainedModel) -> None:
         keeper.rope_deltas = saved.tensors[_MOVED].to(model.device, copy=True) if saved.header["moved"] else None
     if _IMAGES in saved.tensors:
         mask = _checked_mask(saved)
-        cache._shared.images.mask = mask.to(
+        cache._state.images.mask = mask.to(
             next(layer.device for layer in cache.layers if isinstance(layer, MixKVLayer)), copy=True
         )
     cache._batch = saved.header["batch"]
@@ -150,7 +149,7 @@ def _read_layers(cache) -> list[MixKVLayer]:
     ours = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
     if not any(layer.seen for layer in ours):
         raise ValueError("this cache is empty: let a model read a prompt with it, then save it")
-    if any(layer.store is None for layer in ours):
+    if any(layer.rows is None for layer in ours):
         raise ValueError(
             f"this cache has read {max(layer.seen for layer in ours)} tokens of a prompt, not all of it: save it once the prompt has "
             f"been read to its end"
@@ -161,42 +160,24 @@ def _read_layers(cache) -> list[MixKVLayer]:
 
 
 def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    store, (heads, key_size, value_size) = layer.store, layer.shape
-    key, value, position = store.held()
-    sinks = layer.logits.sinks
-    tensors = {
-        "key": key,
-        "value": value,
-        "position": position,
-        "lengths": store.lengths.view(store.batch, heads),
-        "redundancy": layer.redundancy,
-        "query_tail": layer.query_tail,
-        "sinks": sinks,
-        "sparsity": layer.sparsity,
-        "dynamic": layer.dynamic,
-        "modal_redundancy": layer.modal_redundancy,
-    }
-    if layer.chunks is not None:
-        chunk_key, chunk_value = layer.chunks.held()
-        tensors |= {"chunk_key": chunk_key, "chunk_value": chunk_value}
-        layout = (layer.chunks.rows, layer.chunks.first_positions, layer.chunks.slots)
-        tensors |= {name: part.view(store.batch, heads) for name, part in zip(_CHUNK_NUMBERS, layout)}
+    heads, key_size, value_size = layer.shape
     module = layer.module and layer.module()
+    tensors = {} if layer.logits.sinks is None else {"sinks": layer.logits.sinks}
     numbers = {
         "kind": MixKVLayer.__name__,
         "heads": heads,
         "key_size": key_size,
         "value_size": value_size,
         "seen": layer.seen,
-        "tail": store.tail,
-        "bound": None if store.even else store.max_length,
         "scaling": layer.logits.scaling,
         "softcap": layer.logits.softcap,
-        "share": layer.share,
-        "weighs_output": layer.weighs_output,
         "weights": None if module is None else _fingerprint(module),
     }
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}, numbers
+    for part in layer.parts:
+        part_tensors, part_numbers = part.state()
+        tensors |= part_tensors
+        numbers |= part_numbers
+    return tensors, numbers
 
 
 def _fill(
@@ -208,19 +189,15 @@ def _fill(
     config: MixKVConfig,
 ) -> None:
     copies = {name: tensor.to(device, copy=True) for name, tensor in held.items()}
-    rows = (copies["key"], copies["value"], copies["position"])
-    store = RaggedStore.from_rows(rows, copies["lengths"], config.backend, tail=numbers["tail"], bound=numbers["bound"])
-    logits = LogitOptions(numbers["scaling"], numbers["softcap"], copies.get("sinks"))
-    layer.restore(store, numbers["seen"], copies["redundancy"], copies.get("query_tail"), logits, module)
-    layer.share, layer.weighs_output = numbers["share"], numbers.get("weighs_output")
-    layer.sparsity, layer.dynamic = copies.get("sparsity"), copies.get("dynamic")
-    if "chunk_key" in copies:
-        parts = [copies[name] for name in ("chunk_key", "chunk_value")]
-        parts += [copies[name].flatten() for name in ("chunk_rows", "chunk_columns", "chunk_slots")]
-        layer.chunks = ChunkStore.from_rows(
-            *parts, store.batch, config.backend, chunk=config.hybrid_chunk, offload=config.offload
-        )
-    layer.modal_redundancy = copies.get("modal_redundancy")
+    layer.restore(
+        {name: restore(copies, numbers, config) for name, restore in PARTS.items()},
+        seen=numbers["seen"],
+        shape=(numbers["heads"], numbers["key_size"], numbers["value_size"]),
+        dtype=copies["key"].dtype,
+        device=copies["key"].device,
+        logits=LogitOptions(numbers["scaling"], numbers["softcap"], copies.get("sinks")),
+        module=module,
+    )
 
 
 def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
@@ -243,7 +220,7 @@ def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int,
                 )
     if header["moved"] is None and versions.position_keepers(model):
         raise ValueError(
-            f"{saved.path} does not tell how far images move the positions after them, which a {header['model']} keeps itself: it was "
+            f"{saved.path} does not contain how far images move the positions after them, which a {header['model']} keeps itself: it was "
             f"saved from a copy, or after its model had gone. Save the first cache"
         )
     others = [index for index, numbers in enumerate(layers) if numbers.get("weights") not in _weights(modules.get(index))]
@@ -260,7 +237,7 @@ def _check_model(cache, saved: Saved, model: PreTrainedModel, modules: dict[int,
 
 
 def _expected(layer, module: nn.Module | None) -> dict[str, Any]:
-    """What the header must say of a layer of this model, as far as its module tells."""
+    """What the header must contain for a layer of this model, as far as its module has it."""
     if not isinstance(layer, MixKVLayer):
         window = getattr(layer, "sliding_window", None)
         return {"kind": type(layer).__name__} | ({} if window is None else {"sliding_window": window})
@@ -303,11 +280,11 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         raise ValueError(f"{saved.path} is damaged (layer {index} has lengths {lengths.tolist()}): save the cache again")
     if "chunk_key" not in held:
         return
-    rows, columns, slots = (held[name] for name in _CHUNK_NUMBERS)
+    rows, first, slots = (held[name] for name in _CHUNK_NUMBERS)
     chunk = saved.config.hybrid_chunk
     most = (rows + chunk - 1) // chunk
-    wrong = (rows < 0) | (columns < 0) | (rows + columns > numbers["seen"]) | (slots < 0) | (slots > most)
-    if wrong.any() or not slots.any() or any(part.dtype != torch.int32 for part in (rows, columns, slots)):
+    wrong = (rows < 0) | (first < 0) | (rows + first > numbers["seen"]) | (slots < 0) | (slots > most)
+    if wrong.any() or not slots.any() or any(part.dtype != torch.int32 for part in (rows, first, slots)):
         raise ValueError(f"{saved.path} is damaged (layer {index} has chunk_rows {rows.tolist()}): save the cache again")
 
 

@@ -11,8 +11,11 @@ import torch
 from ..config import MixKVConfig
 from ..hf.attention import visible
 from ..hf.image_tokens import ImageTokens
-from ..selection.global_budget import Contest, SlotContest
+from ..selection.global_budget import ChunkBudget, GlobalBudget
 from .progress import Progress
+
+# Attributes in pickles of version 0.1.0.
+_FORMER = {"recording": "rollback_enabled", "waiting": "pending_layer", "contest": "shared_budget"}
 
 
 @dataclass
@@ -25,23 +28,24 @@ class Before:
     seen: int
     batch: int | None
     prompt_length: int | None
-    recording: bool
+    rollback_enabled: bool
     images: ImageTokens | None = None
 
 
 @dataclass
-class Shared:
+class CacheState:
     """What the layers of one cache share.
 
-    ``prompt_length``: columns of a prompt that arrives in several forwards or with drafts attached; None: one forward.
+    ``prompt_length``: tokens of a prompt that arrives in several forwards or with drafts attached; None: one forward.
     ``expected_prompt``: the length of the next prompt, if the caller gave it.
-    ``recording``: rows may be taken back by `crop` after each forward (assisted decoding).
-    ``waiting``: the layer whose keys have been handed out and not come to the attention function yet.
-    ``contest``: the budget that the layers of a prompt share, if the method is cross-layer, until its last layer has come.
-    ``valid``: valid columns by (first column, columns), of the present forward: its masks are read once, not once a layer.
-    ``images``: which columns are image tokens.
-    ``progress``: which layers the present forward has reached.
-    ``before``: what it found. ``storing``: whether it has begun to change what a layer holds.
+    ``rollback_enabled``: tokens may be taken back by `crop` after each forward (assisted decoding).
+    ``pending_layer``: the layer whose keys have been handed out and not come to the attention function yet.
+    ``shared_budget``: what the layers of a prompt compete for, if the method is cross-layer, until its last layer has come.
+    ``valid``: real tokens by (first position, tokens), of the present forward: its masks are read once, not once a layer.
+    ``images``: which tokens are image tokens.
+    ``progress``: which layers the present forward has reached; None in a pickle of version 0.1.0, until its cache sets it.
+    ``before``: what the present forward may change besides the layers, as it was.
+    ``storing``: whether the present forward has begun to change what a layer holds.
     ``cache``: whose layers these are, while a forward runs.
     """
 
@@ -49,9 +53,9 @@ class Shared:
     num_layers: int = 0
     prompt_length: int | None = None
     expected_prompt: int | None = None
-    recording: bool = False
-    waiting: Any | None = None
-    contest: Contest | SlotContest | None = None
+    rollback_enabled: bool = False
+    pending_layer: Any | None = None
+    shared_budget: GlobalBudget | ChunkBudget | None = None
     valid: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
     images: ImageTokens = field(default_factory=ImageTokens, repr=False)
     progress: Progress | None = field(default_factory=Progress, repr=False)
@@ -63,29 +67,37 @@ class Shared:
         return {**self.__dict__, "valid": {}, "before": None, "cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Version 0.1.0 had no progress: the cache makes it, which knows its layers.
-        self.__dict__.update({"progress": None, "before": None, "storing": False, "cache": None} | state)
+        renamed = {_FORMER.get(name, name): value for name, value in state.items()}
+        self.__dict__.update({"progress": None, "before": None, "storing": False, "cache": None} | renamed)
 
-    def valid_columns(self, mask: torch.Tensor | None, start: int, columns: int) -> torch.Tensor | None:
-        """Which of the last ``columns`` columns of ``mask`` are real tokens: bool [B, columns], or None if all are.
+    def start_storing(self) -> None:
+        """The present forward is about to change what a layer holds."""
+        self.storing = True
 
-        ``start``: the place of the first of them in the sequence. The mask may be another layer's on another device: all say
-        the same within a forward.
+    def valid_tokens(self, mask: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+        """Which of the last ``count`` tokens that ``mask`` covers are real: bool [B, count], or None if all are.
+
+        ``start``: the position of the first of them. The mask may be another layer's on another device: all say the same within
+        a forward.
 
         Raises:
             ValueError: the last one is not (padding on the right).
         """
         if mask is None:
             return None
-        if (start, columns) in self.valid:
-            valid = self.valid[start, columns]
+        if (start, count) in self.valid:
+            valid = self.valid[start, count]
             return None if valid is None else valid.to(mask.device)
         valid = mask if mask.ndim == 2 else mask[:, 0, -1]
         valid = visible(valid) if mask.ndim == 4 else valid.bool()
-        valid = valid[:, -columns:]
+        valid = valid[:, -count:]
         if not valid[:, -1].all():
             rows = (~valid[:, -1]).nonzero().flatten().tolist()
             raise ValueError(f"batch rows {rows} are padded on the right: set tokenizer.padding_side = 'left'")
         valid = None if valid.all() else valid
-        self.valid[start, columns] = valid
+        self.valid[start, count] = valid
         return valid
+
+
+# The name in pickles of version 0.1.0.
+Shared = CacheState

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
+from .parts import PromptStatistics
+
 
 def stats(cache) -> dict[str, Any]:
-    """What `MixKVCache` holds now. In a tensor-parallel model every process tells of the heads it holds.
+    """What `MixKVCache` holds now. In a tensor-parallel model: of the heads of this process.
 
     Returns: a dict with
-        bytes: bytes held, spare capacity and bookkeeping included, all layers;
+        bytes: bytes held, spare capacity and bookkeeping included, all layers: sliding windows and linear-attention states, too;
         bytes_resident: those of resident rows: all but bytes_outside;
         bytes_outside: those of chunks outside the resident rows (``hybridkv`` with ``offload``; on a GPU they lie in the host's
             memory), else 0;
         bytes_bounds: of the resident ones, those of the bounds by which ``hybridkv`` chooses chunks;
-        bytes_full: what an uncompressed cache holds after the same tokens;
+        bytes_full: what an uncompressed cache holds after the same tokens; layers that are not compressed count as they are;
         ratio: bytes / bytes_full;
         seen: tokens seen, padding included;
         lengths: per layer an int64 tensor [B, Hkv] of rows held, None for layers that are not compressed; of ``hybridkv`` the
@@ -26,16 +28,19 @@ def stats(cache) -> dict[str, Any]:
         output_norm: per layer what rows were weighed by for the ``output`` scores, ``global`` and ``hybridkv``: ``projection`` (what
             they add through the output projection) or ``value`` (the value's norm: the projection could not be read); else None;
         image_rows, text_rows: per layer int64 [B, Hkv], the rows held of image (and video) tokens and the others, those in
-            chunks included; None where no image was read, or where it is not known which columns are images (see
+            chunks included; None where no image was read, or where it is not known which tokens are image tokens (see
             `MixKVCache.set_image_mask`);
         redundancy_image, redundancy_text: per layer float32 [B, Hkv], the redundancy of the prompt's image keys and of its
             text keys, each among themselves, nan for a row without them; None likewise;
-        rows: rows held by all compressed layers, the sum of lengths; spare_rows: rows allocated on top of them;
+        rows: rows held by all compressed layers, the sum of lengths; spare_rows: rows allocated in addition, for tokens to come;
         sparsity, dynamic: per layer float32 and bool [B, Hkv], how heads were classified under ``hybridkv``; else None;
         chunks: under ``hybridkv``, of chunks of rows that dynamic heads attended to: steps (query positions so far), and a
             step's mean over all layers and batch rows of chosen, reused (chosen by the position before, too), moved (the
             others, which cross to the device where they are outside) and moved_bytes; None where no head is dynamic;
         method, score, budget: from the config.
+
+    Raises:
+        RuntimeError: an exception left the cache broken; see `MixKVCache`.
     """
     layers = cache.layers
     held = sum(map(held_bytes, layers))
@@ -44,7 +49,7 @@ def stats(cache) -> dict[str, Any]:
     lengths = [layer.lengths() if _ours(layer) else None for layer in layers]
     rows = sum(int(part.sum()) for layer, part in zip(layers, lengths) if part is not None and layer.store is not None)
     kept = [layer.kept() if _ours(layer) else None for layer in layers]
-    image_rows = [None if held is None else cache._shared.images.count(held) for held in kept]
+    image_rows = [None if held is None else cache._state.images.count(held) for held in kept]
     outside = sum(layer.nbytes_outside for layer in layers if _ours(layer))
     return {
         "bytes": held,
@@ -55,8 +60,8 @@ def stats(cache) -> dict[str, Any]:
         "ratio": held / full if full else 1.0,
         "seen": seen(cache),
         "lengths": lengths,
-        "redundancy": [_on_cpu(layer, "redundancy") for layer in layers],
-        "output_norm": [_OUTPUT_NORM[getattr(layer, "weighs_output", None)] for layer in layers],
+        "redundancy": [_measured(layer, "redundancy") for layer in layers],
+        "output_norm": [_OUTPUT_NORM[getattr(_statistics(layer), "weighs_output", None)] for layer in layers],
         "image_rows": image_rows,
         "text_rows": [
             None if image is None else torch.tensor([[len(part) for part in row] for row in rows_held]) - image
@@ -66,8 +71,8 @@ def stats(cache) -> dict[str, Any]:
         "redundancy_text": [_modal(layer, 1) for layer in layers],
         "rows": rows,
         "spare_rows": sum(store.spare_rows for store in stores),
-        "sparsity": [_on_cpu(layer, "sparsity") for layer in layers],
-        "dynamic": [_on_cpu(layer, "dynamic") for layer in layers],
+        "sparsity": [_measured(layer, "sparsity") for layer in layers],
+        "dynamic": [_measured(layer, "dynamic") for layer in layers],
         "chunks": _chunks([layer.chunks for layer in layers if _ours(layer) and layer.chunks is not None]),
         "method": cache.config.method,
         "score": cache.config.score,
@@ -137,13 +142,17 @@ def _ours(layer) -> bool:
     return hasattr(layer, "nbytes_full")
 
 
-def _on_cpu(layer, name: str):
-    found = getattr(layer, name) if _ours(layer) else None
+def _statistics(layer) -> PromptStatistics | None:
+    return layer.statistics if _ours(layer) else None
+
+
+def _measured(layer, name: str) -> torch.Tensor | None:
+    found = getattr(_statistics(layer), name, None)
     return None if found is None else found.cpu()
 
 
 def _chunks(stores: list) -> dict[str, Any] | None:
-    """What dynamic heads chose, as `stats` tells it."""
+    """``chunks`` of `stats`."""
     if not stores:
         return None
     steps = max(store.steps for store in stores)
@@ -159,9 +168,9 @@ def _chunks(stores: list) -> dict[str, Any] | None:
     }
 
 
-def _modal(layer, kind: int):
-    found = layer.modal_redundancy if _ours(layer) else None
-    return None if found is None else found[..., kind].cpu()
+def _modal(layer, kind: int) -> torch.Tensor | None:
+    found = _measured(layer, "modal_redundancy")
+    return None if found is None else found[..., kind]
 
 
 def held_bytes(layer) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from . import parser
 
@@ -19,10 +22,22 @@ def main(arguments: list[str] | None = None) -> int:
     from ..evaluation import InputError
 
     try:
-        options.run(options)
+        with _warnings_on_one_line():
+            options.run(options)
     except InputError as error:
         print(f"mixkv {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+@contextmanager
+def _warnings_on_one_line() -> Iterator[None]:
+    """Warnings as their message alone, in place of a file, a category and a line of its source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

@@ -1,1 +1,1 @@
-"""A small document model, and the pages it reads: made, drawn, asked about."""
+"""Synthetic pages: their content, their images and questions about them; and the weights of a small model that reads them."""

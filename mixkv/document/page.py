@@ -1,7 +1,7 @@
-"""Pages: 24 x 24 cells of text with the facts that can be asked about them, made from a seed.
+"""Pages: 24 x 24 cells of text, and facts to ask questions about, made from a seed.
 
 A page is made in three steps: a *kind* (form, table, receipt, screen, two pages) writes words into cells and lists its facts;
-what is left is decorated; `render.draw` makes the image. Layout 0 to 2 are those a model is trained with, layout 3 is held out.
+free cells are decorated; `render.draw` makes the image. Layouts 0 to 2 are for training, layout 3 is held out.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from dataclasses import dataclass, field
 from . import words
 from .words import BLANK, DECORATION, HELD_OUT, LINE_END
 
+# Cells on a side of a page, and pixels on a side of a cell.
 SIDE = 24
+CELL = 36
 LAYOUTS, HELD_OUT_LAYOUT = 3, 3
-# A screen's position is told in blocks of four cells: A1 to F6.
+# Positions on a screen are named by blocks of 4 x 4 cells: A1 to F6.
 BLOCK = 4
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing a page tells.
+    """A fact on a page.
 
     Attributes:
-        key: as a question names it, ``"City of Anna"``.
-        answer: ``"Paris"``, ``"4821"``.
-        cells: (page, row, column) of each cell of the answer, in order; of the control for screens.
+        key: the name of the fact in questions, for example ``"City of Anna"``.
+        answer: for example ``"Paris"`` or ``"4821"``.
+        cells: (page, row, column) of each cell of the answer, in order; on a screen, of the control.
     """
 
     key: str
@@ -37,14 +39,14 @@ class Fact:
 
 @dataclass
 class Page:
-    """Cells [24][24] (see `words.CLASSES`) and what they tell; ``framed``: words stand in buttons."""
+    """Cells [24][24] (see `words.CLASSES`) and their facts; ``framed``: words are drawn as buttons."""
 
     cells: list[list[str]] = field(default_factory=lambda: [[BLANK] * SIDE for _ in range(SIDE)])
     facts: list[Fact] = field(default_factory=list)
     framed: bool = False
 
     def write(self, row: int, column: int, text: str, number: int = 0) -> tuple[tuple[int, int, int], ...]:
-        """Words take a cell each, all else a cell a character; a blank in ``text`` leaves one free. Returns the cells written."""
+        """Writes each word, and each other character, into a cell; a space leaves a cell free. Returns the cells written."""
         written = []
         for part in text.split(" "):
             for piece in re.findall("[A-Za-z]+|.", part):
@@ -59,7 +61,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Document:
-    """One or two pages and their facts, ``keys`` of which are asked in the order given."""
+    """One or two pages and their facts."""
 
     kind: str
     pages: list[Page]
@@ -67,7 +69,7 @@ class Document:
 
 
 class Source:
-    """Words and numbers by chance; a word is given once."""
+    """Random words and numbers; each word is used once."""
 
     def __init__(self, chance: random.Random, held_out: bool):
         self.chance = chance
@@ -100,7 +102,7 @@ class Source:
 
 
 def form(source: Source, layout: int, number: int = 0) -> Page:
-    """Labels and values: one column, two columns, values at a tab; held out: two columns at tabs with dotted leaders."""
+    """Labels and values: one column, two columns, values at a tab; layout 3 has two columns at tabs with dotted leaders."""
     page, chance = Page(), source.chance
     columns = (0, 12) if layout in (1, 3) else (0,)
     tab = {0: None, 1: None, 2: chance.randint(8, 14), 3: 5}[layout]
@@ -120,7 +122,7 @@ def form(source: Source, layout: int, number: int = 0) -> Page:
 
 
 def table(source: Source, layout: int, number: int = 0) -> Page:
-    """Named rows and columns: open, with bars, with rules below the head; held out: a rule after every row."""
+    """Named rows and columns: open, with bars, with rules below the head; layout 3 has a rule after every row."""
     page, chance = Page(), source.chance
     count = chance.randint(3, 4)
     width = chance.choice((4, 5)) if count == 4 else chance.choice((4, 5, 6))
@@ -154,7 +156,7 @@ def table(source: Source, layout: int, number: int = 0) -> Page:
 
 
 def receipt(source: Source, layout: int, number: int = 0) -> Page:
-    """Items with counts and prices, then a total: count behind, count in front, no count; held out: count behind the price."""
+    """Items with counts and prices, then a total: count behind, count in front, no count; layout 3 has the count behind the price."""
     page, chance = Page(), source.chance
     left = chance.randrange(0, 4)
     at = left + chance.randint(9, 12)
@@ -184,7 +186,7 @@ def receipt(source: Source, layout: int, number: int = 0) -> Page:
 
 
 def screen(source: Source, layout: int, number: int = 0) -> Page:
-    """Named controls anywhere, in toolbars, in columns; held out: a bar above and controls anywhere. Answers are A1 to F6."""
+    """Named controls anywhere, in toolbars, in columns; layout 3 has a bar above and controls anywhere. Answers are A1 to F6."""
     page, chance = Page(framed=True), source.chance
     count = chance.randint(10, 18)
     if layout == 0:
@@ -213,8 +215,8 @@ def make(kind: str, seed: int | str, *, layout: int | None = None, held_out_word
     """A document of a kind, the same for the same arguments.
 
     Args:
-        layout: 0 to 2; 3 is held out of training; None: by chance from 0 to 2.
-        held_out_words: names, cities, items and controls are those that training never shows.
+        layout: 0 to 2, or 3, which is held out of training; None: random from 0 to 2.
+        held_out_words: whether names, cities, items and controls are those held out of training.
 
     Raises:
         ValueError: unknown kind or layout.
@@ -229,7 +231,7 @@ def make(kind: str, seed: int | str, *, layout: int | None = None, held_out_word
         page = KINDS[kind](Source(chance, held_out_words), chosen)
         pages, facts = [page], list(page.facts)
     else:
-        # The same labels on both, so that the page must be minded.
+        # Both pages have the same labels, so that the page matters.
         pages = [form(Source(random.Random(f"{seed} {i}"), held_out_words), chosen, i) for i in range(2)]
         facts = [Fact(f"{f.key} on page {i + 1}", f.answer, f.cells) for i, page in enumerate(pages) for f in page.facts]
     for page in pages:
@@ -242,7 +244,7 @@ def _without_sign(cells: tuple, value: str) -> tuple:
 
 
 def _decorate(page: Page, chance: random.Random) -> None:
-    """Rules, textures and logos where nothing is written, away from the text; then line ends."""
+    """Adds rules, textures and logos in free cells away from the text, then line ends."""
     for _ in range(chance.randrange(0, 4)):
         free = [row for row in range(SIDE) if all(cell == BLANK for cell in page.cells[row])]
         if free:

@@ -1,4 +1,4 @@
-"""Questions about a document, and what the model reads and writes."""
+"""Questions about a document, their answers, and the chat template of the document model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .page import Document, Fact
 
-# A special token of SmolLM2's that no text uses stands for a patch.
+# The placeholder of a patch: a special token of SmolLM2 that does not occur in text.
 IMAGE_TOKEN = "<filename>"
 
 PHRASINGS = {
@@ -17,7 +17,7 @@ PHRASINGS = {
 HELD_OUT_PHRASING = {"position": "Show me where {} is.", "value": "Please read the {} to me."}
 
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
-# As the model was trained: an answer begins with a space, so that its words are the tokens that stand on the page.
+# An answer begins with a space, as in training, so that its words are the same tokens as on the page.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + (' ' if message['role'] == 'assistant' else '') }}"
@@ -38,12 +38,12 @@ def ask(document: Document, facts: Sequence[Fact], phrasing: str | int = 0) -> s
 
 
 def answer(facts: Sequence[Fact]) -> str:
-    """What is right: the values in the order asked."""
+    """The correct answer: the values in the order of the question."""
     return ", ".join(fact.answer for fact in facts)
 
 
 def draw_facts(document: Document, chance: random.Random, keys: int) -> list[Fact]:
-    """So many facts to be asked for at once; of a table, half the time those of one row or column."""
+    """``keys`` random facts for one question; of a table, in half of the cases from one row or column."""
     if document.kind == "table" and chance.random() < 0.5:
         of, part = chance.choice(document.facts), chance.randrange(2)
         alike = [fact for fact in document.facts if fact.key.split(" of ")[part] == of.key.split(" of ")[part]]

@@ -1,4 +1,4 @@
-"""Pages as images: 864 x 864 pixels, 36 a cell, in fonts that matplotlib ships."""
+"""Pages as images: 864 x 864 pixels, 36 x 36 per cell, in fonts that matplotlib ships."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from pathlib import Path
 import numpy
 from PIL import Image, ImageDraw, ImageFont
 
-from .page import SIDE, Page
+from .page import CELL, SIDE, Page
 from .words import BLANK, DECORATION, LINE_END
 
-CELL = 36
 FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSerif DejaVuSerif-Bold DejaVuSansMono DejaVuSansMono-Bold STIXGeneral "
     "STIXGeneralBol cmss10"
 ).split()
 HELD_OUT_FONT = "cmr10"
-# Points. Words that are wider than a cell are set smaller, then narrower.
+# Font sizes in points. Words wider than a cell get a smaller font, then are narrowed.
 SIZES = (10, 11, 12, 13)
 SMALLEST = 9
 
 
 def draw(page: Page, seed: int | str, *, font: str | None = None, mixed: bool = False) -> Image.Image:
-    """The page as an RGB image; paper, ink, size, noise and (unless given) the font by chance from ``seed``.
+    """The page as an RGB image, with random paper, ink, font size, noise and, unless given, font.
 
     Args:
-        mixed: every cell in a font and a size of its own, some in frames.
+        seed: the same arguments give the same image.
+        mixed: whether every cell has a random font and size, and some a frame.
 
     Raises:
-        ValueError: no such font.
+        ValueError: unknown font.
     """
     if font is not None and font not in (*FONTS, HELD_OUT_FONT):
         raise ValueError(f"font must be one of {', '.join((*FONTS, HELD_OUT_FONT))}, not {font!r}")
@@ -48,7 +48,7 @@ def draw(page: Page, seed: int | str, *, font: str | None = None, mixed: bool = 
 
 
 def _print(marks: list[list[numpy.ndarray | None]], chance: random.Random, seed: int | str) -> Image.Image:
-    """Ink on paper, with noise. Each mark: how much ink [CELL, CELL], from 0 to 1; None: none."""
+    """Ink on paper, with noise. Each mark is the amount of ink [CELL, CELL] in [0, 1], or None."""
     noise = numpy.random.default_rng(random.Random(f"noise {seed}").getrandbits(64))
     paper = numpy.array([chance.randint(215, 255) for _ in range(3)], dtype=numpy.float32)
     ink = numpy.array([chance.randint(0, 80) for _ in range(3)], dtype=numpy.float32)
@@ -57,7 +57,7 @@ def _print(marks: list[list[numpy.ndarray | None]], chance: random.Random, seed:
         for column, mark in enumerate(line):
             if mark is not None:
                 coverage[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = mark
-    # Light falls unevenly.
+    # Uneven light.
     slope = numpy.linspace(-1, 1, SIDE * CELL, dtype=numpy.float32) * chance.uniform(-8, 8)
     image = paper + coverage[..., None] * (ink - paper) + slope[:, None, None]
     grain = noise.standard_normal((SIDE * CELL, SIDE * CELL), dtype=numpy.float32) * chance.uniform(0, 10)
@@ -76,7 +76,7 @@ def _mark(cell: str, font: str, size: int, framed: bool, chance: random.Random) 
 
 @lru_cache(maxsize=40_000)
 def _glyphs(text: str, font: str, size: int) -> numpy.ndarray:
-    """A word or character in the middle of a cell."""
+    """A word or character, centered in a cell."""
     room = CELL - 4
     face = _font(font, size)
     while size > SMALLEST and face.getlength(text) > room:
@@ -92,7 +92,7 @@ def _glyphs(text: str, font: str, size: int) -> numpy.ndarray:
 
 @lru_cache(maxsize=1)
 def _frame() -> numpy.ndarray:
-    """A button's."""
+    """The frame of a button."""
     image = Image.new("L", (CELL, CELL))
     ImageDraw.Draw(image).rounded_rectangle((0, 4, CELL - 1, CELL - 5), radius=5, outline=130)
     return numpy.asarray(image, dtype=numpy.float32) / 255

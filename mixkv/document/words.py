@@ -1,4 +1,4 @@
-"""What can stand in a cell of a page: words that are one token of SmolLM2 each, digits, punctuation, decoration."""
+"""The possible contents of a cell: words that are a single token of SmolLM2, digits, punctuation, decoration."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ WORDS = list(dict.fromkeys(LABELS + NAMES + CITIES + ITEMS + CONTROLS + COLORS +
 DIGITS = list("0123456789")
 PUNCTUATION = list(":.,/$-")
 
-# Never on a page that the language model was trained with: every sixth of its kind.
+# Held out of training: every sixth word of its group.
 HELD_OUT = frozenset(word for group in (NAMES, CITIES, ITEMS, CONTROLS) for word in group[5::6])
 
-# What is drawn in a cell without text, and the token that its embedding is aimed at. The last cell of a row ends the line.
+# Contents of cells without text, and the token that stands for each. The last cell of a row ends the line.
 BLANK, LINE_END = "", "line end"
 DECORATION = {"rule": "_", "bar": "|", "dots": "..", "hatch": "#", "logo": "*", "wave": "~", "double rule": "="}
 
@@ -37,7 +37,7 @@ TEXT = frozenset(PUNCTUATION + DIGITS + WORDS)
 
 
 def as_token(cell: str) -> str:
-    """The text of the one token a cell stands for."""
+    """The text of the token that a cell stands for."""
     if cell == BLANK:
         return " "
     if cell == LINE_END:

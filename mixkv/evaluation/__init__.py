@@ -1,5 +1,5 @@
-"""Measuring compressed caches: what `mixkv demo`, `compare` and `bench` run. Not imported by `import mixkv`."""
+"""Measuring compressed caches: the functions behind the commands of ``mixkv``. Not imported by `import mixkv`."""
 
 
 class InputError(ValueError):
-    """Something the user gave, or has not installed, is in the way; the message is one line, with the remedy."""
+    """Invalid input, or a package that is not installed. The message is one line and names the remedy."""

@@ -1,4 +1,4 @@
-"""Time and memory, in one process: the full cache, every method, and the floor (the full cache of a short prompt)."""
+"""Time and memory, in one process: the full cache, compressed caches, and the floor (the full cache of a short prompt)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FULL, FLOOR = "full", "floor"
 # Upper limits of `targets`.
 BYTES, PREFILL, STEP, LONGER = 1.25, 1.03, 1.03, 1.05
 
-# What is measured: a method, FULL or FLOOR, and the length of the prompt.
+# Identifies a measurement: a method, FULL or FLOOR, and the length of the prompt.
 Name = tuple[str, int]
 Turns = list[dict[Name, float]]
 
@@ -41,36 +41,37 @@ def run(
     steps: int = 48,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Measures the full cache and every method on prompts of each length, and the floor.
+    """Measures the full cache and ``methods`` on prompts of each length, and the floor.
 
-    A method is a name, with score ``mix``, or a name and a score: ``global+mix-output``.
+    The floor is the full cache of a prompt of ``budget`` tokens: a decode step over as many KV entries, without compression.
+    Prefills are interleaved, ``repeats`` of each cache. Then all caches of all lengths decode one token each in turn, ``steps``
+    times. Seconds are medians; ratios of seconds are medians over rounds. All of it is repeated for every batch size.
 
-    The floor is the uncompressed model after a prompt of ``budget`` tokens: a decode step over so many rows without any
-    compression. Prompts are read turn by turn, ``repeats`` times. Then all caches of all lengths, each holding its prompt,
-    decode a token each, turn by turn, ``steps`` times. Seconds are medians; ratios of seconds are medians over the turns.
-    All that once for every batch size: ``batches`` copies of the prompt.
+    Methods that need a head profile get a made-up one: their time depends on how uneven the heads are, not on which they are.
 
-    ``sparsemm`` gets a made-up head profile: its time depends on how uneven the heads are, not on which they are.
+    Args:
+        methods: names of methods, used with score ``mix``, or METHOD+SCORE such as ``global+mix-output``.
+        batches: batch sizes, of copies of the prompt.
 
-    Returns: a dict each, batch size by batch size, with
+    Returns: a list of dicts, ordered by batch size, with
         method, prompt_tokens, batch;
-        prefill_seconds; compress_seconds (of them); first_token_seconds (the making of the cache and the reading of the token
-        included); step_seconds;
-        bytes, rows_per_head: held right after the prompt; peak_bytes: most memory in use while it was read for the first
-        time, over what was in use before, None where the system does not tell;
+        prefill_seconds; compress_seconds: the part of it that compression took; first_token_seconds: also creating the cache
+        and reading the token back; step_seconds;
+        bytes, rows_per_head: size right after the prompt, rows_per_head in KV entries; peak_bytes: peak memory during the first
+        prefill minus the memory in use before it, None if the system does not report it;
         bytes_to_full, peak_to_full, prefill_to_full, step_to_full: ratios to the full cache of the same prompt, None for the
-        floor and where not known;
-        prefill_to_rest: to the same forward without the seconds that went to compression. What slows the machine slows both,
-        so that it tells a hundredth where two forwards, one after the other, do not;
-        step_to_floor; step_to_shortest: to the same method after the shortest prompt.
+        floor and if unknown;
+        prefill_to_rest: ratio of the prefill to the same prefill without compress_seconds. Other load affects both parts, so
+        that it resolves differences of 1 %, which two separate prefills do not;
+        step_to_floor; step_to_shortest: ratio to the same method after the shortest prompt.
 
     Raises:
-        InputError: a prompt that fits into the budget, or does not fit the model.
+        InputError: a prompt is not longer than the budget, or exceeds the model's context.
     """
     lengths = sorted(set(prompt_tokens))
     if lengths[0] <= budget:
         raise InputError(
-            f"--prompt-tokens {lengths[0]} is within --budget {budget}, so nothing would be compressed: give longer prompts"
+            f"--prompt-tokens {lengths[0]} does not exceed --budget {budget}, so nothing would be compressed: use longer prompts"
         )
     check_length(model, lengths[-1], steps)
     plan = _plan(model, lengths, methods, budget)
@@ -93,14 +94,14 @@ def _batch(
     steps: int,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """What `run` measures, for one batch size."""
+    """`run` for one batch size."""
     caches, held, peaks = {}, {}, {}
     prefills: Turns = [{} for _ in range(repeats)]
     rests: Turns = [{} for _ in range(repeats)]
     firsts: Turns = [{} for _ in range(repeats)]
     for turn in range(repeats):
         for name, config in plan.items():
-            progress(f"reading {batch} x {name[1]} tokens: {name[0]}")
+            progress(f"prefill of {batch} x {name[1]} tokens: {name[0]}")
             caches.pop(name, None)
             ids = filler(tokenizer, name[1], batch).to(model.device)
             read = measure.read_prompt(model, ids, config, watch_memory=turn == 0)
@@ -111,7 +112,7 @@ def _batch(
                 peaks[name] = read.peak_bytes
     decodes: Turns = []
     for outcome in measure.rounds(model, caches, filler(tokenizer, steps, batch).T.to(model.device)):
-        progress("decoding, turn by turn")
+        progress("decoding")
         decodes.append({name: seconds for name, (_, seconds) in outcome.items()})
 
     records = []
@@ -169,12 +170,12 @@ def targets(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
 
 
 def append_times(model: PreTrainedModel, stored: tuple[int, ...] = (128, 4096), appends: int = 1024) -> list[dict[str, Any]]:
-    """Time of `RaggedStore.append` alone, one row at a time, for stores of different sizes of one layer of ``model``.
+    """Time of `RaggedStore.append` alone, one entry per head at a time, for stores of different sizes of one layer of ``model``.
 
-    In place, there is always room: what is appended is taken back. Growing, the buffers are laid out anew whenever they
-    are full, and that is spread over all the rows appended.
+    In place, there is always spare room: what was appended is removed again. Growing, the buffers are reallocated whenever
+    they are full; the mean spreads that over all entries appended.
 
-    Returns: a dict each with rows_per_head, in_place_seconds (median), growing_seconds (mean).
+    Returns: a list of dicts with rows_per_head, in_place_seconds (median), growing_seconds (mean).
     """
     heads, size = _shape(model)
     row = torch.randn(1, heads, 1, size, dtype=model.dtype, device=model.device)
@@ -215,7 +216,7 @@ def _plan(model: PreTrainedModel, lengths: list[int], methods: list[str], budget
 
 
 def _shape(model: PreTrainedModel) -> tuple[int, int]:
-    """KV heads, and the size of a head."""
+    """The number of KV heads and the head size."""
     config = model.config.get_text_config(decoder=True)
     query_heads = config.num_attention_heads
     return (

@@ -1,4 +1,4 @@
-"""Pages with the boxes in which an answer stands, and which tokens and which image columns of a prompt those are."""
+"""Pages, the boxes that show the answer to a question about them, and the answer tokens and image tokens of each box."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .loaded import Loaded
 from .pages import KEYS
 from .prompts import adds_special_tokens
 
-# Kinds of pages whose answers stand on them, word by word. (On a screen they are places.)
+# Kinds of pages that show the words of the answer. (The answers about a screen are positions on it.)
 KINDS = {kind.replace(" ", "-"): kind for kind in page.NAMES if kind != "screen"}
-# The document model was trained to answer so; others are told.
+# The document model was trained to answer like this; other models are instructed to.
 TERSE = " Answer with nothing but the values as they stand on the page, separated by commas."
-# Of an image's height and width: what two neighbours share of each other by rounding alone.
+# Overlap that neighboring patches may have from rounding alone, relative to the image's height or width.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Box:
-    """Where some characters of an answer stand.
+    """The part of an image that shows some characters of an answer.
 
     Attributes:
-        start, end: characters ``answer[start:end]``.
-        image: which of the images.
-        top, left, bottom, right: pixels of that image.
+        start, end: the characters ``answer[start:end]``.
+        image: index of the image.
+        top, left, bottom, right: in pixels of that image.
     """
 
     start: int
@@ -45,7 +45,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Asked:
-    """Images (PIL), a question about them, and its answer, of which every character that stands on them is in a box."""
+    """PIL images, a question about them and its answer, with a box for all characters of the answer that the images show."""
 
     images: list
     question: str
@@ -55,25 +55,31 @@ class Asked:
 
 @dataclass(frozen=True)
 class Target:
-    """An answer token at ``column`` of the prompt, and the image columns that show what it spells."""
+    """An answer token, and the tokens of the prompt that show the same characters.
 
-    column: int
+    Attributes:
+        position: of the answer token in the prompt.
+        token: its id.
+        shown: positions of the image tokens, or text tokens, that show its characters.
+    """
+
+    position: int
     token: int
     shown: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """What a model takes to read a question and its answer [1, N], and the answer's tokens that stand on the images."""
+    """A model's inputs for a question and its answer (input_ids [1, N] and so on), and the answer tokens that are shown."""
 
     inputs: dict[str, torch.Tensor]
     targets: list[Target]
 
 
 def make(kind: str, seed: int, *, terse: bool = True) -> Asked:
-    """A page of a kind in `KINDS` made from a seed, and a question about two to four things on it.
+    """A page of a kind in `KINDS`, made from a seed, and a question about two to four values on it.
 
-    Seeds give other pages here than in `mixkv eval`. ``terse``: the question asks for nothing but the values.
+    The pages differ from those of `mixkv eval` for the same seeds. ``terse``: the question asks for the values only.
     """
     from ..document import render
 
@@ -87,19 +93,19 @@ def make(kind: str, seed: int, *, terse: bool = True) -> Asked:
     for number, row, column in (cell for fact in facts for cell in fact.cells):
         text = document.pages[number].cells[row][column]
         at = answer.index(text, at)
-        top, left = row * render.CELL, column * render.CELL
-        boxes.append(Box(at, at + len(text), number, top, left, top + render.CELL, left + render.CELL))
+        top, left = row * page.CELL, column * page.CELL
+        boxes.append(Box(at, at + len(text), number, top, left, top + page.CELL, left + page.CELL))
         at += len(text)
     return Asked(images, question, answer, boxes)
 
 
 def align(loaded: Loaded, asked: Asked) -> Aligned:
-    """Question and answer as ``loaded`` reads them, and which of the answer's tokens stand where.
+    """The inputs of question and answer for ``loaded``, and for each answer token in a box the image tokens that show it.
 
-    A token that spells characters of several boxes stands in all of them; one whose boxes the processor cut off is no target.
+    A token with characters of several boxes is shown by all of them. A token whose boxes the processor cropped off is no target.
 
     Raises:
-        InputError: the model or its processor cannot read it so; the message says why.
+        InputError: the model or its processor cannot read the images or the question; the message says why.
     """
     text = _text(loaded.processor, asked)
     start = len(text) - len(asked.answer)
@@ -108,14 +114,16 @@ def align(loaded: Loaded, asked: Asked) -> Aligned:
     first = inputs["input_ids"].shape[1] - len(tokens)
     targets = []
     for index, (token, (low, high)) in enumerate(zip(tokens, offsets)):
-        spelled = [columns for box, columns in zip(asked.boxes, shown) if box.start < high - start and low - start < box.end]
-        if columns := set().union(*spelled):
-            targets.append(Target(first + index, token, tuple(sorted(columns))))
+        spelled = [
+            positions for box, positions in zip(asked.boxes, shown) if box.start < high - start and low - start < box.end
+        ]
+        if positions := set().union(*spelled):
+            targets.append(Target(first + index, token, tuple(sorted(positions))))
     return Aligned(inputs, targets)
 
 
 def covering(patches: Sequence[Patch | None], size: tuple[int, int], box: Box) -> list[int]:
-    """The patches, by place, that show any part of a box, in whichever view of the image of ``size`` (height, width)."""
+    """The indices of the patches that show any part of a box, in any view of the image of ``size`` (height, width)."""
     height, width = size
     edges = (box.top / height, box.left / width, box.bottom / height, box.right / width)
     found = []
@@ -130,19 +138,21 @@ def covering(patches: Sequence[Patch | None], size: tuple[int, int], box: Box) -
 
 
 def with_offsets(tokenizer, text: str, **options):
-    """``text`` as the tokenizer encodes it, with the characters that each token spells (``offset_mapping``).
+    """The tokenizer's encoding of ``text``, with the characters of each token (``offset_mapping``).
 
     Raises:
-        InputError: the tokenizer does not tell them.
+        InputError: the tokenizer cannot map tokens to characters.
     """
     try:
         return tokenizer(text, return_offsets_mapping=True, **options)
     except NotImplementedError as error:
-        raise InputError(f"{type(tokenizer).__name__} does not tell which characters its tokens spell") from error
+        raise InputError(
+            f"{type(tokenizer).__name__} cannot map tokens to characters: use a model with a fast tokenizer"
+        ) from error
 
 
 def _text(processor, asked: Asked) -> str:
-    """The prompt, and the answer at its end."""
+    """The prompt followed by the answer."""
     content = [*({"type": "image"} for _ in asked.images), {"type": "text", "text": asked.question}]
     turns = [{"role": "user", "content": content}]
     said = {"role": "assistant", "content": [{"type": "text", "text": asked.answer}]}
@@ -151,16 +161,16 @@ def _text(processor, asked: Asked) -> str:
         both = processor.apply_chat_template([*turns, said], tokenize=False)
     except ValueError as error:
         raise InputError(
-            f"{type(processor).__name__} cannot put a question about an image ({error}): take a chat model"
+            f"{type(processor).__name__} cannot format a question about an image ({error}): use a chat model"
         ) from error
-    # What a template sets between its prompt for an answer and the answer: a space, or nothing.
+    # The template may put a space between its generation prompt and the answer.
     between, found, _ = both.removeprefix(before).partition(asked.answer)
     between = between if both.startswith(before) and found and not between.strip() else ""
     return before + between + asked.answer
 
 
 def _encode(loaded: Loaded, images: list, text: str, start: int) -> tuple[dict, list[int], list[tuple[int, int]]]:
-    """What the processor makes of it; and the last tokens, from character ``start`` on, with the characters that each spells."""
+    """The processor's outputs; and the tokens from character ``start`` on, with the characters of each."""
     processor, tokenizer = loaded.processor, loaded.tokenizer
     special = adds_special_tokens(tokenizer, text)
     _check_sizes(loaded.model.config, images)
@@ -174,16 +184,14 @@ def _encode(loaded: Loaded, images: list, text: str, start: int) -> tuple[dict, 
     ids = inputs["input_ids"][0].tolist()
     if not pictures & set(ids):
         raise InputError(
-            f"the prompt of {loaded.name} has no image tokens: its chat template leaves images out, or they enter by cross-attention, "
-            f"where a cache compresses nothing"
+            f"the prompt of {loaded.name} has no image tokens: its chat template omits images, or the model reads them by cross-attention, "
+            f"which is not compressed. Use another model"
         )
     offsets = [tuple(pair) for pair in alone["offset_mapping"]]
     first = next(index for index, (_, high) in enumerate(offsets) if high > start)
     tokens = alone["input_ids"][first:]
     if tokens != ids[len(ids) - len(tokens) :]:
-        raise InputError(
-            f"{type(processor).__name__} reads the answer otherwise than its tokenizer does: it cannot be followed"
-        )
+        raise InputError(f"{type(processor).__name__} and its tokenizer encode the answer differently: use another model")
     return inputs, tokens, offsets[first:]
 
 
@@ -194,24 +202,24 @@ def _check_sizes(config, images: list) -> None:
         if min(one.height, one.width) < patch:
             raise InputError(
                 f"an image of {one.height} x {one.width} pixels is smaller than one patch of {config.model_type}, {patch} x {patch}: "
-                f"give a larger one"
+                f"give a larger image"
             )
 
 
 def _shown(config, asked: Asked, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
-    """For every box the columns of the prompt that show it."""
+    """For every box the positions of the image tokens that show it."""
     placeholders = torch.tensor(sorted(picture_token_ids(config)))
-    columns = torch.isin(inputs["input_ids"][0], placeholders).nonzero().flatten().tolist()
+    positions = torch.isin(inputs["input_ids"][0], placeholders).nonzero().flatten().tolist()
     sizes = [(one.height, one.width) for one in asked.images]
     grids = inputs.get("image_grid_thw")
     try:
-        patches = locate(config, sizes, len(columns), None if grids is None else [tuple(grid) for grid in grids.tolist()])
+        patches = locate(config, sizes, len(positions), None if grids is None else [tuple(grid) for grid in grids.tolist()])
     except ValueError as error:
         raise InputError(str(error)) from error
     starts = [0]
     for own in patches:
         starts.append(starts[-1] + len(own))
     return [
-        [columns[starts[box.image] + index] for index in covering(patches[box.image], sizes[box.image], box)]
+        [positions[starts[box.image] + index] for index in covering(patches[box.image], sizes[box.image], box)]
         for box in asked.boxes
     ]

@@ -1,8 +1,8 @@
-"""SparseMM's head scores (arXiv 2506.05344): which query heads look at what is being read off a page, or out of a text.
+"""Head scores of SparseMM (arXiv 2506.05344): which query heads attend to the part of a page, or text, that shows the answer.
 
-A head scores at an answer token when the key it attends to most, of the whole prompt, shows the very characters that the token
-spells: 1 / (columns of the image, or of the text, that show them). Tokens count that the model itself gets right, fed the answer up
-to there. A page's scores are summed, and averaged over pages.
+At each answer token, a head scores if the key that it attends to most, in the whole prompt, belongs to a token that shows the
+characters of the answer token. The score is 1 / (number of tokens that show them). Only answer tokens count that the model itself
+predicts correctly, given the answer so far. Scores are summed over a page and averaged over pages.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .measure import no_progress
 from .prompts import check_length
 from .watch import most_attended
 
-# Names a page: kind, tokens (of a text; else 0), seed; as samples are named in `journal`.
+# Identifies a page: kind, length of a text in tokens (0 for a page), seed; as samples are identified in `journal`.
 Name = tuple[str, int, int]
 
 
 def shape(loaded: Loaded) -> tuple[int, int]:
-    """Layers that attend to everything, and query heads in each.
+    """The number of full-attention layers, and of query heads in each.
 
     Raises:
         InputError: the model cannot be compressed.
@@ -41,13 +41,17 @@ def shape(loaded: Loaded) -> tuple[int, int]:
 def run(
     loaded: Loaded, pages: Iterable[tuple[Name, Callable[[], Aligned]]], *, progress=no_progress
 ) -> Iterator[dict[str, Any]]:
-    """Reads page by page, or text by text: `boxes.align`, `spans.align`.
+    """Measures page by page, or text by text.
 
-    Yields: a dict each page, with task (its kind), tokens, seed; prompt_tokens; boxed: answer tokens that stand on it; right:
-        those that the model gets right; scores: ``"layer-head"`` to the sum over these, heads that never scored left out.
+    Args:
+        pages: the identity of each, and the function that makes it with `boxes.align` or `spans.align`.
+
+    Yields: a dict per page, with task (its kind), tokens, seed; prompt_tokens; boxed: the number of answer tokens that it shows;
+        right: the number of those that the model predicts correctly; scores: ``"layer-head"`` to the sum of its scores, without
+        heads that never scored.
 
     Raises:
-        InputError: a page that the model cannot read.
+        InputError: the model cannot read a page.
     """
     pages = list(pages)
     for (kind, tokens, seed), make in pages:
@@ -68,12 +72,12 @@ def run(
 
 
 def scores(loaded: Loaded, aligned: Aligned) -> tuple[int, torch.Tensor]:
-    """How many targets the model gets right, and every head's score over those: float64 [L, Hq]."""
+    """The number of targets that the model predicts correctly, and the sum of every head's scores: float64 [L, Hq]."""
     targets = aligned.targets
     if not targets:
         return 0, torch.zeros(shape(loaded), dtype=torch.float64)
-    # A token is said by the column before it.
-    logits, most = most_attended(loaded.model, aligned.inputs, [target.column - 1 for target in targets])
+    # A token is predicted at the position before it.
+    logits, most = most_attended(loaded.model, aligned.inputs, [target.position - 1 for target in targets])
     right = logits.argmax(-1).cpu() == torch.tensor([target.token for target in targets])
     share = torch.zeros(len(targets), aligned.inputs["input_ids"].shape[1], dtype=torch.float64)
     for row, target in enumerate(targets):
@@ -83,16 +87,16 @@ def scores(loaded: Loaded, aligned: Aligned) -> tuple[int, torch.Tensor]:
 
 
 def profile(loaded: Loaded, records: list[dict[str, Any]]) -> Profile:
-    """The mean over pages, in the order of ``records``.
+    """The mean of the scores over pages, summed in the order of ``records``.
 
     Raises:
-        InputError: no token was right, or no head ever looked at what was read.
+        InputError: no token was predicted correctly, or no head has a score.
     """
     boxed, right = (sum(record[name] for record in records) for name in ("boxed", "right"))
     if right == 0:
         raise InputError(
-            f"{loaded.name} gets none of the {boxed} answer tokens on {len(records)} pages right, and heads are judged where it "
-            f"does: take a model that can read the pages, or another --kind"
+            f"{loaded.name} gets none of the {boxed} answer tokens on {len(records)} pages right, and heads are scored only at "
+            f"correct tokens: use a model that can read the pages, or another --kind"
         )
     layers, heads = shape(loaded)
     total = torch.zeros(layers, heads, dtype=torch.float64)
@@ -102,6 +106,6 @@ def profile(loaded: Loaded, records: list[dict[str, Any]]) -> Profile:
             total[layer, head] += score
     if not total.any():
         raise InputError(
-            f"no head of {loaded.name} looked at one of the {right} tokens it got right: read more pages (--pages)"
+            f"no head of {loaded.name} attended to what it read at any of the {right} correct tokens: use more pages (--pages)"
         )
     return Profile(map(tuple, (total / len(records)).tolist()), loaded.model.config.model_type)

@@ -1,4 +1,4 @@
-"""Results as a picture. matplotlib is imported only when one is asked for."""
+"""Results as a picture. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from . import InputError
 
-# What each panel shows: its title, and its number from a record of `bench.run`.
+# The panels: the title of each, and its number in a record of `bench.run`.
 _PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
     ("decode step, ms", lambda record: 1e3 * record["step_seconds"]),
     ("first token, s", lambda record: record["first_token_seconds"]),
-    ("held, MiB", lambda record: record["bytes"] / 2**20),
-    ("peak while reading, MiB", lambda record: None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20),
+    ("size of the cache, MiB", lambda record: record["bytes"] / 2**20),
+    ("peak during prefill, MiB", lambda record: None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20),
 )
 
 
@@ -22,7 +22,7 @@ def check(path: str, option: str = "--plot") -> None:
     """Checks, before minutes of work, that a picture can be drawn and written to ``path``.
 
     Raises:
-        InputError: matplotlib is not installed, or does not write such files, or there is no such folder.
+        InputError: matplotlib is not installed or does not write such files, or the folder does not exist.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(f"{option} {path} needs matplotlib: pip install 'mixkv[plot]'")
@@ -37,7 +37,7 @@ def check(path: str, option: str = "--plot") -> None:
 
 
 def bench(records: list[dict[str, Any]], path: str, title: str) -> None:
-    """Draws what `bench.run` returns: a row of panels a batch size, by prompt length, a line a cache.
+    """Draws the records of `bench.run` against the prompt length: a row of panels for each batch size, a line for each cache.
 
     Raises:
         InputError: ``path`` cannot be written.
@@ -66,7 +66,7 @@ def _panel(axes, records: list[dict[str, Any]], number: Callable, lengths: list[
         if any(value is None for _, value in points):
             continue
         if method == "floor":
-            axes.axhline(points[0][1], color="gray", linestyle=":", label=f"floor: {points[0][0]:,} tokens")
+            axes.axhline(points[0][1], color="gray", linestyle=":", label=f"floor: full cache of {points[0][0]:,} tokens")
             continue
         style = {"color": "black", "linewidth": 2} if method == "full" else {"linewidth": 1.2}
         axes.plot(*zip(*points), marker="o", label=method, **style)
@@ -78,18 +78,26 @@ def _panel(axes, records: list[dict[str, Any]], number: Callable, lengths: list[
 
 
 def patches(model, reading, configs: list, path: str) -> None:
-    """Draws the first image of a `prompts.Reading` with what is left of it under each configuration, side by side."""
+    """Draws the first image of a `prompts.Reading` with the patches that are kept under each configuration, side by side.
+
+    Raises:
+        InputError: ``path`` cannot be written.
+    """
     from matplotlib.figure import Figure
 
-    from ..plot import kept_patches
-    from .compare import label
+    from ..plot.patches import kept_patches, patch_legend
     from .measure import read_prompt
 
-    figure = Figure(figsize=(5 * len(configs), 5.4), layout="constrained")
-    for axes, config in zip(figure.subplots(1, len(configs), squeeze=False)[0], configs):
+    image = reading.images[0]
+    figure = Figure(figsize=(5 * len(configs), 1.7 + 4.9 * image.height / image.width), layout="compressed")
+    panels = figure.subplots(1, len(configs), squeeze=False)[0]
+    for axes, config in zip(panels, configs):
         cache = read_prompt(model, reading.input_ids, config, inputs=reading.inputs).cache
-        kept_patches(cache, reading.images, {"input_ids": reading.input_ids, **reading.inputs}, model.config, ax=axes)
-        axes.set_title(f"{label(config)}\n{axes.get_title()}", fontsize=10)
+        inputs = {"input_ids": reading.input_ids, **reading.inputs}
+        kept_patches(cache, reading.images, inputs, model.config, legend=False, ax=axes)
+        kept = axes.get_title().split("\n", 1)[1]
+        axes.set_title(f"{config.method}, {config.score}, budget {config.budget}\n{kept}", fontsize=11)
+    patch_legend(panels)
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One prompt, the full cache against compressed ones: what each holds, how fast it is, how far its answer agrees."""
+"""Full and compressed caches on one prompt: their size, their speed, and how far their answers agree."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .prompts import check_length
 
 FULL = "full"
 
-# By place in the list of configurations; the full cache has the first.
+# Index to config; index 0 is the full cache.
 Plan = dict[int, MixKVConfig | None]
 
 
 def grid(kinds: list[tuple[str, str]], budgets: list[int | float], **options: Any) -> list[MixKVConfig]:
-    """Every kind of cache (method, score) with every budget as a config, ``options`` being further fields of all of them.
+    """A config for every (method, score) of ``kinds`` and every budget; ``options`` are further fields of all of them.
 
     Raises:
-        InputError: one is not valid; the message names the value.
+        InputError: a value is invalid; the message names it.
     """
     try:
         return [
@@ -49,28 +49,32 @@ def run(
     steps: int = 40,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Compares compressed caches with the full one on one prompt [1, N], ``inputs`` (pixel_values ...) being read with it.
+    """Compares compressed caches with the full cache on one prompt [1, N].
 
-    The prompt is read ``repeats`` (>= 2) times and at least ``steps`` tokens are decoded with each cache, turn by turn;
-    ratios are medians of the ratios to the full cache in the same turn. Agreement is measured on the full cache's own greedy
-    answer: every cache is fed that answer token by token, and the distributions of its tokens from the second on are
-    compared. (The first follows from the prompt, which all caches read alike.)
+    Each cache is prefilled ``repeats`` times and decodes at least ``steps`` tokens, interleaved with the others; ratios are
+    medians of the ratios to the full cache in the same round. Agreement is measured on the greedy answer of the full cache:
+    every cache is fed that answer token by token, and the distributions of its tokens from the second on are compared. (The
+    first token is predicted in the prefill, which is not compressed.)
 
-    Returns: a dict each, the full cache's first, with
-        method (``full`` for it), score, budget: as configured;
+    Args:
+        inputs: further inputs of the model, such as pixel_values.
+        repeats: 2 or more.
+
+    Returns: a list of dicts, the full cache's first, with
+        method (``full`` for the full cache), score, budget;
         prompt_tokens;
-        rows, rows_per_head, bytes: held right after the prompt; bytes_ratio: to the full cache;
+        rows, rows_per_head, bytes: size right after the prompt, rows in KV entries; bytes_ratio: to the full cache;
         prefill_seconds, prefill_ratio, step_seconds, step_ratio;
-        answer, answer_tokens: what the cache answers, and in how many tokens;
-        equal_tokens: how many first tokens are the full cache's; reference_tokens: out of so many;
-        mean_kl: nats a token from the full cache's distributions; None for an answer of a single token.
+        answer, answer_tokens: the cache's own greedy answer, and its number of tokens;
+        equal_tokens: the number of leading tokens equal to the full cache's answer, which has reference_tokens;
+        mean_kl: mean KL divergence from the full cache's distributions, in nats per token; None for an answer of one token.
 
     Raises:
         InputError: the prompt and its answer exceed the model's context, or the model cannot be compressed.
     """
     if repeats < 2:
         raise InputError(
-            f"--repeats {repeats} is too few: the first reading is for the answers and the last for the steps; give 2 or more"
+            f"--repeats {repeats} is too few: the first prefill is for the answers and the last one for the steps; use 2 or more"
         )
     check_length(model, input_ids.shape[1], max(max_new_tokens, steps))
     plan: Plan = dict(enumerate([None, *configs]))
@@ -112,17 +116,17 @@ def run(
 
 
 def label(config: MixKVConfig | None) -> str:
-    """A name for people."""
+    """A name for tables and pictures."""
     return "full cache" if config is None else f"{config.method} {config.score} {config.budget}"
 
 
 def _answers(
     model: PreTrainedModel, read: Callable[..., Read], plan: Plan, count: int, progress: Progress, work: int
 ) -> tuple[dict[int, Held], dict[int, list[int]], dict[int, float]]:
-    """One turn of reading and answering: what was held, the answers, the seconds of reading."""
+    """One round of prefills and answers: sizes, answers, and seconds of the prefills."""
     held, answers, seconds = {}, {}, {}
     for index, config in plan.items():
-        progress(f"reading and answering: {label(config)}", work)
+        progress(f"prefill and answer: {label(config)}", work)
         found = read(config)
         held[index], seconds[index] = measure.held(found.cache), found.seconds
         answers[index] = measure.greedy(model, found, count)
@@ -130,10 +134,10 @@ def _answers(
 
 
 def _read(read: Callable[..., Read], plan: Plan, progress: Progress, work: int) -> tuple[dict[int, Cache], dict[int, float]]:
-    """One turn of reading alone: the caches, and the seconds."""
+    """One round of prefills: the caches, and the seconds."""
     caches, seconds = {}, {}
     for index, config in plan.items():
-        progress(f"reading: {label(config)}", work)
+        progress(f"prefill: {label(config)}", work)
         found = read(config)
         caches[index], seconds[index] = found.cache, found.seconds
     return caches, seconds
@@ -142,16 +146,16 @@ def _read(read: Callable[..., Read], plan: Plan, progress: Progress, work: int) 
 def _steps(
     model: PreTrainedModel, caches: dict[int, Cache], answer: list[int], steps: int, progress: Progress, work: int
 ) -> tuple[list[dict[int, float]], dict[int, list[float]]]:
-    """Feeds the answer to all caches, over again until ``steps`` are done: seconds a turn, and divergences a cache.
+    """Feeds the answer to all caches, repeatedly until ``steps`` are done: seconds per round, and divergences per cache.
 
-    Divergences are those of the answer's tokens after its first; the repetitions are for the clock alone.
+    Divergences are those of the answer's tokens after the first; the repetitions are only timed.
     """
     compared = len(answer) - 1
     fed = torch.tensor([[answer[turn % len(answer)]] for turn in range(max(steps, compared))], device=model.device)
     turns: list[dict[int, float]] = []
     divergences: dict[int, list[float]] = {index: [] for index in caches}
     for outcome in measure.rounds(model, caches, fed):
-        progress("decoding, turn by turn", work)
+        progress("decoding", work)
         if len(turns) < compared:
             for index, (logits, _) in outcome.items():
                 divergences[index].append(float(measure.kl_divergence(outcome[0][0], logits).mean()))

@@ -18,9 +18,8 @@ from transformers import (
 )
 
 from ..checked_file import checksum
-from ..document.page import SIDE
+from ..document.page import CELL, SIDE
 from ..document.questions import CHAT_TEMPLATE, IMAGE_TOKEN
-from ..document.render import CELL
 from . import InputError, smollm2
 from .loaded import Loaded
 

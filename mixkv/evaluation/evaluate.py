@@ -1,4 +1,4 @@
-"""Quality: every configuration against the full cache, sample by sample, on tasks from `tasks` or a file."""
+"""Quality: compressed caches against the full cache, sample by sample, on tasks of `tasks` or from a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .prompts import check_length
 from .replay import Recording, joined
 from .tasks import Sample
 
-# Names a sample: task, tokens, seed.
+# Identifies a sample: task, tokens, seed.
 Name = tuple[str, int, int]
 
 
@@ -36,26 +36,28 @@ def run(
     answer_tokens: int = 16,
     progress=no_progress,
 ) -> Iterator[dict[str, Any]]:
-    """Evaluates sample by sample: the context is read once and compressed by every configuration.
+    """Evaluates sample by sample: the model reads the context once, and every config compresses it.
 
-    All caches are fed the same tokens, the question and then the reference: the true continuation where the task has one,
-    else the full cache's own greedy answer of at most ``answer_tokens``. So every figure is paired, and the first token of an
-    answer comes from the compressed cache too.
+    All caches are fed the same tokens, the question and then the reference: the true continuation if the task has one, else
+    the greedy answer of the full cache, of at most ``answer_tokens``. So all results are paired, and the first token of an
+    answer is predicted from the compressed cache too.
 
-    Yields: a dict each sample, with task, tokens, seed, depth (or None); context_tokens; answered: questions that the full
-        cache answers right (None: nothing to be right about); and under ``results`` one dict a configuration, in order: kl
-        (mean over tokens and questions, in nats, from the full cache's distributions), top1 (share of tokens for which the
-        likeliest is the full cache's), kept (of those answered right, how many stay so; of samples that give both an answer and
-        what is expected, how many of this cache's own answers are exactly that), rows_per_head, resident (bytes of resident rows
-        and of bounds of chunks, as a share of the full cache's).
+    Yields: a dict per sample, with task, tokens, seed, depth (or None); context_tokens; answered: the number of questions that
+        the full cache answers correctly (None if the task has no correct answers); and under ``results`` a dict per config, in
+        order: kl (KL divergence from the full cache's distributions, in nats, mean over tokens and questions), top1 (share of
+        tokens for which the most likely token is the full cache's), kept (of the questions that the full cache answers
+        correctly, the number that this cache answers correctly; for samples with a true answer, the number of questions that
+        this cache answers exactly), rows_per_head (KV entries), resident (bytes of resident KV entries and of chunk bounds, as a
+        share of the full cache's).
 
     Raises:
-        InputError: a context that a budget does not compress, or that does not fit the model; a profile of another model.
+        InputError: a budget is not below the length of a context, a context exceeds the model's, or a profile is of another
+            model.
     """
     samples = list(samples)
     profiled = [config for config in configs if registry.method(config.method).needs_profile]
     if profiled:
-        # A profile that does not fit is told before the first sample is read.
+        # Reports a profile of another model before the first sample is read.
         warm_up(model, profiled[:1])
     for (task, tokens, seed), make in samples:
         progress(f"{task}, {tokens} tokens, sample {seed}", len(samples))
@@ -82,13 +84,15 @@ def run(
 
 @dataclass(frozen=True)
 class _Question:
-    """What is fed [1, n], and what the full cache makes of it.
+    """A question, its reference answer, and the full cache's prediction of it.
 
     Attributes:
-        answer: the tokens that follow [T].
-        reference: the full cache's logits for each [T, V], in float32.
-        right: of its own greedy answer, how many tokens a right one takes; None: it is wrong, or nothing can be right.
-        truth: ``answer`` is the right one, whole: a cache is held to it, not to what the full cache says.
+        fed: the tokens that are fed after the context [1, n]: the question, and the answer without its last token.
+        answer: the tokens of the reference answer [T].
+        reference: logits of the full cache for each of them [T, V], in float32.
+        right: the number of leading tokens of the full cache's own answer that contain the correct answer; None if it is wrong
+            or the task has no correct answers.
+        truth: whether ``answer`` is the complete correct answer, which a cache must give exactly.
     """
 
     fed: torch.Tensor
@@ -99,11 +103,11 @@ class _Question:
 
     @cached_property
     def said(self) -> torch.Tensor:
-        """The full cache's likeliest tokens [T]."""
+        """The most likely tokens according to the full cache [T]."""
         return self.reference.argmax(-1)
 
     def answered(self, said: torch.Tensor) -> bool:
-        """Whether a cache whose likeliest tokens are ``said`` [T] gives the right answer."""
+        """Whether a cache whose most likely tokens are ``said`` [T] gives the correct answer."""
         if self.truth:
             return bool((said == self.answer).all())
         return self.right is not None and bool((said == self.said)[: self.right].all())
@@ -127,7 +131,7 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
 def _results(
     recording: Recording, configs: list[MixKVConfig], questions: list[_Question], together: int = 16
 ) -> Iterator[dict[str, Any]]:
-    """One dict a configuration; so many caches at once are the rows of a batch. Those that keep chunks have their own."""
+    """One dict per config. Up to ``together`` caches are evaluated as one batch, caches with chunks in a batch of their own."""
     for _, alike in groupby(configs, key=_chunk):
         while group := list(islice(alike, together)):
             caches = [recording.compressed(config) for config in group]
@@ -146,12 +150,12 @@ def _results(
 
 
 def _chunk(config: MixKVConfig) -> int | None:
-    """Tokens of a chunk; None: the cache keeps none."""
+    """The number of tokens of a chunk; None if the cache has no chunks."""
     return config.hybrid_chunk if registry.method(config.method).keeps_chunks else None
 
 
 def _resident(cache: MixKVCache) -> float:
-    """The bytes of resident rows and of bounds of chunks, as a share of what the full cache has in the same layers."""
+    """The bytes of resident KV entries and of chunk bounds, as a share of the full cache's in the same layers."""
     layers = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
     rows = sum(int(layer.lengths().sum()) * sum(layer.shape[1:]) * layer.dtype.itemsize for layer in layers)
     bounds = sum(layer.chunks.bound_bytes for layer in layers if layer.chunks is not None)
@@ -159,7 +163,7 @@ def _resident(cache: MixKVCache) -> float:
 
 
 def _outcome(recording: Recording, batch: MixKVCache, count: int, question: _Question) -> list[tuple[float, float, bool]]:
-    """Divergence, agreement and whether the answer is right, for each of ``count`` caches of a batch."""
+    """Divergence, agreement, and whether the answer is correct, for each of ``count`` caches of a batch."""
     reference = question.reference
     fed = question.fed.expand(count, -1)
     found = []
@@ -174,6 +178,6 @@ def _check_budgets(configs: list[MixKVConfig], length: int, task: str) -> None:
     for config in configs:
         if isinstance(config.budget, int) and config.budget >= length:
             raise InputError(
-                f"--budget {config.budget} holds the whole context of task {task} ({length} tokens), so nothing would be "
-                f"compressed: give a smaller budget or longer contexts (--tokens)"
+                f"--budget {config.budget} is not below the length of the context of task {task} ({length} tokens), so nothing "
+                f"would be compressed: use a smaller budget or longer contexts (--tokens)"
             )

@@ -1,4 +1,4 @@
-"""A results file that grows by one line a sample: an interrupted run is taken up where it stopped."""
+"""A results file with one line per sample, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from . import InputError
 
 
 class Journal:
-    """JSON lines: a header that says what is run, then a record a sample.
+    """JSON lines: a header that describes the run, then one record per sample.
 
     Attributes:
-        records: those finished so far.
+        records: of the samples finished so far.
     """
 
     def __init__(self, path: str, header: dict[str, Any], *, resume: bool):
-        """Opens ``path``, new or (``resume``) as an earlier run of the same ``header`` left it.
+        """Creates ``path``, or with ``resume`` opens the file of an earlier run of the same ``header``.
 
         Raises:
-            InputError: it exists and is not to be resumed, cannot be written, is of another run, or is damaged.
+            InputError: the file exists and ``resume`` is False, cannot be written, is of another run, or is damaged.
         """
         self.path, self.header = Path(path), header
         self.records: list[dict[str, Any]] = []
@@ -30,14 +30,14 @@ class Journal:
             raise InputError(f"--out {path} exists: continue it with --resume, or name another file")
         try:
             if self.path.exists():
-                self._take_up()
+                self._resume()
             else:
                 self._append(header)
         except OSError as error:
             raise InputError(f"--out {path} cannot be written: {error.strerror}") from error
 
     def add(self, record: dict[str, Any]) -> None:
-        """Writes one finished sample; it is on the disk when this returns."""
+        """Writes the record of one sample to the disk."""
         self._append(record)
         self.records.append(record)
 
@@ -47,18 +47,18 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         text = self.path.read_text(encoding="utf-8")
         whole, _, cut = text.rpartition("\n")
         lines = [_parse(self.path, number, line) for number, line in enumerate(whole.splitlines(), 1)]
         if not lines:
-            raise InputError(f"--out {self.path} holds no header: delete it and run without --resume")
+            raise InputError(f"--out {self.path} has no header: delete it and run without --resume")
         for field in sorted(self.header.keys() | lines[0].keys()):
             before, now = lines[0].get(field), self.header.get(field)
             if field not in ("machine", "versions") and before != now:
                 raise InputError(
-                    f"--out {self.path} was begun with {field}={before!r} and is now to go on with {now!r}: run with the same "
-                    f"options, or name another file"
+                    f"--out {self.path} was started with {field}={before!r}, and this run has {now!r}: run with the same options, or "
+                    f"name another file"
                 )
         self.records = lines[1:]
         if cut:
@@ -84,12 +84,12 @@ def read(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def name(record: dict[str, Any]) -> tuple[str, int, int]:
-    """Which sample a record is of: task, tokens, seed."""
+    """Identifies the sample of a record: task, tokens, seed."""
     return record["task"], record["tokens"], record["seed"]
 
 
 def merge(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records in the order of their samples, each sample once."""
+    """Records sorted by sample, without duplicates."""
     found = {name(record): record for record in records}
     return [found[each] for each in sorted(found)]
 
@@ -98,7 +98,7 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number} is not JSON ({error.msg}): mend or delete that line") from error
+        raise InputError(f"{path}, line {number} is not JSON ({error.msg}): correct or delete that line") from error
     if not isinstance(item, dict):
-        raise InputError(f"{path}, line {number} is not a JSON object: mend or delete that line")
+        raise InputError(f"{path}, line {number} is not a JSON object: correct or delete that line")
     return item

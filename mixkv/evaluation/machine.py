@@ -1,4 +1,4 @@
-"""What the numbers were measured on: versions, processor, threads, and what else ran there."""
+"""The environment of a measurement: versions, processor, threads, and the load from other processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("mixkv", "torch", "transformers", "tokenizers", "accelerate", "gguf
 
 
 def versions() -> dict[str, str | None]:
-    """Python and the packages that matter; None for one that is not installed."""
+    """Versions of Python and of the relevant packages; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -27,7 +27,7 @@ def versions() -> dict[str, str | None]:
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
-    """The machine, as far as it can be known."""
+    """System, processor, cores, threads and GPU."""
     on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "system": platform.platform(),
@@ -39,13 +39,13 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
 
 
 class Others:
-    """Watches, from its making on, what other processes use of the processor."""
+    """Measures the CPU time of other processes, from its creation on."""
 
     def __init__(self) -> None:
         self.began, self.busy, self.own = perf_counter(), _busy_seconds(), process_time()
 
     def cores(self) -> float | None:
-        """How many cores they used on average; None where the system does not tell."""
+        """The number of cores that they used on average; None if the system does not report it."""
         busy = _busy_seconds()
         if busy is None or self.busy is None:
             return None
@@ -53,22 +53,22 @@ class Others:
 
 
 def crowded(others: float | None) -> str | None:
-    """What to tell when this process had to share its cores, of which other processes used ``others``; None if it had not.
+    """A warning if this process had to share its cores, of which other processes used ``others``; else None.
 
     Threads that share cores wait for each other at the end of each parallel operation. That slows the many small operations
-    of uncompressed attention several times over and compressed attention hardly, so ratios look far better than they are.
+    of uncompressed attention several times, but compressed attention hardly, so that ratios look far better than they are.
     """
     cores, threads = _cores(), torch.get_num_threads()
     if others is None or threads == 1 or others < 0.2 or threads + others < cores + 0.2:
         return None
     return (
-        f"Other processes used {others:.1f} of the {cores} cores meanwhile: with {threads} threads, ratios of times on the CPU are not to "
-        f"be trusted (steps of the full cache look too slow). Run again on an idle machine, or with --threads 1"
+        f"Other processes used {others:.1f} of the {cores} cores: with {threads} threads, ratios of times on the CPU are not reliable "
+        f"(steps of the full cache look too slow). Run again on an idle machine, or with --threads 1"
     )
 
 
 def _busy_seconds() -> float | None:
-    """Processor time that all processes have used, summed over the cores."""
+    """CPU time of all processes so far, summed over the cores."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])

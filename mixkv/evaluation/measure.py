@@ -1,4 +1,4 @@
-"""Agreement, time and memory of one model under different caches. Nothing here prints."""
+"""Agreement, time and memory of one model with different caches."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from . import InputError, memory
 
 Key = TypeVar("Key", bound=Hashable)
 
-# Called as each piece of work begins: what it is, and how many there are in all.
+# Called at the start of each step of work, with a description and the total number of steps.
 Progress = Callable[[str, int], None]
 
 
 def no_progress(what: str, total: int) -> None:
-    """For callers that do not show any."""
+    """Shows no progress."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A prompt read into a cache.
+    """The result of a prefill.
 
     Attributes:
-        cache: holds it.
+        cache: of the prompt.
         logits: [B, V], of the first answer token.
-        seconds: of the forward, compression included.
-        compress_seconds: those of them that went to compression.
-        first_token_seconds: from making the cache to knowing the first token.
-        peak_bytes: most memory in use meanwhile, over what was in use before; None unless it was asked for and is known.
+        seconds: duration of the forward, compression included.
+        compress_seconds: the part of it that compression took.
+        first_token_seconds: from creating the cache to the id of the first token.
+        peak_bytes: peak memory during the prefill minus the memory in use before it; None if not measured or unknown.
     """
 
     cache: Cache
@@ -57,7 +57,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Held:
-    """Rows and bytes that a cache holds: rows of all layers, KV heads and batch rows, and their mean."""
+    """The size of a cache: KV entries of all layers, KV heads and batch rows, their mean per KV head, and bytes."""
 
     rows: int
     rows_per_head: float
@@ -73,9 +73,15 @@ def read_prompt(
     inputs: Mapping[str, torch.Tensor] = MappingProxyType({}),
     watch_memory: bool = False,
 ) -> Read:
-    """Reads a prompt [B, N] into a new cache: a full one, or a compressed one where there is a ``config``.
+    """Prefills a new cache with a prompt.
 
-    ``inputs`` are read with it: pixel_values and the like. ``watch_memory`` measures the peak, see `memory`. A model that `mixkv.patch` was called on is unpatched by this.
+    A model that `mixkv.patch` was called on is unpatched.
+
+    Args:
+        input_ids: [B, N].
+        config: of the compressed cache; None: the full cache.
+        inputs: further inputs of the model, such as pixel_values.
+        watch_memory: whether to measure ``peak_bytes``, see `memory`.
     """
     device = input_ids.device
     unpatch(model)
@@ -96,7 +102,7 @@ def read_prompt(
 
 @torch.no_grad()
 def step(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Feeds one token [B] a row: the next logits [B, V], and the seconds that the forward took."""
+    """One decode step with ``tokens`` [B]: the next logits [B, V], and the duration of the forward in seconds."""
     bind(model, cache)
     tokens = tokens.unsqueeze(1)
     synchronize(tokens.device)
@@ -107,7 +113,7 @@ def step(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor) -> tuple[to
 
 
 def greedy(model: PreTrainedModel, read: Read, count: int) -> list[int]:
-    """The likeliest answer to a prompt of batch size 1: at most ``count`` tokens, the end-of-text token included."""
+    """The greedy answer to a prompt of batch size 1: at most ``count`` tokens, including the end-of-text token."""
     ends = end_tokens(model)
     tokens = [int(read.logits[0].argmax())]
     while len(tokens) < count and tokens[-1] not in ends:
@@ -125,12 +131,12 @@ def end_tokens(model: PreTrainedModel) -> list[int | None]:
 def rounds(
     model: PreTrainedModel, caches: dict[Key, Cache], tokens: torch.Tensor
 ) -> Iterator[dict[Key, tuple[torch.Tensor, float]]]:
-    """Decode steps of several caches, turn by turn, so that what slows the machine slows all of them alike.
+    """Decode steps of several caches, interleaved, so that other load on the machine affects all of them.
 
     Args:
-        tokens: [T, B]; turn t feeds ``tokens[t]`` to every cache.
+        tokens: [T, B]; round t feeds ``tokens[t]`` to every cache.
 
-    Yields: once a turn, what `step` gives for each cache. Another cache goes first in every turn.
+    Yields: for each round the result of `step` for each cache. Each round starts with another cache.
     """
     names = list(caches)
     for turn, fed in enumerate(tokens):
@@ -139,7 +145,7 @@ def rounds(
 
 
 def held(cache: Cache) -> Held:
-    """What a cache holds now; rows are those of layers that attend to everything."""
+    """The current size of a cache. KV entries are counted in full-attention layers only."""
     if isinstance(cache, MixKVCache):
         numbers = cache.stats()
         heads = sum(layer.numel() for layer in numbers["lengths"] if layer is not None)
@@ -151,7 +157,7 @@ def held(cache: Cache) -> Held:
 
 
 def equal_prefix(tokens: list[int], reference: list[int]) -> int:
-    """How many first tokens are the same."""
+    """The number of leading tokens that are equal."""
     unequal = (index for index, (one, other) in enumerate(zip(tokens, reference)) if one != other)
     return next(unequal, min(len(tokens), len(reference)))
 
@@ -163,15 +169,15 @@ def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def median_ratio(turns: list[dict[Key, float]], name: Key, reference: Key) -> float:
-    """Median over the turns of one number's ratio to another of the same turn."""
+    """Median over rounds of the ratio of two numbers of the same round."""
     return median(turn[name] / turn[reference] for turn in turns)
 
 
 def warm_up(model: PreTrainedModel, configs: list[MixKVConfig]) -> None:
-    """Runs everything once on a short prompt: weights are paged in, threads started, kernels built and loaded.
+    """Runs all caches once on a short prompt, which loads weights, starts threads and compiles kernels.
 
     Raises:
-        InputError: the model cannot be compressed, or not so.
+        InputError: the model cannot be compressed, or not with one of ``configs``.
     """
     count = 1 + 2 * max((config.window for config in configs), default=1)
     ids = torch.ones(1, count, dtype=torch.long, device=model.device)
@@ -183,13 +189,13 @@ def warm_up(model: PreTrainedModel, configs: list[MixKVConfig]) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the GPU; nothing on the CPU."""
+    """Waits for the GPU. Does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def bind(model: PreTrainedModel, cache: Cache) -> None:
-    """Every cache meets the attention that it is used with: the full one must not pay for a look at ours."""
+    """Gives ``model`` the attention function that ``cache`` needs; the full cache is timed with the model's own."""
     if isinstance(cache, MixKVCache):
         binding.bind(model)
     else:
@@ -197,12 +203,12 @@ def bind(model: PreTrainedModel, cache: Cache) -> None:
 
 
 def last_logits_only(model: PreTrainedModel, count: int = 1) -> dict[str, int]:
-    """The option of a forward that leaves out all logits but those of the last ``count`` columns, where a model has it."""
+    """The option of the forward that computes logits of the last ``count`` positions only, if the model has it."""
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 class _TimedLayer(MixKVLayer):
-    """Knows how long its compression took."""
+    """Measures the duration of its compression."""
 
     seconds = 0.0
 

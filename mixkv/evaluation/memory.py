@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work: on a GPU what torch allocates, on Linux what the process has resident."""
+"""Peak memory: on a GPU the memory that torch allocates, on Linux the resident memory of the process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _PEAK, _NOW = "VmHWM", "VmRSS"
 
 
 def start(device: torch.device) -> int | None:
-    """Begins a measurement: the bytes in use now, None where the system does not tell.
+    """Starts a measurement and returns the bytes in use now, or None if the system does not report them.
 
-    On a CPU, free memory is first given back to the system, so that it does not pass for memory in use. The work that
-    follows gets it anew, which takes a little time.
+    On a CPU, free memory is first returned to the system, so that it is not counted as memory in use. Allocating it again
+    slows the work that follows a little.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -36,11 +36,11 @@ def start(device: torch.device) -> int | None:
 
 
 def peak(device: torch.device, before: int | None) -> int | None:
-    """The most bytes in use since `start`, over the ``before`` that it gave; None if it gave none."""
+    """The peak since `start` minus ``before``, the result of `start`, in bytes; None if that is None."""
     if before is None:
         return None
     most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status(_PEAK)
-    # Linux counts resident pages in batches: a peak may come out a little below the start.
+    # Linux counts resident pages in batches, so that the peak may be slightly below the start.
     return max(0, most - before)
 
 

@@ -1,4 +1,4 @@
-"""Tasks over rendered pages: a page, and a question about some things on it."""
+"""Tasks on rendered pages: a page, and a question about values on it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from ..hf.image_tokens import image_token_ids
 from .prompts import Reading, adds_special_tokens
 from .tasks import Sample
 
-# What a page has that training never showed; "fresh": nothing but its seed.
+# What was not in the document model's training: the words, ...; "fresh": only the seed.
 VARIANTS = ("fresh", "words", "phrasing", "layout", "font")
-# So many things are asked for at once.
+# Number of values that a question asks for.
 KEYS = (2, 3, 4)
-# Of a page that is read before its questions are known.
+# Number of questions about a page that is compressed before its questions are known.
 LATER_QUESTIONS = 2
 
 
 def sample(kind: str, loaded, seed: int, *, later: bool = False, variant: str = "fresh", keys: Sequence[int] = KEYS) -> Sample:
-    """A page and a question about it, read together; ``later``: the page is read before two questions are known.
+    """A page and a question about it.
 
     Args:
         kind: of `mixkv.document.page.NAMES`.
-        loaded: a vision-language model with its ``processor`` and ``tokenizer``. The document model is held to the true answer
-            word by word; another model, whose way of answering is not known, to its own answer with the full cache.
+        loaded: a vision-language model. The reference is the true answer for the document model, which was trained to give it
+            word by word, and the answer of the full cache for other models.
+        later: whether the page is compressed before its two questions are known, or together with one question.
         variant: of `VARIANTS`.
-        keys: how many things a question may ask for.
+        keys: the possible numbers of values that a question asks for.
 
     Raises:
         ValueError: unknown kind or variant.
@@ -46,7 +47,7 @@ def sample(kind: str, loaded, seed: int, *, later: bool = False, variant: str = 
     asked = [questions.ask(document, some, phrasing) for some, phrasing in zip(facts, phrasings)]
     whole = [_read(loaded, images, question) for question in asked]
     ids = [one["input_ids"][0].tolist() for one in whole]
-    # Up to the last patch when the question is not known, else up to the last token.
+    # The context ends with the last image token if the questions come later, else before the last token.
     known = _last_patch(ids[0], loaded.model.config) + 1 if later else len(ids[0]) - 1
     truth = [questions.answer(some) for some in facts]
     answer = None
@@ -82,10 +83,10 @@ def _read(loaded, images: list, question: str) -> dict:
 
 def _last_patch(ids: list[int], config) -> int:
     patches = image_token_ids(config)
-    return max(column for column, token in enumerate(ids) if token in patches)
+    return max(position for position, token in enumerate(ids) if token in patches)
 
 
-# By name, as `tasks.TASKS`, but from a loaded vision-language model: ``(loaded, seed) -> Sample``.
+# As `tasks.TASKS`, but with a vision-language model as argument: ``(loaded, seed) -> Sample``.
 TASKS: dict[str, Callable[..., Sample]] = {
     f"{kind.replace(' ', '-')}{'-later' if later else ''}": partial(sample, kind, later=later)
     for later in (False, True)

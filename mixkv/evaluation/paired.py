@@ -1,4 +1,4 @@
-"""Paired statistics: what a configuration changes against another on the same samples, with intervals."""
+"""Paired statistics: differences between two caches on the same samples, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LEVEL = 0.95
 def relative_change(values: list[float], reference: list[float], seed: int = 0) -> tuple[float, float, float]:
     """Mean of ``values`` relative to the mean of ``reference``, minus 1, and its 95 % interval (paired bootstrap).
 
-    Samples are drawn with replacement, both numbers of a sample together.
+    Samples are drawn with replacement; the two numbers of a sample stay together.
     """
     pair = torch.tensor([values, reference], dtype=torch.float64)
     means = pair[:, draws(len(values), seed)].mean(dim=-1)
@@ -29,18 +29,18 @@ def difference(values: list[float], reference: list[float], seed: int = 0) -> tu
 def summary(
     records: list[dict[str, Any]], configs: list[dict[str, Any]], reference: tuple[str, str], *, equal_bytes: bool = False
 ) -> list[dict[str, Any]]:
-    """One dict per task, length and configuration, against the configuration of the same budget named by ``reference``.
+    """Compares every config with the config of the same budget that ``reference`` names.
 
     Args:
         records: of `evaluate.run`.
-        configs: their configurations, as dicts, in order.
-        reference: method and score; where it was not evaluated the ``change`` keys are None.
-        equal_bytes: against the smallest budget under which the reference has as many bytes resident, to half a percent of the
-            full cache's, on average.
+        configs: the configs of their results, as dicts, in order.
+        reference: method and score. If it was not evaluated, the ``change`` keys are None.
+        equal_bytes: compare with the smallest budget for which the reference has at least as many resident bytes, on average,
+            within half a percent of the full cache's bytes.
 
-    Returns: dicts with task, tokens, method, score, budget, samples; resident (None in older files); kl; kl_change, kl_low,
-        kl_high (relative, with its interval); top1; answered and kept (sums; None where nothing can be right); kept_change,
-        kept_low, kept_high (in answers a sample).
+    Returns: a dict per task, length and config, with task, tokens, method, score, budget, samples; resident (None in older
+        files); kl; kl_change, kl_low, kl_high (relative, with its interval); top1; answered and kept (sums; None if the task
+        has no correct answers); kept_change, kept_low, kept_high (in answers per sample).
     """
     out = []
     for task, tokens in sorted({(record["task"], record["tokens"]) for record in records}):
@@ -76,7 +76,7 @@ def summary(
 def _against(
     records: list[dict[str, Any]], configs: list[dict[str, Any]], index: int, reference: tuple[str, str], equal_bytes: bool
 ) -> int | None:
-    """The configuration that one is compared with; None: it was not evaluated."""
+    """The index of the config to compare with; None if it was not evaluated."""
     found = [other for other, config in enumerate(configs) if (config["method"], config["score"]) == reference]
     if not equal_bytes:
         return next((other for other in found if configs[other]["budget"] == configs[index]["budget"]), None)
@@ -91,7 +91,7 @@ def draws(count: int, seed: int) -> torch.Tensor:
 
 
 def interval(drawn: torch.Tensor) -> list[float]:
-    """The middle 95 % of ``drawn``."""
+    """The central 95 % interval of ``drawn``."""
     edge = (1 - _LEVEL) / 2
     return torch.quantile(drawn, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
 

@@ -1,4 +1,4 @@
-"""Texts and token ids: the demo's text with its question, files, chat templates, filler for timing."""
+"""Texts and token ids: the demo's text and question, text files, chat templates, filler for timing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _QUESTION = "What is the secret ingredient of grandmother's soup?"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A long text, and what is asked about it (None: the text is all)."""
+    """A long text, and a question about it or None."""
 
     text: str
     question: str | None = None
@@ -26,12 +26,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model reads.
+    """The inputs of a model for one prompt.
 
     Attributes:
         input_ids: [1, N].
-        question: what is asked, for people; None: nothing.
-        inputs: what is read with the tokens: pixel_values and the like.
+        question: the question as text, to be printed; None if there is none.
+        inputs: further inputs of the model, such as pixel_values.
         images: PIL images of the prompt, in order.
     """
 
@@ -42,7 +42,7 @@ class Reading:
 
 
 def demo() -> Prompt:
-    """A chapter of Python's own manual, about 1,900 tokens, with one sentence in its middle that does not belong there."""
+    """A chapter of Python's manual, about 1,900 tokens, with one unrelated sentence inserted in the middle."""
     from pydoc_data.topics import topics
 
     paragraphs = topics[_TOPIC][:_LENGTH].split("\n\n")
@@ -79,36 +79,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool = T
     if not chat:
         return tokenizer(text, return_tensors="pt")["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError("this model's tokenizer has no chat template: take an instruction-tuned model, or pass --no-chat")
+        raise InputError("this model's tokenizer has no chat template: use an instruction-tuned model, or pass --no-chat")
     turn = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
 
 
 def adds_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the tokenizer is to add its own to what a chat template wrote: one that writes the first token needs no second."""
+    """Whether the tokenizer should add special tokens to the output of a chat template: not if that begins with one."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def filler(tokenizer: PreTrainedTokenizerBase, count: int, batch: int = 1) -> torch.Tensor:
-    """``count`` tokens [batch, count] of English text, the same in every row."""
+    """English text as token ids [batch, count], the same in every batch row."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in ("specialnames", "compound", "types"))
-    # More than the characters that so many tokens take: it spares reading all of it for a few.
+    # Enough characters for ``count`` tokens, so that a short filler does not tokenize the whole text.
     ids = tokenizer(text[: 8 * count])["input_ids"]
     repeated = ids * (1 + count // len(ids))
     return torch.tensor(repeated[:count]).repeat(batch, 1)
 
 
 def check_length(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
-    """Checks that a prompt and what follows it fit into the model's context.
+    """Checks that a prompt and ``new_tokens`` do not exceed the model's context.
 
     Raises:
-        InputError: they do not.
+        InputError: they do.
     """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise InputError(
             f"a prompt of {prompt_tokens} tokens and {new_tokens} more exceed the model's context of {limit}: shorten the prompt, or "
-            f"take a model with a longer context"
+            f"use a model with a longer context"
         )

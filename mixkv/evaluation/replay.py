@@ -1,4 +1,4 @@
-"""One reading of a prompt, many caches: what attention saw is recorded once and compressed again by any configuration."""
+"""Many caches from one prefill: the inputs of compression are recorded once and compressed again by any config."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from transformers import PreTrainedModel
 
 from .. import registry
 from ..cache import MixKVCache
+from ..cache.compress import Compressor
 from ..cache.layer import MixKVLayer
+from ..cache.parts import PromptStatistics
 from ..config import MixKVConfig
 from ..hf.versions import cache_argument
 from ..selection.ranking import Ranking
 from ..selection.select import base_entries
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
+from ..storage.rows import with_chunks
 from .measure import bind, end_tokens, last_logits_only
 
 
 class Recording:
-    """A prompt [B, N] read once by ``model``.
+    """The prefill of a prompt [B, N].
 
     Attributes:
-        cache: an uncompressed `MixKVCache` that holds the prompt.
+        cache: an uncompressed `MixKVCache` of the prompt.
         logits: [B, V], of the token after the prompt.
     """
 
@@ -40,7 +43,12 @@ class Recording:
         window: int = 128,
         inputs: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ):
-        """``inputs``: what the model reads with the prompt: pixel_values and the like."""
+        """Runs the prefill.
+
+        Args:
+            window: the largest observation window of the configs to be compressed by.
+            inputs: further inputs of the model, such as pixel_values.
+        """
         self.model = model
         self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
         options = {**inputs, **last_logits_only(model)}
@@ -51,7 +59,7 @@ class Recording:
         self._rankings: list[dict[str, Ranking]] = [{} for _ in self.cache.layers]
 
     def compressed(self, config: MixKVConfig | None) -> MixKVCache:
-        """The cache that reading the prompt under ``config`` leaves; None: the full cache.
+        """The cache that a prefill under ``config`` gives; None: the full cache.
 
         Raises:
             ValueError: ``config.window`` exceeds the recorded window.
@@ -61,7 +69,7 @@ class Recording:
         for index, (layer, recorded) in enumerate(zip(cache.layers, self._inputs)):
             if isinstance(layer, MixKVLayer):
                 layer.known, layer.name = self._rankings[index], name
-                layer.adopt(*recorded)
+                layer.fill(*recorded)
                 layer.known = None
             else:
                 cache.layers[index] = copy.deepcopy(recorded)
@@ -69,7 +77,7 @@ class Recording:
 
     @torch.no_grad()
     def follow(self, cache: MixKVCache, input_ids: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        """Feeds tokens [B, n] after the prompt at once, each seeing those before it: logits [B, n, V], or of the ``last`` ones."""
+        """Feeds tokens [B, n] after the prompt in one forward: logits [B, n, V], or those of the ``last`` tokens."""
         bind(self.model, cache)
         last = last or input_ids.shape[1]
         options = last_logits_only(self.model, last)
@@ -77,7 +85,7 @@ class Recording:
 
     @torch.no_grad()
     def answer(self, first: torch.Tensor, count: int) -> torch.Tensor:
-        """Greedy tokens [1, n <= count] of the full cache after tokens ``first`` [1, f], end-of-text token included."""
+        """The full cache's greedy answer [1, n <= count] after tokens ``first`` [1, f], including the end-of-text token."""
         ends = end_tokens(self.model)
         cache, fed, tokens = self.compressed(None), first, []
         while len(tokens) < count and (not tokens or tokens[-1] not in ends):
@@ -87,10 +95,10 @@ class Recording:
 
 
 def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
-    """Caches of one prompt of batch size 1, under whatever budgets, as the rows of one batch, for forwards at a common cost.
+    """Caches of one prompt of batch size 1, with any budgets, as the batch rows of one cache, so that they share forwards.
 
     Raises:
-        ValueError: they keep chunks of different numbers of rows.
+        ValueError: their chunks differ in size.
     """
     together = copy.deepcopy(caches[0])
     for index, layer in enumerate(together.layers):
@@ -100,37 +108,49 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
         parts = [cache.layers[index] for cache in caches]
         rows = tuple(torch.cat(part) for part in zip(*(part.store.held() for part in parts)))
         lengths = torch.cat([part.store.lengths.view(1, -1) for part in parts])
-        layer.store = RaggedStore.from_rows(rows, lengths, layer.store.backend)
-        layer.chunks = ChunkStore.joined([part.chunks for part in parts], [part.store.batch for part in parts])
-        layer.sparsity = layer.dynamic = None
-        layer.redundancy = torch.cat([part.redundancy for part in parts])
-        layer.share = layer.query_tail = layer.modal_redundancy = None
+        store = RaggedStore.from_rows(rows, lengths, layer.store.backend)
+        chunks = ChunkStore.joined([part.chunks for part in parts], [part.store.batch for part in parts])
+        layer.rows = with_chunks(store, chunks)
+        layer.statistics = PromptStatistics(torch.cat([part.statistics.redundancy for part in parts]))
+        layer.window = None
     together._batch = len(caches)
     return together
 
 
 def _name(config: MixKVConfig) -> str:
-    """The same for configurations that differ only in who gets how many rows."""
+    """A key that is equal for configs that differ only in the allocation of the budget."""
     allocation = {"budget"}.union(*(method.options for method in registry.METHODS.values()))
     importance = {"method": registry.method(config.method).uses_output_importance}
     return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 
 
-class _ReplayLayer(MixKVLayer):
-    """Ranks candidates once for all configurations of one name."""
+class _ReplayCompressor(Compressor):
+    """Ranks candidates once for all configurations of one ``name``; ``known``: rankings by name, None: ranks as ever."""
 
+    # The recording has the whole prompt in memory: early eviction would save nothing.
+    patient = True
     known: dict[str, Ranking] | None = None
     name: str
 
-    def _contest(self, patient: bool = True):
-        # The recording holds the whole prompt: trimming on the way would save nothing.
-        return super()._contest(patient)
-
-    def _rank(self, key, value, valid, options):
+    def rank(self, *args):
+        if self.known is None:
+            return super().rank(*args)
         if self.name not in self.known:
-            self.known[self.name] = super()._rank(key, value, valid, options)
+            self.known[self.name] = super().rank(*args)
         found = self.known[self.name]
-        return replace(found, base=base_entries(self.shared.config, found.real.amax(dim=-1)))
+        return replace(found, base=base_entries(self.config, found.real.amax(dim=-1)))
+
+
+class _ReplayLayer(MixKVLayer):
+    compressor_class = _ReplayCompressor
+    known: dict[str, Ranking] | None = None
+    name: str
+
+    def _compressor(self) -> Compressor:
+        compressor = super()._compressor()
+        if self.known is not None:
+            compressor.known, compressor.name = self.known, self.name
+        return compressor
 
 
 class _ReplayCache(MixKVCache):
@@ -138,10 +158,10 @@ class _ReplayCache(MixKVCache):
 
 
 class _RecordingLayer(MixKVLayer):
-    """Keeps what `compress` is given."""
+    """Records the arguments of `compress`."""
 
     def compress(self, query, key, value, output, valid, options):
-        last = slice(-self.shared.config.window, None)
+        last = slice(-self.state.config.window, None)
         self.recorded = (self.module(), query[:, :, last].clone(), key, value, output[:, last].clone(), valid, options)
         super().compress(query, key, value, output, valid, options)
 

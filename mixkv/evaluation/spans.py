@@ -1,4 +1,4 @@
-"""Texts with the characters in which an answer stands, and which tokens of a prompt those are."""
+"""Texts, and the tokens of a text that contain the characters of an answer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .boxes import Aligned, Target, with_offsets
 from .loaded import Loaded
 from .tasks import TASKS
 
-# Tasks whose answers stand in the text, word by word.
+# Tasks whose texts contain the words of the answer.
 KINDS = ("codes", "lookup", "several")
 
 
 def align(loaded: Loaded, kind: str, tokens: int, seed: int) -> Aligned:
-    """A text of a kind in `KINDS`, a question about it and the answer, as ``loaded`` reads them in one.
+    """A text of a kind in `KINDS`, a question about it and the answer, as one prompt of ``loaded``.
 
-    The question ends as the text itself puts the fact: what follows there is what an answer token spells.
+    The question ends in the words in which the text states the fact; what follows these words in the text is the answer.
 
     Raises:
-        InputError: the tokenizer does not tell which characters its tokens spell.
+        InputError: the tokenizer cannot map tokens to characters.
     """
     sample = TASKS[kind](loaded.tokenizer, tokens, seed)
     asked = seed % len(sample.follow)
@@ -32,12 +32,12 @@ def align(loaded: Loaded, kind: str, tokens: int, seed: int) -> Aligned:
     stands, first = said.index(f"{fact} {answer}") + len(fact) + 1, len(prompt) + 1
     spans = read["offset_mapping"]
     targets = []
-    for column, (low, high) in enumerate(spans):
+    for position, (low, high) in enumerate(spans):
         low = stands + max(low - first, 0)
         high = stands + high - first
         shown = [
-            other for other, (start, end) in enumerate(spans[:column]) if start < high and low < end and end <= len(prompt)
+            other for other, (start, end) in enumerate(spans[:position]) if start < high and low < end and end <= len(prompt)
         ]
         if shown and low < high:
-            targets.append(Target(column, read["input_ids"][column], tuple(shown)))
+            targets.append(Target(position, read["input_ids"][position], tuple(shown)))
     return Aligned({"input_ids": torch.tensor([read["input_ids"]])}, targets)

@@ -1,4 +1,4 @@
-"""Samples over the processes of ``accelerate launch`` or torchrun: each evaluates its part, the first puts all together."""
+"""Samples distributed over the processes of ``accelerate launch`` or torchrun. The first process collects the records."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def processes() -> int:
 def carry_out(
     book: Book, samples: list[tuple], run: Callable[[list[tuple]], Iterable[dict[str, Any]]]
 ) -> list[dict[str, Any]] | None:
-    """Does this process's part of what ``book`` lacks.
+    """Runs this process's part of the samples that are missing in ``book``.
 
     Args:
-        samples: (name, how it is made), of all processes.
-        run: takes such samples, and yields a record each.
+        samples: of all processes: the identity of each, and the function that makes it.
+        run: yields a record for each of the samples that it is given.
 
-    Returns: the records of all ``samples``, in their order; None in the processes that do not report.
+    Returns: in the first process the records of all ``samples``, sorted; None in the others.
     """
     records = list(book.records)
     done = set(map(name, records))
@@ -42,35 +42,35 @@ def carry_out(
 
 
 class Book:
-    """Finished samples, kept in a file where there is one: a `Journal`, and beside it one a process while several run.
+    """The records of finished samples in a `Journal`; if several processes run, each also has a journal of its own.
 
     Attributes:
-        records: the samples finished before this run, by whichever process.
+        records: of the samples that were finished before this run, by any process.
     """
 
     def __init__(self, path: str | None, header: dict[str, Any], *, resume: bool):
-        """Opens ``path`` (None: nothing is kept); errors as in `Journal`.
+        """Opens ``path``; None: records are not written. Errors are those of `Journal`, and:
 
         Raises:
-            InputError: several processes run and there is no file to meet in.
+            InputError: several processes run and ``path`` is None.
         """
         self.path, self.header, self.records, self._journal = path, header, [], None
         if path is None:
             if processes() > 1:
-                raise InputError("several processes put their samples together in a file: name it with --out")
+                raise InputError("several processes collect their samples in a file: name it with --out")
             return
         if not resume and any(self._parts()):
-            raise InputError(f"--out {path} was begun by several processes: continue it with --resume, or name another file")
+            raise InputError(f"--out {path} was started by several processes: continue it with --resume, or name another file")
         if processes() == 1:
             self._journal = Journal(path, header, resume=resume)
             self.records = list(self._journal.records)
-            self._take_parts()
+            self._collect_parts()
             return
         if Path(path).exists():
             self.records = Journal(path, header, resume=resume).records
         for part in self._parts():
             self.records = self.records + Journal(str(part), header, resume=True).records
-        # Only once all have read what there is may one begin to write.
+        # No process writes before all processes have read the files.
         _wait()
         self._journal = Journal(f"{path}.{rank()}", header, resume=True)
 
@@ -79,18 +79,18 @@ class Book:
             self._journal.add(record)
 
     def close(self) -> bool:
-        """Waits for all processes. True for the one that puts everything together, in `path`, and should report it."""
+        """Waits for all processes. The first one collects all records in ``path``; only there the result is True."""
         if processes() == 1:
             return True
         _wait()
         if rank() == 0:
             self._journal = Journal(self.path, self.header, resume=True)
             self.records = list(self._journal.records)
-            self._take_parts()
+            self._collect_parts()
         return rank() == 0
 
-    def _take_parts(self) -> None:
-        """Moves what other processes finished into this one's journal."""
+    def _collect_parts(self) -> None:
+        """Moves the records of other processes to this one's journal."""
         known = {name(record) for record in self.records}
         for part in self._parts():
             for record in merge(Journal(str(part), self.header, resume=True).records):
@@ -109,8 +109,10 @@ def _wait() -> None:
     import torch
     from accelerate import PartialState
 
-    # Without a GPU it must be told, or it takes several processes for one and waits for nobody.
+    # Without a GPU, accelerate detects the other processes only if ``cpu`` is set.
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != processes():
-        raise InputError(f"accelerate sees {state.num_processes} processes where WORLD_SIZE says {processes()}")
+        raise InputError(
+            f"accelerate has {state.num_processes} processes, and WORLD_SIZE is {processes()}: start them with accelerate launch"
+        )
     state.wait_for_everyone()

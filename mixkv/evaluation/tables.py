@@ -1,4 +1,4 @@
-"""Results for people: rich tables, and a progress bar. Nothing here measures."""
+"""Results as rich tables, and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from .measure import Progress
 
-# Before it is known how much there is to do.
+# The format before the total is known.
 _STARTING = "{desc} [{elapsed}]"
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on standard error where that is a terminal, gone when its block ends; of several processes, one below the other."""
+    """A bar on standard error if that is a terminal, removed at the end; one line per process."""
     place = int(os.environ.get("LOCAL_RANK", 0))
     with tqdm(desc="loading the model", leave=False, disable=None, position=place, bar_format=_STARTING) as bar:
 
@@ -37,7 +37,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def comparison(console: Console, records: list[dict[str, Any]]) -> None:
-    """Prints what `compare.run` returns: the numbers, then the answers."""
+    """Prints the records of `compare.run`: the numbers, then the answers."""
     numbers = narrow_table("cache", "rows", "MiB", "bytes", "prefill", "step", "same", "KL")
     answers = narrow_table("cache")
     answers.add_column("answer")
@@ -59,16 +59,16 @@ def comparison(console: Console, records: list[dict[str, Any]]) -> None:
     console.print(f"\nA prompt of {records[0]['prompt_tokens']:,} tokens")
     console.print(numbers)
     console.print(
-        "rows: held per KV head and layer. x: ratios to the full cache in the same turn. same: first tokens of the greedy answer "
-        "that are the full cache's. KL: nats a token from its distributions, along its answer. One text illustrates; it does not "
-        "evaluate.",
+        "rows: KV entries per KV head and layer. x: ratio to the full cache, in the same round. same: leading tokens of the greedy "
+        "answer that equal the full cache's. KL: divergence from its distributions along its answer, in nats per token. One text "
+        "illustrates; it does not evaluate.",
         style="dim",
     )
     console.print(answers)
 
 
 def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[str, str]) -> None:
-    """Prints what `paired.summary` returns, a table a task, length and budget."""
+    """Prints the rows of `paired.summary`, a table per task, length and budget."""
     for task, tokens, budget in dict.fromkeys((row["task"], row["tokens"], row["budget"]) for row in rows):
         mine = [row for row in rows if (row["task"], row["tokens"], row["budget"]) == (task, tokens, budget)]
         console.print(
@@ -88,24 +88,25 @@ def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[st
             )
         console.print(table)
     console.print(
-        f"KL: nats a token from the full cache's distributions. change: of its mean against {' '.join(reference)}, and the 95 % interval "
-        f"(paired bootstrap over samples). top-1: tokens whose likeliest is the full cache's. kept: right answers of the full cache "
-        f"that stay right; of the document model, its own that are exactly right, of as many with the full cache.",
+        f"KL: mean divergence from the full cache's distributions, in nats per token. change: of KL relative to {' '.join(reference)}, "
+        f"with a 95 % interval (paired bootstrap over samples). top-1: tokens whose most likely token is the full cache's. kept: "
+        f"correct answers of the full cache that stay correct; for the document model, exactly correct answers of the cache, and "
+        f"of the full cache.",
         style="dim",
     )
 
 
 def benchmark(console: Console, records: list[dict[str, Any]]) -> None:
-    """Prints what `bench.run` returns, batch size by batch size and prompt by prompt: what was measured, then the ratios."""
+    """Prints the records of `bench.run`, by batch size and prompt: the measurements, then the ratios."""
     for batch, length in dict.fromkeys((record["batch"], record["prompt_tokens"]) for record in records):
-        rows = f"{batch} rows of " if batch > 1 else ""
-        console.print(f"\n{rows}{length:,} tokens", style="bold")
+        size = f"batch size {batch}, " if batch > 1 else ""
+        console.print(f"\n{size}{length:,} tokens", style="bold")
         _prompt(console, [record for record in records if (record["batch"], record["prompt_tokens"]) == (batch, length)])
     console.print(
-        "rows: held per KV head and layer, and MiB, right after the prompt; peak: MiB while reading it. prefill, first (until "
-        "the first token is known), step (decode): medians. compress: what of the prefill that took. x: ratios to the full "
-        "cache of the same prompt, of a prefill to the rest of itself without compression, of steps to the floor and to the "
-        "shortest prompt; medians of the ratios within a turn.",
+        "rows: KV entries per KV head and layer right after the prompt; MiB: size then; peak: MiB during the prefill. prefill, "
+        "first (until the first token), step (decode): medians. compress: the part of the prefill that compression takes. x: "
+        "ratio to the full cache of the same prompt; x rest: to the same prefill without compression; x floor, x short: to the "
+        "floor and to the shortest prompt. Ratios are medians over rounds.",
         style="dim",
     )
 
@@ -141,7 +142,7 @@ def _prompt(console: Console, records: list[dict[str, Any]]) -> None:
 
 
 def targets(console: Console, found: list[dict[str, Any]]) -> None:
-    """Prints what `bench.targets` returns."""
+    """Prints the result of `bench.targets`."""
     table = narrow_table("target", "prompt", "method", "measured", "at most", "")
     for target in found:
         table.add_row(
@@ -156,27 +157,27 @@ def targets(console: Console, found: list[dict[str, Any]]) -> None:
 
 
 def appends(console: Console, records: list[dict[str, Any]]) -> None:
-    """Prints what `bench.append_times` returns."""
-    table = narrow_table("rows held a head", "in place (median)", "with growth (mean)")
+    """Prints the result of `bench.append_times`."""
+    table = narrow_table("entries per head", "in place (median)", "with growth (mean)")
     for record in records:
         seconds = (record["in_place_seconds"], record["growing_seconds"])
         table.add_row(f"{record['rows_per_head']:,}", *(f"{1e6 * value:.1f} us" for value in seconds))
-    console.print("Appending one row to every head of one layer")
+    console.print("Appending one KV entry to every head of one layer")
     console.print(table)
 
 
 def heads(console: Console, profile: Sequence[Sequence[float]], counts: dict[str, int], shown: int = 10) -> None:
-    """Prints the best heads of a profile, and how it came about: pages, ``boxed`` tokens, and those ``right``."""
+    """Prints the heads with the highest scores, and the number of pages, ``boxed`` tokens and ``right`` tokens."""
     ranked = sorted(
         ((score, layer, head) for layer, row in enumerate(profile) for head, score in enumerate(row)),
         key=lambda one: (-one[0], *one[1:]),
     )
     total, scored = sum(score for score, _, _ in ranked), sum(score > 0 for score, _, _ in ranked)
     console.print(
-        f"\n{counts['pages']} pages: {counts['right']:,} of {counts['boxed']:,} answer tokens right, which count; {scored} of "
-        f"{len(ranked)} heads score"
+        f"\n{counts['pages']} pages: {counts['right']:,} of {counts['boxed']:,} answer tokens correct; {scored} of {len(ranked)} heads "
+        f"have a score"
     )
-    table = narrow_table("layer-head", "score", "of all", "so far")
+    table = narrow_table("layer-head", "score", "share", "cumulative")
     so_far = 0.0
     for score, layer, head in ranked[: min(shown, scored)]:
         so_far += score
@@ -185,23 +186,23 @@ def heads(console: Console, profile: Sequence[Sequence[float]], counts: dict[str
 
 
 def warning(console: Console, text: str | None) -> None:
-    """Prints what to beware of, if anything."""
+    """Prints a warning, unless it is None."""
     if text is not None:
         console.print(text, style="yellow")
 
 
 def mebibytes(count: int) -> str:
-    """Bytes as MiB, without the unit."""
+    """A number of bytes in MiB, without the unit."""
     return f"{count / 2**20:.1f}"
 
 
 def times(ratio: float, digits: int = 2) -> str:
-    """As in ``0.07x``."""
+    """A ratio as text, for example ``0.07x``."""
     return f"{ratio:.{digits}f}x"
 
 
 def narrow_table(first: str, *others: str) -> Table:
-    """The first column to the left, the others to the right; narrow enough for a terminal of 80 columns."""
+    """A table for terminals of 80 characters, its first column aligned left and the others right."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(first, no_wrap=True)
     for name in others:

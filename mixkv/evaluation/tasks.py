@@ -1,8 +1,8 @@
-"""Tasks made from a seed: contexts and what follows them. Prose comes from Python's own manual, facts are made up.
+"""Tasks made from seeds: contexts, questions and answers. Prose is from Python's manual, facts are made up.
 
-A task is a function ``(tokenizer, tokens, seed) -> Sample``. All are plain text to be completed, so that base models take
-them too. The manual's topics are dealt into two halves by the seed's parity: what is chosen on even seeds can be reported on
-odd ones.
+A task is a function ``(tokenizer, tokens, seed) -> Sample``. All are plain text to be completed, so that they suit base
+models too. Even and odd seeds use different halves of the manual's topics: choices made on even seeds can be evaluated on odd
+ones.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _PETS = "parrot cat horse turtle rabbit goat ferret dog canary snake".split()
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model reads, and what is asked of it.
+    """A context, questions about it, and their answers.
 
     Attributes:
         context: token ids read before compression.
-        follow: token ids fed after it, one list a question; the first token that is predicted follows each.
-        answer: the true continuation of each, as token ids; None: the full cache's own greedy answer is the reference.
-        expected: the words a right answer holds, one a question; None where there is no right answer.
-        depth: where in the context the answer is, from 0 to 1, where the task varies it.
-        inputs: what else the model reads with the context: pixel_values and the like.
+        follow: token ids fed after the context, a list per question; the answer is predicted after the last of them.
+        answer: the true answer to each question, as token ids; None: the reference is the full cache's own greedy answer.
+        expected: for each question the text that a correct answer contains; None if there is no correct answer.
+        depth: position of the answer in the context, in [0, 1], if the task varies it.
+        inputs: further inputs of the model for the context, such as pixel_values.
     """
 
     context: list[int]
@@ -50,7 +50,7 @@ class Sample:
 
 
 def codes(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
-    """Four codes hidden in prose, one asked for."""
+    """Four codes hidden in prose, and a question about one of them."""
     chance = random.Random(f"codes {seed}")
     names, numbers = chance.sample(_THINGS, 4), [str(chance.randint(10000, 99999)) for _ in range(4)]
     facts = [f"The code of the {name} is {number}." for name, number in zip(names, numbers)]
@@ -61,7 +61,7 @@ def codes(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
 
 
 def needle(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
-    """One code hidden in prose, at a depth of 0, 1/4, ... 1 from one seed of its half to the next."""
+    """One code hidden in prose. The depth is 0, 1/4, ... 1 in turn, over the seeds of the same parity."""
     chance = random.Random(f"needle {seed}")
     name, number = chance.choice(_THINGS), str(chance.randint(10000, 99999))
     depth = seed // 2 % 5 / 4
@@ -73,7 +73,7 @@ def needle(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample
 
 
 def lookup(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
-    """A table of 32 words and their values amid prose, one looked up."""
+    """A table of 32 words and their values within prose, and a question about one of them."""
     chance = random.Random(f"lookup {seed}")
     words = sorted(set(re.findall(r"\b[a-z]{6,9}\b", _manual(seed))))
     values = {word: chance.choice(_TOWNS + _PETS + _JOBS) for word in chance.sample(words, 32)}
@@ -85,14 +85,14 @@ def lookup(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample
 
 
 def prose(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int, following: int = 32) -> Sample:
-    """Prose and its true continuation; nothing is asked."""
+    """Prose and its true continuation, without a question."""
     chance = random.Random(f"prose {seed}")
     ids = _ids(tokenizer, _passage(chance, seed, 8 * (tokens + following)))
     return Sample(ids[: tokens - 1], [ids[tokens - 1 : tokens]], [ids[tokens : tokens + following]])
 
 
 def several(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Sample:
-    """Facts about four people hidden in prose, read before any question is known; then each is asked for."""
+    """Facts about four people hidden in prose, compressed before the questions, one about each fact."""
     chance = random.Random(f"several {seed}")
     facts, questions, answers = [], [], []
     for name in chance.sample(_FIRST, 4):
@@ -117,10 +117,10 @@ def from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> list[Sample]:
     """Samples from a file of JSON lines: ``{"context": ..., "question": ..., "answer": ...}``.
 
     ``question`` may be a list of questions, ``answer`` then one of answers; without a question the answer continues the
-    context. The context is read before the question is known.
+    context. The context is compressed before the question is known.
 
     Raises:
-        InputError: the file cannot be read, or a line is broken; the message names the line.
+        InputError: the file cannot be read, or a line is invalid; the message names the line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -132,7 +132,7 @@ def from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> list[Sample]:
         _from_line(tokenizer, f"--data {path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()
     ]
     if not samples:
-        raise InputError(f"--data {path} holds no samples: give JSON lines with context, question and answer")
+        raise InputError(f"--data {path} has no samples: use JSON lines with context, question and answer")
     return samples
 
 
@@ -151,14 +151,14 @@ def _from_line(tokenizer: PreTrainedTokenizerBase, where: str, line: str) -> Sam
         questions, answers = [questions], [answers]
     texts = [item["context"], *questions, *answers] if isinstance(questions, list) and isinstance(answers, list) else [None]
     if not all(isinstance(text, str) for text in texts) or len(questions) != len(answers) or not item["context"].strip():
-        raise InputError(f"{where} must hold a context (text), and a question and an answer (text, or lists of equal length)")
+        raise InputError(f"{where} must have a context (text), and a question and an answer (text, or lists of equal length)")
     return _asked(tokenizer, item["context"], [f"\n\n{text}" if text else "" for text in questions], answers)
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, text: str, follow: list[str], expected: list[str]) -> Sample:
-    """``text`` is read before any of ``follow`` is known."""
+    """A sample whose context is ``text``, compressed before any of ``follow`` is known."""
     whole = [_ids(tokenizer, text + part) for part in follow]
-    # The last token of the text may merge with what follows; something must follow.
+    # The last token of the text may merge with the text that follows; at least one token must follow.
     known = list(zip(_ids(tokenizer, text), *whole))
     shared = next((i for i, ids in enumerate(known) if len(set(ids)) > 1), len(known))
     shared = min(shared, min(map(len, whole)) - 1)
@@ -168,7 +168,7 @@ def _asked(tokenizer: PreTrainedTokenizerBase, text: str, follow: list[str], exp
 def _hide(
     tokenizer: PreTrainedTokenizerBase, tokens: int, chance: random.Random, seed: int, facts: list[str], question: str
 ) -> str:
-    """Prose with ``facts`` between its sentences, far apart from one another: with ``question``, about ``tokens`` tokens."""
+    """Prose with ``facts`` spread over it; with ``question`` it has about ``tokens`` tokens."""
     sentences = "".join(_around(tokenizer, tokens, chance, seed, " ".join([*facts, question]))).split(". ")
     step = len(sentences) / len(facts)
     for number, fact in reversed(list(enumerate(facts))):
@@ -177,7 +177,7 @@ def _hide(
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, tokens: int, chance: random.Random, seed: int, given: str) -> tuple[str, str]:
-    """Prose in two parts that together with the text ``given`` takes about ``tokens`` tokens."""
+    """Prose in two parts, which together with the text ``given`` have about ``tokens`` tokens."""
     room = max(tokens - len(_ids(tokenizer, given)) - 6, 2)
     ids = tokenizer(_passage(chance, seed, 8 * tokens), add_special_tokens=False)["input_ids"][:room]
     cut = chance.randrange(1, room)
@@ -185,15 +185,15 @@ def _around(tokenizer: PreTrainedTokenizerBase, tokens: int, chance: random.Rand
 
 
 def _passage(chance: random.Random, seed: int, characters: int) -> str:
-    """So many characters of the manual, from a paragraph that chance picks."""
+    """``characters`` characters of the manual from a random paragraph on."""
     manual = _manual(seed)
     start = manual.index("\n\n", chance.randrange(len(manual) - characters - 4000)) + 2
-    # The manual is set in lines of 70 characters: as flowing text it reads like a page.
+    # The manual breaks lines at 70 characters: join them.
     return " ".join(manual[start : start + characters].split())
 
 
 def _manual(seed: int) -> str:
-    """The half of the manual's topics that this seed draws from."""
+    """The half of the manual's topics for the parity of ``seed``."""
     from pydoc_data.topics import topics
 
     names = sorted(topics, key=lambda name: (len(topics[name]), name))
@@ -201,5 +201,5 @@ def _manual(seed: int) -> str:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """As the model reads it, with its own first token where it has one."""
+    """Token ids, with the tokenizer's special tokens."""
     return tokenizer(text)["input_ids"]

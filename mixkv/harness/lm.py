@@ -30,23 +30,23 @@ _LOG = logging.getLogger(__name__)
 class MixKVLM(HFLM):
     """lm_eval's ``hf`` with a fresh `MixKVCache` for every context.
 
-    Generation is that of ``model.generate``. For a log-likelihood the context but its last token is read and compressed;
-    that token and the continuation follow on the compressed cache, so that every scored token is predicted from it.
-    Continuations of one context share its reading. Contexts are read one at a time; ``batch_size`` is for generation.
+    Generation uses ``model.generate``. For a log-likelihood, the context without its last token is compressed; that token and
+    the continuation are fed after it, so that every scored token is predicted from the compressed cache. Continuations of one
+    context share its prefill. Contexts are prefilled one at a time; ``batch_size`` applies to generation.
 
     Args:
         pretrained: as for ``hf``.
         kwargs: fields of `MixKVConfig` (``kv_backend`` for its ``backend``), and what ``hf`` takes.
 
     Raises:
-        ValueError: an option is not allowed, or the model cannot be compressed; the message says which or why.
+        ValueError: an option is invalid, or the model cannot be compressed; the message names the option or the reason.
     """
 
     def __init__(self, pretrained, **kwargs):
         self.kv_config, others = options.split(kwargs)
         super().__init__(pretrained, **others)
         self.tally = Tally()
-        # A model that cannot be compressed is refused here, not at the first request.
+        # Raises an error now, not at the first request, if the model cannot be compressed.
         self._new_cache()
 
     def _new_cache(self) -> MixKVCache:
@@ -69,7 +69,7 @@ class MixKVLM(HFLM):
             by_context[self._fit(context, continuation)].append(index)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring from compressed caches") as bar:
-            # The longest first: if memory does not suffice, that shows at once.
+            # The longest first, so that a lack of memory shows at once.
             for context in sorted(by_context, key=len, reverse=True):
                 cache = self._read(context[:-1])
                 indices = by_context[context]
@@ -83,12 +83,12 @@ class MixKVLM(HFLM):
         return answers
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
-        """As much of the context's end as the model has room for, at least one token."""
+        """The end of the context that fits the model beside the continuation, at least one token."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise ValueError(
                 f"a continuation of {len(continuation)} tokens leaves no room for a context in max_length={self.max_length}: raise it "
-                f"if the model allows, or take a task with shorter continuations"
+                f"if the model allows, or use a task with shorter continuations"
             )
         if len(context) > room:
             _LOG.warning("a context of %d tokens is cut to its last %d, to fit the model", len(context), room)
@@ -110,7 +110,7 @@ class MixKVLM(HFLM):
 
     @torch.no_grad()
     def _logits(self, cache: MixKVCache, tokens: tuple[int, ...], last_only: bool = False) -> torch.Tensor:
-        """Logits [n, V] of ``tokens`` read into ``cache``; with ``last_only`` perhaps of the last alone."""
+        """Feeds ``tokens``: logits [n, V], or with ``last_only`` [1, V] if the model has that option."""
         optional = last_logits_only(unwrap(self.model)) if last_only else {}
         ids = torch.tensor([tokens], device=self.device)
         dtype = self.mixed_precision_dtype
@@ -118,19 +118,19 @@ class MixKVLM(HFLM):
             return self.model(input_ids=ids, **cache_argument(cache), use_cache=True, **optional).logits[0]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Refused: the likelihood of a text without a prompt has nothing to compress.
+        """Not supported: a text without a prompt has nothing to compress.
 
         Raises:
             NotImplementedError: always.
         """
         names = sorted({request.task_name for request in requests if request.task_name})
         raise NotImplementedError(
-            f"{', '.join(names) or 'the task'} asks for the likelihood of whole texts: without a prompt there is nothing for mixkv to "
-            f"compress. Take --model hf for it, or a task that scores continuations or generates"
+            f"{', '.join(names) or 'the task'} requests the likelihood of whole texts: without a prompt there is nothing for mixkv to "
+            f"compress. Use --model hf for it, or a task that scores continuations or generates"
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What ``hf`` tells, and under ``mixkv`` the config and what the caches held."""
+        """The information of ``hf``, and under ``mixkv`` the config and the report of `Tally`."""
         warning = self.tally.warning(self.kv_config.budget)
         if warning is not None:
             _LOG.warning(warning)

@@ -20,28 +20,28 @@ from .tally import Tally
 
 
 def compressed(base: type[lmms]) -> type[lmms]:
-    """A model class of lmms_eval, in a variant that takes the fields of `MixKVConfig` besides its own arguments.
+    """A subclass of a model class of lmms_eval that also takes the fields of `MixKVConfig`.
 
-    Every call of ``model.generate`` gets a fresh `MixKVCache`.
+    Every call of ``model.generate`` uses a new `MixKVCache`.
     """
     return type(f"MixKV{base.__name__}", (_Compressed, base), {})
 
 
 class MixKVLMM(lmms):
-    """The name ``mixkv``: makes a `compressed` instance of the lmms_eval model that ``base`` names."""
+    """The model ``mixkv``: creates a `compressed` instance of the lmms_eval model ``base``."""
 
     is_simple = False
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> lmms:
-        """As lmms_eval calls it.
+        """Creates the model, as lmms_eval calls it.
 
         Args:
             arg_string: ``base=NAME``, fields of `MixKVConfig` (``kv_backend`` for its ``backend``), and what the model
                 ``base`` takes.
 
         Raises:
-            ValueError: ``base`` is missing, an option is not allowed, or the model cannot be compressed.
+            ValueError: ``base`` is missing, an option is invalid, or the model cannot be compressed.
         """
         given = simple_parse_args_string(arg_string)
         given |= {name: value for name, value in (additional_config or {}).items() if value is not None}
@@ -52,26 +52,26 @@ class MixKVLMM(lmms):
 
 
 class _Compressed:
-    """Stands before a model class of lmms_eval."""
+    """Precedes a model class of lmms_eval in the method resolution order."""
 
     def __init__(self, **given: Any):
         self.kv_config, others = options.split(given)
         super().__init__(**others)
         self.tally = Tally()
         self._failures: list[Exception] = []
-        self._bring_caches()
+        self._wrap_generate()
 
-    def _bring_caches(self) -> None:
-        """The model class calls ``self.model.generate`` amid its own loop: from here on that brings a cache along."""
+    def _wrap_generate(self) -> None:
+        """Makes ``self.model.generate``, which the model class calls in its own loop, use a new cache each time."""
         model = unwrap(self.model)
         plain = model.generate
-        # A model that cannot be compressed is refused here, not at the first request.
+        # Raises an error now, not at the first request, if the model cannot be compressed.
         MixKVCache(model, self.kv_config)
 
         def generate(*args: Any, **inputs: Any):
             try:
                 if inputs.get("use_cache") is False:
-                    raise ValueError("use_cache=False leaves mixkv nothing to compress: leave it out of --model_args")
+                    raise ValueError("use_cache=False leaves mixkv nothing to compress: remove it from --model_args")
                 cache = MixKVCache(model, self.kv_config)
                 tokens = plain(*args, **cache_argument(cache), **inputs)
                 self.tally.add(cache, inputs.get("attention_mask"))
@@ -83,19 +83,19 @@ class _Compressed:
         model.generate = generate
 
     def generate_until(self, requests: list) -> list:
-        """As the model class; logs what the caches of this evaluation held so far.
+        """Calls the model class, and logs the sizes of all caches so far.
 
         Raises:
-            RuntimeError: a generation failed (some model classes answer with nothing then), or none came to the model.
+            RuntimeError: a generation failed (some model classes return empty answers then), or ``generate`` was not called.
         """
         answers = super().generate_until(requests)
         if self._failures:
             raise RuntimeError(
-                f"{len(self._failures)} generations failed, the first so: {self._failures[0]}"
+                f"{len(self._failures)} generations failed, the first with: {self._failures[0]}"
             ) from self._failures[0]
         if requests and not self.tally.report()["caches"]:
             raise RuntimeError(
-                f"{type(self).__name__} answered without calling model.generate, so that nothing was compressed: take another base="
+                f"{type(self).__name__} answered without calling model.generate, so that nothing was compressed: use another base="
             )
         logger.info(f"mixkv held {self.tally.report()}")
         warning = self.tally.warning(self.kv_config.budget)
@@ -104,11 +104,11 @@ class _Compressed:
         return answers
 
     def loglikelihood(self, requests: list) -> list:
-        """Refused: lmms_eval's models score with one full forward, which no cache enters.
+        """Not supported: the models of lmms_eval score with one full forward, without a cache.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "mixkv compresses generations only in lmms_eval: for a task of output_type loglikelihood take the model itself, not mixkv"
+            "mixkv compresses generations only in lmms_eval: for a task of output_type loglikelihood use the model itself"
         )

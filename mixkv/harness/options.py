@@ -1,4 +1,4 @@
-"""The harnesses' ``model_args`` into a `MixKVConfig` and what is left for the harness."""
+"""Splits ``model_args`` of a harness into a `MixKVConfig` and the arguments of the harness."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _WORDS = {"none": None, "true": True, "false": False}
 
 
 def split(given: dict[str, Any]) -> tuple[MixKVConfig, dict[str, Any]]:
-    """Takes the fields of `MixKVConfig` out of ``given``; its ``backend`` goes by the name ``kv_backend``.
+    """Takes the fields of `MixKVConfig` out of ``given``; its ``backend`` is named ``kv_backend``.
 
-    Numbers, ``none``, ``true`` and ``false`` may come as text: a number without a point is an int.
+    Numbers, ``none``, ``true`` and ``false`` may be text; a number without a point is an int.
 
-    Returns: the config, and the other arguments untouched.
+    Returns: the config, and the other arguments unchanged.
 
     Raises:
-        ValueError: a field's value is not allowed; the message names it.
+        ValueError: the value of a field is invalid; the message names it.
     """
     if given.get("backend") in BACKENDS:
         raise ValueError(
-            f"backend={given['backend']!r} is the harness's own option here; what runs mixkv's storage is "
+            f"backend={given['backend']!r} is an option of the harness; for the back end of mixkv's storage, use "
             f"kv_backend={given['backend']}"
         )
     fields = {field.name: field.name for field in dataclasses.fields(MixKVConfig) if field.name != "backend"} | RENAMED

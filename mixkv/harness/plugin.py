@@ -1,4 +1,4 @@
-"""What lmms_eval's entry point ``lmms_eval.models`` loads: where the model ``mixkv`` is, without importing it."""
+"""The target of the entry point ``lmms_eval.models``: names the class of the model ``mixkv`` without importing it."""
 
 
 def manifest():

@@ -1,4 +1,4 @@
-"""What the caches of an evaluation held, so that its report tells whether anything was compressed."""
+"""The sizes of the caches of an evaluation, so that its report shows whether anything was compressed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..cache import MixKVCache
 
 
 class Tally:
-    """Counts caches: one a prompt, or one a batch of prompts."""
+    """Sums over caches, one per prompt or batch of prompts."""
 
     def __init__(self) -> None:
         self._tokens: list[float] = []
@@ -20,7 +20,7 @@ class Tally:
         self._bytes_full: list[int] = []
 
     def add(self, cache: MixKVCache, attention_mask: torch.Tensor | None = None) -> None:
-        """Counts what ``cache`` holds now; the columns that ``attention_mask`` [B, N] leaves out are no tokens."""
+        """Adds the present size of ``cache``. Padding, which ``attention_mask`` [B, N] marks, does not count as tokens."""
         padding = 0.0 if attention_mask is None else (attention_mask == 0).sum(1).double().mean().item()
         numbers = cache.stats()
         lengths = [layer.double().mean().item() for layer in numbers["lengths"] if layer is not None]
@@ -30,12 +30,12 @@ class Tally:
         self._bytes_full.append(numbers["bytes_full"])
 
     def report(self) -> dict[str, Any]:
-        """What was counted.
+        """The sums and means so far.
 
         Returns: a dict with
-            caches: how many; compressed: how many of them held fewer rows than tokens;
-            tokens, rows_per_head: seen and held by a batch row, on average, None if there were no caches;
-            bytes_ratio: bytes of all caches to those of full ones, None likewise.
+            caches: their number; compressed: the number of caches with fewer KV entries than tokens;
+            tokens, rows_per_head: tokens seen, and KV entries kept per KV head, mean over batch rows; None without caches;
+            bytes_ratio: bytes of all caches relative to full caches; None without caches.
         """
         return {
             "caches": len(self._rows),
@@ -46,10 +46,10 @@ class Tally:
         }
 
     def warning(self, budget: int | float) -> str | None:
-        """What to tell if there were prompts and none was compressed."""
+        """A warning if there were prompts and none was compressed; else None."""
         if not self._rows or self.report()["compressed"]:
             return None
         return (
-            f"mixkv compressed none of the prompts: the longest took {max(self._tokens):.0f} tokens, within budget={budget}. The "
-            f"results are those of the full cache; lower the budget or take longer prompts"
+            f"mixkv compressed none of the prompts: the longest has {max(self._tokens):.0f} tokens, within budget={budget}. The "
+            f"results are those of the full cache; lower the budget or use longer prompts"
         )

@@ -50,11 +50,11 @@ def attend_with_cache(
 
 @torch.compiler.disable
 def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-    with layer.arriving(module, kwargs):
+    with layer.attention_call(module, kwargs):
         # A prompt's own attention is the base's, on full keys and values; stored rows are cut off from what made them.
-        if layer.store is not None or layer.prompt_length not in (None, key.shape[2]):
+        if layer.rows is not None or layer.prompt_length not in (None, key.shape[2]):
             _refuse_gradients(query, key, value)
-        if layer.store is None:
+        if layer.rows is None:
             return _read_prompt(layer, base, module, query, key, value, mask, kwargs)
         if kwargs.get("output_attentions"):
             warnings.warn(
@@ -69,14 +69,14 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
     prompt = layer.prompt_length or total
     if total < prompt:
         output = base(module, query, key, value, mask, **kwargs)
-        layer.collect(query, key, value)
+        layer.append_prefill_chunk(query, key, value)
         return output
     # Of the new tokens, those that belong to the prompt; the rest are drafts.
     own = new - (total - prompt)
     prompt_mask = mask if total == prompt else _slice_mask(mask, slice(own), slice(prompt))
     output, weights = base(module, query[:, :, :own], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
     logits = _logit_options(query, kwargs)
-    valid = layer.shared.valid_columns(prompt_mask, 0, prompt)
+    valid = layer.state.valid_tokens(prompt_mask, 0, prompt)
     with torch.no_grad():
         layer.compress(query[:, :, :own], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
     if total == prompt:
@@ -91,12 +91,12 @@ def _continue(layer, query, key, value, mask, logits) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
     new = query.shape[2]
     # A decode step's one token is real in every batch row, as padding on the right is refused: nothing waits for the device.
-    valid = None if new == 1 else layer.shared.valid_columns(mask, layer.seen - new, new)
+    valid = None if new == 1 else layer.state.valid_tokens(mask, layer.seen - new, new)
     if new == 1:
         output = layer.decode(query, key, value, logits)
     else:
         output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, logits)
-    layer.settle(query, valid)
+    layer.enforce_decode_budget(query, valid)
     return output
 
 

@@ -12,6 +12,8 @@ from torch import nn
 from ..tensor_parallel import Slice
 
 _NAMES = ("o_proj", "out_proj", "dense", "wo")
+# Devices that have float64; elsewhere factors are made on the host.
+_WITH_FLOAT64 = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # All by attention module, and gone with it: (what the factor was computed from, the factor),
@@ -142,12 +144,15 @@ def _gain(module: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
 def factor(weight: torch.Tensor, key_value_heads: int, size: int) -> torch.Tensor:
     """The factors [Hkv, Dv, Dv] of an output projection's ``weight`` [hidden, Hq * Dv]; see `output_factor`."""
     groups = weight.shape[1] // (key_value_heads * size)
+    device = weight.device
+    weight = weight if device.type in _WITH_FLOAT64 else weight.cpu()
     columns = weight.double().view(weight.shape[0], key_value_heads, groups, size).permute(1, 2, 0, 3)
     gram = (columns.transpose(-1, -2) @ columns).mean(dim=1)
     # A rank lost to few rows or to zeros must not stop the factorisation; the trace is far above what is added.
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp(min=1e-30)
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    return torch.linalg.cholesky(gram + 1e-12 * scale[:, None, None] * identity).transpose(-1, -2).float().contiguous()
+    root = torch.linalg.cholesky(gram + 1e-12 * scale[:, None, None] * identity)
+    return root.transpose(-1, -2).float().contiguous().to(device)
 
 
 def _projection(module: nn.Module, columns: int, part: Slice | None) -> torch.Tensor | None:

@@ -111,7 +111,8 @@ def find(device: str, *, again: bool = False) -> tuple[Path, str]:
     if command is None:
         missing = "C++ compiler (c++, g++, clang++ or CXX)" if device == "cpu" else "nvcc"
         reason = f"no prebuilt library, and no {missing} to build one"
-        warnings.warn(f"mixkv: {reason}; plain torch is used instead, which is slower", stacklevel=2)
+        remedy = "plain torch is used instead, which is slower. Once it is installed, run: mixkv build"
+        warnings.warn(f"mixkv: {reason}; {remedy}", stacklevel=2)
         raise BuildError(reason)
     cache = cache_folder() / _cache_key(device, command)
     path, failure = cache / name, cache / f"{DEVICES[device]}.failed.txt"

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-# Tokens of a block at least: so short a prompt is one block.
-_BLOCK = 512
+# Numbers of a head that a block may take whatever the prompt's length: a short prompt is one block.
+_NUMBERS = 1 << 17
 # A block's float32 copies take at most this share of the bytes of the layer's keys and values.
 _SHARE = 1 / 16
 
@@ -29,7 +29,7 @@ def token_blocks(rows: torch.Tensor, numbers: int) -> list[tuple[int, int]]:
         numbers: float32 numbers that a token of a head needs at once.
     """
     length, size = rows.shape[2:]
-    block = max(_BLOCK, int(_SHARE * 2 * length * size * rows.element_size() / (4 * numbers)))
+    block = max(1, int(max(_NUMBERS, _SHARE * 2 * length * size * rows.element_size() / 4) / numbers))
     ends = range(length, 0, -block)
     return [(max(end - block, 0), end) for end in reversed(ends)]
 

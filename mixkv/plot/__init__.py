@@ -1,4 +1,4 @@
-"""Pictures of what a cache kept and what that costs. matplotlib is imported when one is drawn, not before."""
+"""Pictures of what a cache keeps and what that costs. matplotlib and ipywidgets are imported when something is drawn."""
 
 from .heads import budgets, redundancy, sparsity
 from .patches import kept_patches

@@ -1,4 +1,4 @@
-"""Where the pictures are drawn: matplotlib's Axes, given or made."""
+"""The Axes that pictures are drawn on: given, or those of a new figure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """``ax``, or the Axes of a new figure of ``width`` x ``height`` inches.
+def import_pyplot():
+    """matplotlib's pyplot.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -18,4 +18,17 @@ def axes(ax: Axes | None, width: float, height: float) -> Axes:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'mixkv[plot]'") from error
-    return pyplot.subplots(figsize=(width, height))[1] if ax is None else ax
+    return pyplot
+
+
+def axes(ax: Axes | None, width: float, height: float, layout: str = "constrained") -> Axes:
+    """``ax``, or the Axes of a new figure of ``width`` x ``height`` inches.
+
+    Args:
+        layout: matplotlib's layout engine, which makes room for titles and labels: ``compressed`` for images.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    pyplot = import_pyplot()
+    return pyplot.subplots(figsize=(width, height), layout=layout)[1] if ax is None else ax

@@ -1,6 +1,7 @@
-"""Where on the image each image column of a prompt looks at: the grids and tilings of the vision families, as pure functions.
+"""The part of an image that each image token of a prompt encodes: the grids and tilings of the vision families.
 
-Sizes are (height, width) in pixels of images as given to the processor; places are fractions of the image's height and width.
+Sizes are (height, width) in pixels, of images as they are given to the processor. Coordinates are fractions of the image's height
+and width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 
 class Patch(NamedTuple):
-    """The part of an image that one column stands for, as fractions of its height and width.
+    """The part of an image that one image token encodes, as fractions of its height and width.
 
     ``part``: "whole" for a view of the whole image at once, "tiles" for the finer view of an image cut into tiles.
     """
@@ -27,30 +28,30 @@ _WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 def locate(
-    config, sizes: Sequence[tuple[int, int]], columns: int, grids: Sequence[tuple[int, int, int]] | None = None
+    config, sizes: Sequence[tuple[int, int]], image_tokens: int, grids: Sequence[tuple[int, int, int]] | None = None
 ) -> list[list[Patch | None]]:
     """The patches of the images of one prompt.
 
     Args:
         config: the model's.
         sizes: (height, width) of every image of the prompt, in order.
-        columns: image columns of the prompt.
+        image_tokens: number of image tokens in the prompt.
         grids: ``image_grid_thw`` of the images, where the processor returns it.
 
-    Returns: for each image one entry a column, in order; None for separators and class tokens.
+    Returns: for each image a list with one entry per image token, in order; None for separators and class tokens.
 
     Raises:
-        ValueError: a family without image columns, or images that do not take that many.
+        ValueError: the family has no image tokens, or these images do not give that many.
     """
     family = _FAMILIES.get(config.model_type)
     if family is None:
-        raise ValueError(f"no patch grid is known for {config.model_type!r}: known are {', '.join(sorted(_FAMILIES))}")
-    found = family(config, list(sizes), columns, grids)
+        raise ValueError(f"no patch grid is known for {config.model_type!r}; choose a model of {', '.join(sorted(_FAMILIES))}")
+    found = family(config, list(sizes), image_tokens, grids)
     taken = sum(map(len, found))
-    if taken != columns:
+    if taken != image_tokens:
         raise ValueError(
-            f"{len(found)} images of sizes {list(sizes)} take {taken} columns in {config.model_type}, but the prompt has {columns}: "
-            f"give all images of the prompt, in order, as they went to the processor, and leave out options that crop them"
+            f"{len(found)} images of sizes {list(sizes)} give {taken} image tokens in {config.model_type}, but the prompt has {image_tokens}: "
+            f"pass all images of the prompt, in order, as the processor received them, and leave out options that crop them"
         )
     return found
 
@@ -76,7 +77,7 @@ def _cells(part: str, rows: int, cols: int, window=_WHOLE) -> list[Patch]:
 
 
 def _side(vision) -> int:
-    """Patches on the side of a square tower."""
+    """Number of patches along one side of a square vision tower."""
     image, patch = (part if isinstance(part, int) else part[0] for part in (vision.image_size, vision.patch_size))
     return image // patch
 
@@ -85,7 +86,7 @@ def _class_token(config) -> list[None]:
     return [None] if config.vision_feature_select_strategy == "full" and "clip" in config.vision_config.model_type else []
 
 
-def _qwen(config, sizes, columns, grids):
+def _qwen(config, sizes, image_tokens, grids):
     """One grid over the resized image; patches are merged into square cells."""
     if grids is None or len(grids) != len(sizes):
         raise ValueError(f"{config.model_type} needs the image_grid_thw of its {len(sizes)} images, and has {grids}")
@@ -93,8 +94,8 @@ def _qwen(config, sizes, columns, grids):
     return [_cells("whole", height // merge, width // merge) for _, height, width in map(tuple, grids)]
 
 
-def _llava(config, sizes, columns, grids):
-    """The shorter edge is resized to the tower's size and the middle of the longer one cut out."""
+def _llava(config, sizes, image_tokens, grids):
+    """The shorter edge is resized to the tower's size and the longer one is cropped to its center."""
     side = _side(config.vision_config)
 
     def middle(length: int, other: int) -> tuple[float, float]:
@@ -108,13 +109,13 @@ def _llava(config, sizes, columns, grids):
     return [_class_token(config) + cells(*size) for size in sizes]
 
 
-def _llava_next(config, sizes, columns, grids):
+def _llava_next(config, sizes, image_tokens, grids):
     side = _side(config.vision_config)
     return [_class_token(config) + _cells("whole", side, side) + _unpadded(config, side, *size) for size in sizes]
 
 
-def _llava_onevision(config, sizes, columns, grids):
-    """As llava_next with a largest number of patches; several images in a prompt are padded to squares and not tiled."""
+def _llava_onevision(config, sizes, image_tokens, grids):
+    """As llava_next, with a maximum number of patches. Several images in a prompt are padded to squares and not tiled."""
     side = _side(config.vision_config)
     if len(sizes) > 1:
         return [_cells("whole", side, side, _padded_square(*size)) + [None] for size in sizes]
@@ -157,19 +158,19 @@ def _unpadded(config, side: int, height: int, width: int, most: int | None = Non
     return [patch for row in range(seen_rows) for patch in [*cells[row * seen_cols : (row + 1) * seen_cols], None]]
 
 
-def _gemma3(config, sizes, columns, grids):
+def _gemma3(config, sizes, image_tokens, grids):
     side = math.isqrt(config.mm_tokens_per_image)
     return [_cells("whole", side, side) for _ in sizes]
 
 
-def _internvl(config, sizes, columns, grids):
-    """Tiles in the arrangement nearest to the image's shape, then the whole image."""
+def _internvl(config, sizes, image_tokens, grids):
+    """Tiles in the arrangement whose aspect ratio is closest to the image's, then the whole image."""
     if len(sizes) != 1:
         raise ValueError(
-            f"how many tiles each of {len(sizes)} images takes cannot be told for internvl: one image a prompt is needed"
+            f"the number of tiles of each of {len(sizes)} images is unknown for internvl: use one image per prompt"
         )
     side = math.isqrt(config.image_seq_length)
-    count = columns // side**2 - 1
+    count = image_tokens // side**2 - 1
     if count <= 0:
         return [_cells("whole", side, side)]
     height, width = sizes[0]
@@ -178,10 +179,10 @@ def _internvl(config, sizes, columns, grids):
     return [_tiles(rows, cols, side) + _cells("whole", side, side)]
 
 
-def _idefics3(config, sizes, columns, grids):
-    """The longer edge takes as many tiles for every image; the whole image comes after its tiles."""
+def _idefics3(config, sizes, image_tokens, grids):
+    """The longer edge has the same number of tiles in every image; the whole image follows its tiles."""
     side = _side(config.vision_config) // config.scale_factor
-    blocks = columns // side**2
+    blocks = image_tokens // side**2
 
     def arrangement(longer: int, height: int, width: int) -> tuple[int, int]:
         shorter = max(1, math.ceil(round(longer * min(height, width) / max(height, width), 2)))

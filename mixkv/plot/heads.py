@@ -1,4 +1,4 @@
-"""Layer x head heat maps: rows held, the redundancy of the keys, and the sparsity of attention."""
+"""Heat maps with a layer per row and a KV head per column: entries kept, redundancy of the keys, sparsity of attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def budgets(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
-    """Rows held by every KV head of every layer; layers that are not compressed are left blank.
+    """Draws how many entries every KV head of every layer keeps; layers that are not compressed are left blank.
 
     Args:
         cache: a `MixKVCache` that has read a prompt.
@@ -27,33 +27,36 @@ def budgets(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
         ValueError: the cache is empty, or has no such row.
         ImportError: matplotlib is not installed.
     """
-    return _heat_map(grid(cache.stats()["lengths"], row), "rows held", ax)
+    return _heat_map(grid(cache.stats()["lengths"], row), "entries kept", ax)
 
 
 def redundancy(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
-    """Redundancy of every KV head's keys as measured on the prompt, from 0 to 1; else as `budgets`.
+    """Draws the redundancy of every KV head's keys as measured on the prompt, from 0 to 1; otherwise as `budgets`.
 
-    The ``mix`` score gives diversity the more weight, the more redundant a head is.
+    The more redundant a head is, the more weight the ``mix`` score gives to diversity.
     """
-    return _heat_map(grid(cache.stats()["redundancy"], row), "redundancy", ax, highest=1.0)
+    return _heat_map(grid(cache.stats()["redundancy"], row), "redundancy of the keys", ax, highest=1.0)
 
 
 def sparsity(cache, *, row: int = 0, ax: Axes | None = None) -> Axes:
-    """Sparsity of every KV head's attention as ``hybridkv`` measured it, from 0 to 1, its dynamic heads dotted; else as `budgets`.
+    """Draws the sparsity of every KV head's attention as ``hybridkv`` measured it, from 0 to 1; otherwise as `budgets`.
+
+    Dynamic heads, which keep all entries in chunks, have a dot.
 
     Raises:
         ValueError: another method's cache.
     """
     numbers = cache.stats()
     if not registry.method(numbers["method"]).keeps_chunks:
-        those = [name for name, method in registry.METHODS.items() if method.keeps_chunks]
+        able = [name for name, method in registry.METHODS.items() if method.keeps_chunks]
         raise ValueError(
-            f"method={numbers['method']!r} does not classify heads: read the prompt with a method that does ({', '.join(those)})"
+            f"method={numbers['method']!r} does not classify heads: read the prompt with a method that does ({', '.join(able)})"
         )
-    ax = _heat_map(grid(numbers["sparsity"], row), "sparsity, dynamic heads dotted", ax, highest=1.0)
+    ax = _heat_map(grid(numbers["sparsity"], row), "sparsity of attention", ax, highest=1.0)
     dynamic = grid(numbers["dynamic"], row)
     layers, heads = (dynamic == 1).nonzero(as_tuple=True)
-    ax.scatter(heads.tolist(), layers.tolist(), s=9, color="white", edgecolor="black", linewidth=0.5)
+    ax.scatter(heads.tolist(), layers.tolist(), s=9, color="white", edgecolor="black", linewidth=0.5, label="dynamic head")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, frameon=False)
     return ax
 
 
@@ -78,7 +81,7 @@ def grid(layers: list[torch.Tensor | None], row: int) -> torch.Tensor:
 
 def _heat_map(numbers: torch.Tensor, label: str, ax: Axes | None, highest: float | None = None) -> Axes:
     layers, heads = numbers.shape
-    ax = axes(ax, 2.2 + 0.25 * heads, 1.0 + 0.16 * max(layers, 8))
+    ax = axes(ax, 2.4 + 0.25 * heads, 1.0 + 0.16 * max(layers, 8))
     # A Python list: arrays of torch and matplotlib need not agree on a numpy version.
     image = ax.imshow(numbers.tolist(), aspect="auto", cmap="viridis", vmin=0, vmax=highest, interpolation="nearest")
     ax.set_xlabel("KV head")

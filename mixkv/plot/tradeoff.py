@@ -1,4 +1,4 @@
-"""Answer quality against what a cache holds: one line a method and score, one point a budget."""
+"""Answer quality against the size of the cache: a line for each method and score, a point for each budget."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FULL = "full"
-# The first that the records have is drawn: what to show, and how its axis is called.
-_QUALITIES = {"kl": "KL to the full cache (nats a token)", "mean_kl": "KL to the full cache (nats a token)"}
-_SIZES = {"bytes": "held (MiB)", "budget": "budget (rows per KV head)"}
+# The number of the records that is drawn: the first one that they have, and the label of its axis.
+_QUALITIES = {"kl": "KL to the full cache (nats per token)", "mean_kl": "KL to the full cache (nats per token)"}
+_SIZES = {"bytes": "size of the cache (MiB)", "budget": "budget (entries per KV head)"}
 
 
 def tradeoff(
     results: Iterable[Mapping[str, Any]], *, quality: str | None = None, size: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """One line a method and score: quality over size.
+    """Draws quality against size, a line for each method and score.
 
     Args:
-        results: one record a run, in any order, such as `mixkv.evaluation.compare.run` returns and `mixkv compare --json`
+        results: one record per run, in any order, such as `mixkv.evaluation.compare.run` returns and `mixkv compare --json`
             writes under ``runs``::
 
                 {"method": "adakv", "score": "mix", "budget": 128, "bytes": 6.7e6,
@@ -44,7 +44,7 @@ def tradeoff(
     """
     records = list(results)
     if not records:
-        raise ValueError("results is empty: give one record a run, such as mixkv compare --json writes under runs")
+        raise ValueError("results is empty: give one record per run, such as mixkv compare --json writes under runs")
     quality = quality or next((name for name in _QUALITIES if name in records[0]), "kl")
     compressed = [record for record in records if record.get("method") != FULL]
     size = size or next((name for name in _SIZES if all(name in record for record in compressed)), "bytes")
@@ -65,7 +65,7 @@ def tradeoff(
 
 
 def lines(records: list[Mapping[str, Any]], quality: str, size: str) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Points (size, quality, low, high) in order of size, by ``"method, score"``; low and high are quality without an interval.
+    """Points (size, quality, low, high) in order of size, by ``"method, score"``; without an interval, low and high equal the quality.
 
     Raises:
         ValueError: a record lacks a number.

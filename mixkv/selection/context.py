@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from ..config import MixKVConfig
 from ..ops import dispatch, score_reference
 from ..tensor_parallel import Slice
-from .apportion import apportion, total_rows
+from .apportion import apportion, to_device, to_host
 from .scores.diversity import Directions, directions, redundancy, similarity
 from .scores.importance import output_importance, pool
 from .scores.match import match
@@ -47,17 +48,18 @@ class AllocationContext:
     @property
     def total(self) -> torch.Tensor:
         """Int64 [B], candidates that all heads of the layer keep together if no layer gets more than another."""
-        return total_rows(self.budget, self.candidates)
+        return (self.budget * self.candidates.shape[-1]).minimum(self.candidates.sum(dim=-1))
 
     def apportion(self, weights: torch.Tensor) -> torch.Tensor:
         """`total` in proportion to ``weights`` [B, Hkv] >= 0: int64 [B, Hkv], exact, no head above its candidates.
 
         What a head cannot use goes to the others; without any weight all heads get the same.
         """
-        shares = weights.cpu().double()
-        shares = torch.where(shares.sum(dim=-1, keepdim=True) > 0, shares, 1.0)
-        shares = shares / shares.sum(dim=-1, keepdim=True) * self.total.unsqueeze(-1)
-        return apportion(shares, self.total, self.candidates)
+        total, candidates = to_host(self.total, self.candidates)
+        shares = weights.detach().cpu().numpy().astype(np.float64)
+        shares = np.where(shares.sum(axis=-1, keepdims=True) > 0, shares, 1.0)
+        shares = shares / shares.sum(axis=-1, keepdims=True) * total[:, None]
+        return to_device(apportion(shares, total, candidates), self.candidates.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,102 +1,117 @@
-"""Heads of all layers compete for one total: of rows, trimmed when later layers show more need, or of chunks a step."""
+"""Heads of all layers share one budget: of rows, evicted when later layers need them more, or of chunks that a step attends to."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ..config import MixKVConfig
-from .apportion import apportion
-from .global_topk import Votes
+from .apportion import apportion, to_device, to_host
+from .global_topk import GlobalTopK
 from .ranking import Ranking, Selection
 
+# Rows that the layers may hold beyond the final total while a prompt is read, as a share of the total and of the candidates of
+# one layer, whichever is less. Without them every layer would have rows of several others copied.
+_SLACK, _LAYER_SLACK = 1 / 8, 1 / 4
 
-class Contest:
+
+class GlobalBudget:
     """The compression of one prompt under ``method="global"``.
 
     What a layer holds is always enough for its final share, and the result is what choosing over the whole model at once
-    would give. Whenever the layers together hold more rows than they finally will, those that can spare most are trimmed: when
-    the next layer's keys and values arrive, no more than the final total is held beside them.
+    would give. Whenever the layers together hold more rows than the final total and ``slack``, the rows of those that can spare
+    most are evicted: when the next layer's keys and values arrive, no more is held beside them.
 
     Args:
         num_layers: compressed layers of the model.
-        floor: see `mixkv.selection.global_topk.Votes`.
-        layer_exponent: a layer's importance is divided by its largest to this power.
-        patient: trims at the end only, where the prompt's keys and values are held anyway.
+        floor: see `mixkv.selection.global_topk.GlobalTopK`.
+        layer_exponent: a layer's importance is divided by its largest to this power, see `normalized`.
+        patient: evicts at the end only, where the prompt's keys and values are held anyway.
+
+    Attributes:
+        total: rows that all layers hold in the end, the windows' included.
+        fixed: rows of a layer's window.
+        slack: rows that they may hold beyond that until then: an eighth of the total, at most a quarter of one layer's
+            candidates.
     """
 
     def __init__(
         self, num_layers: int, floor: float, layer_exponent: float = MixKVConfig.layer_exponent, *, patient: bool = False
     ):
-        self.num_layers, self.votes, self.patient = num_layers, Votes(floor), patient
+        self.num_layers, self.counts, self.patient = num_layers, GlobalTopK(floor), patient
         self.layer_exponent = layer_exponent
+        self.total = self.slack = self.fixed = 0
         # (layer, ranks of its selected rows) in order.
-        self.held: list[tuple] = []
+        self.layers: list[tuple] = []
 
     @property
-    def over(self) -> bool:
-        return len(self.held) == self.num_layers
+    def complete(self) -> bool:
+        return len(self.layers) == self.num_layers
 
-    def enter(self, ranking: Ranking, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """The next layer's candidates, those of all its heads; returns how many [B, Hkv] each may need.
+    def add_layer(self, ranking: Ranking, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Adds the next layer's candidates, those of all its heads; returns how many [B, Hkv] each may need.
 
         ``scale`` [B]: what importance is multiplied by to be comparable with other layers'.
         """
-        _vote(self.votes, ranking, scale, self.num_layers, self.layer_exponent)
-        if self.votes.layers == 1:
-            self.total = sum(self.votes.total) + self.num_layers * int((ranking.real - ranking.choosable).sum())
-        return self.votes.quota()[:, -1]
+        _add(self.counts, ranking, scale, self.num_layers, self.layer_exponent)
+        if self.counts.layers == 1:
+            self.fixed = int((ranking.real - ranking.choosable).sum())
+            self.total = sum(self.counts.total) + self.num_layers * self.fixed
+            self.slack = int(min(_SLACK * self.total, _LAYER_SLACK * int(self.counts.candidates.sum())))
+        return to_device(self.counts.quota()[:, -1], ranking.ranks.device)
 
-    def settle(self, layer, selection: Selection) -> None:
-        """``layer`` has stored its ``selection``; trims what is held, by its ``row_totals`` and its ``trim``.
+    def finish_layer(self, layer, selection: Selection) -> None:
+        """``layer`` has stored its ``selection``; evicts rows of the layers, by their ``row_totals`` and their ``evict``.
 
-        With the last layer, every layer is told its ``share``: for every batch row, its rows to those of the average layer.
+        With the last layer, every layer gets its ``share``: for every batch row, its rows to those of the average layer.
         """
-        self.held.append((layer, selection.flat_ranks))
-        rows = sum(sum(layer.row_totals) for layer, _ in self.held)
-        if not self.over and (self.patient or rows <= self.total):
+        self.layers.append((layer, selection.flat_ranks))
+        rows, most = sum(sum(layer.row_totals) for layer, _ in self.layers), self.total + self.slack
+        if not self.complete and (self.patient or rows <= most):
             return
-        quota = self.votes.quota()
-        needed = quota.sum(dim=(0, 2)).tolist()
-        spare = [sum(layer.row_totals) - count for (layer, _), count in zip(self.held, needed)]
+        quota = self.counts.quota()
+        needed = (quota.sum(axis=(0, 2)) + self.fixed).tolist()
+        spare = [sum(layer.row_totals) - count for (layer, _), count in zip(self.layers, needed)]
         for index in sorted(range(len(spare)), key=spare.__getitem__, reverse=True):
-            if rows <= self.total and not self.over:
+            if spare[index] == 0 or (rows <= most and not self.complete):
                 break
-            layer, ranks = self.held[index]
+            layer, ranks = self.layers[index]
             before = sum(layer.row_totals)
-            self.held[index] = (layer, layer.trim(ranks, quota[:, index]))
+            self.layers[index] = (layer, layer.evict(ranks, to_device(quota[:, index], ranks.device)))
             rows += sum(layer.row_totals) - before
-        if self.over:
-            totals = [sum(row) for row in zip(*(layer.row_totals for layer, _ in self.held))]
-            for layer, _ in self.held:
+        if self.complete:
+            totals = [sum(row) for row in zip(*(layer.row_totals for layer, _ in self.layers))]
+            for layer, _ in self.layers:
                 layer.share = [mine * self.num_layers / total for mine, total in zip(layer.row_totals, totals)]
 
 
-class SlotContest:
-    """The dynamic heads of ``method="hybridkv"``: they hold every row, and compete for how many chunks a step attends to.
+class ChunkBudget:
+    """The dynamic heads of ``method="hybridkv"``: they hold every row, and share the chunks that a step attends to.
 
     Args:
-        num_layers, floor, layer_exponent: as of a `Contest`.
+        num_layers, floor, layer_exponent: as of a `GlobalBudget`.
     """
 
     def __init__(self, num_layers: int, floor: float, layer_exponent: float = MixKVConfig.layer_exponent):
-        self.num_layers, self.votes, self.layer_exponent = num_layers, Votes(floor), layer_exponent
+        self.num_layers, self.counts, self.layer_exponent = num_layers, GlobalTopK(floor), layer_exponent
         self.layers: list = []
 
     @property
-    def over(self) -> bool:
+    def complete(self) -> bool:
         return len(self.layers) == self.num_layers
 
-    def enter(self, ranking: Ranking, scale: torch.Tensor | None = None) -> None:
-        """The next layer's candidates and scale, as of a `Contest`."""
-        _vote(self.votes, ranking, scale, self.num_layers, self.layer_exponent)
+    def add_layer(self, ranking: Ranking, scale: torch.Tensor | None = None) -> None:
+        """Adds the next layer's candidates and scale, as of a `GlobalBudget`."""
+        _add(self.counts, ranking, scale, self.num_layers, self.layer_exponent)
 
-    def settle(self, layer, selection: Selection) -> None:
-        """``layer`` has stored its ``selection`` and its chunks. With the last one, all are told how many a step attends to."""
+    def finish_layer(self, layer, selection: Selection) -> None:
+        """``layer`` has stored its ``selection`` and its chunks. With the last layer, each gets the chunks a step attends to."""
         self.layers.append(layer)
-        if not self.over:
+        if not self.complete:
             return
-        rows = self.votes.quota()
         stores = [layer.chunks for layer in self.layers]
+        device = selection.lengths.device
+        rows = to_device(self.counts.quota(), device)
         none = rows.new_zeros(rows.shape[0], rows.shape[2])
         slots, counts = (
             torch.stack([none if store is None else getattr(store, name).view_as(none).to(none) for store in stores], dim=1)
@@ -108,16 +123,17 @@ class SlotContest:
                 store.set_slots(shared[:, index].flatten())
 
 
-def _vote(votes: Votes, ranking: Ranking, scale: torch.Tensor | None, num_layers: int, layer_exponent: float) -> None:
+def _add(counts: GlobalTopK, ranking: Ranking, scale: torch.Tensor | None, num_layers: int, exponent: float) -> None:
     importance = ranking.importance if scale is None else ranking.importance * scale.view(-1, 1, 1)
-    votes.add(ranking.base, ranking.choosable, _evened(importance, layer_exponent), num_layers=num_layers)
+    counts.add(ranking.base, ranking.choosable, normalized(importance, exponent), num_layers=num_layers)
 
 
-def _evened(importance: torch.Tensor, exponent: float) -> torch.Tensor:
-    """A layer's importance [B, Hkv, M] divided by a power of its largest.
+def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
+    """A layer's importance [B, Hkv, M] divided by its largest to the power of ``exponent``, the layer normalisation exponent.
 
-    With an exponent of 2/3, two thirds of the way, geometrically, from what rows add to as many votes for every layer. What a prompt's last queries
-    look for does not tell how much a later question will need of a layer: taken as it is, too few rows are left to some.
+    At 0 layers compete with what their rows add to the residual stream, at 1 with the same largest importance each. What a
+    prompt's last queries look for does not show how much a later question will need of a layer: at 0 too few rows are left to
+    some.
     """
     if importance.shape[-1] == 0:
         return importance
@@ -130,15 +146,14 @@ def allocate_chunks(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor
 
     Args:
         equal: [B, H] int, chunks a step if all heads get the same, 0 for heads without chunks.
-        rows: [B, H] int, KV entries that `Votes` allocates to them.
+        rows: [B, H] int, KV entries that `GlobalTopK` allocates to them.
         limit: [B, H] int, the chunks there are, no fewer than ``equal``.
     """
-    device = equal.device
-    # Not every device has float64.
-    equal, rows, limit = equal.cpu(), rows.cpu(), limit.cpu()
-    certain = (equal > 0).long()
-    total = (equal - certain).sum(dim=-1)
-    # What is added decides only where no head has any rows.
-    weight = (rows.double() + 1e-6) * certain
-    shares = total.unsqueeze(-1) * weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    return (certain + apportion(shares, total, (limit - certain) * certain)).to(device)
+    device = limit.device
+    equal, rows, limit = to_host(equal, rows, limit)
+    certain = (equal > 0).astype(np.int64)
+    total = (equal - certain).sum(axis=-1)
+    # What is added decides only where nobody has any rows.
+    weight = (rows + 1e-6) * certain
+    shares = total[:, None] * weight / weight.sum(axis=-1, keepdims=True).clip(min=1e-30)
+    return to_device(certain + apportion(shares, total, (limit - certain) * certain), device)

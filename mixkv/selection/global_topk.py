@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from .apportion import apportion
+from .apportion import apportion, to_host
 
 
-class Votes:
-    """Shared out over the whole model by importance, with a floor; layers come one at a time.
+class GlobalTopK:
+    """Rows allocated over the whole model by importance, with a floor; layers come one at a time.
 
-    All candidates of all L x Hkv heads compete: the ``L * Hkv * base`` most important vote for their heads, n votes. So do
-    those of each layer by themselves: the ``Hkv * base`` most important, m votes. A head gets ``(1 - floor) * v + floor *
+    All candidates of all L x Hkv heads compete: n of the ``L * Hkv * base`` most important belong to a head. So do
+    those of each layer by themselves: m of the ``Hkv * base`` most important do. A head gets ``(1 - floor) * v + floor *
     base`` with ``v = (1 - kept) * n + kept * m``, where kept is the share of the candidates that is kept: the fewer rows
     there are, the more go where the model looks most.
 
-    Votes of earlier layers can only fall as later layers arrive, and a head's rows fall with its votes: rows beyond the
-    `quota` so far are never needed again. Ties go to the earlier layer, head and column.
+    Counts of earlier layers can only fall as later layers arrive, and a head's rows fall with its count: rows beyond the
+    `quota` so far are never needed again. Ties go to the earlier layer, head and token.
 
     Args:
         floor: the share of the total that every head gets for certain.
@@ -25,7 +26,9 @@ class Votes:
     def __init__(self, floor: float):
         self.floor, self.layers = floor, 0
         self.value = self.owner = self._quota = None
-        self.within: list[torch.Tensor] = []
+        # How many of each layer's own most important rows belong to each head: on the host, and not yet there.
+        self.within: list[np.ndarray] = []
+        self._arrived: list[torch.Tensor] = []
 
     def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
         """The next layer.
@@ -42,9 +45,9 @@ class Votes:
         batch, heads, _ = importance.shape
         if self.layers == 0:
             self.heads, self.num_layers = heads, num_layers
-            self.base = base.minimum(candidates.amax(dim=-1))
+            means, self.candidates = to_host(base, candidates)
+            self.base = np.minimum(means, self.candidates.max(axis=-1))
             self.total = (self.base * heads * num_layers).tolist()
-            self.candidates = candidates
         elif heads != self.heads:
             raise ValueError(
                 f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
@@ -54,42 +57,47 @@ class Votes:
         owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)
         value = importance.flatten(1)
         mine = _largest(value, [total // num_layers for total in self.total]) & ~value.isneginf()
-        self.within.append(mine.view_as(importance).sum(dim=-1).double())
+        self._arrived.append(mine.view_as(importance).sum(dim=-1))
         if self.layers > 0:
             # The layers of a model may lie on several devices.
             value = torch.cat([self.value.to(value.device), value], dim=1)
             owner = torch.cat([self.owner.to(owner.device), owner], dim=1)
-        # As many in every row, whatever its total: what is too many there `quota` leaves out.
-        stay = _largest(value, [max(self.total)] * batch)
-        self.value, self.owner = value[stay].view(batch, -1), owner[stay].view(batch, -1)
+        most = max(self.total)
+        if most < value.shape[1]:
+            # As many in every row, whatever its total: what is too many there `quota` leaves out.
+            stay = _largest(value, [most] * batch).flatten().nonzero().squeeze(-1)
+            value, owner = (part.flatten()[stay].view(batch, -1) for part in (value, owner))
+        self.value, self.owner = value, owner
         self.layers += 1
         self._quota = None
 
-    def quota(self) -> torch.Tensor:
+    def quota(self) -> np.ndarray:
         """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
         if self._quota is None:
-            self._quota = self._share_out()
+            self._quota = self._allocate()
         return self._quota
 
-    def _share_out(self) -> torch.Tensor:
+    def _allocate(self) -> np.ndarray:
         batch, device = self.value.shape[0], self.value.device
-        counted = _largest(self.value, self.total) & ~self.value.isneginf()
-        votes = torch.zeros(batch, self.layers * self.heads, dtype=torch.float64, device=device)
-        votes.scatter_add_(1, self.owner.long(), counted.double())
-        within = torch.cat([layer.to(device) for layer in self.within], dim=1)
-        base, candidates = self.base.to(device).unsqueeze(-1), self.candidates.to(device)
-        most = candidates.amax(dim=-1, keepdim=True)
-        # In whole numbers up to the division: heads with equal votes get equal shares, whichever way they came by them.
-        votes = ((most - base) * votes + base * within) / most.clamp(min=1)
-        shares = (1 - self.floor) * votes + self.floor * base.double()
-        limit = candidates.repeat(1, self.layers)
+        counted = ~self.value.isneginf()
+        if min(self.total) < self.value.shape[1]:
+            counted &= _largest(self.value, self.total)
+        counts = torch.zeros(batch, self.layers * self.heads, dtype=torch.long, device=device)
+        counts.scatter_add_(1, self.owner.long(), counted.long())
+        counts, *arrived = to_host(counts, *(layer.to(device) for layer in self._arrived))
+        self.within, self._arrived = self.within + arrived, []
+        base, within = self.base[:, None], np.concatenate(self.within, axis=1)
+        most = self.candidates.max(axis=-1, keepdims=True)
+        # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
+        counts = ((most - base) * counts + base * within) / most.clip(min=1)
+        shares = (1 - self.floor) * counts + self.floor * base
+        limit = np.tile(self.candidates, (1, self.layers))
         if self.layers == self.num_layers:
-            total = torch.tensor(self.total, device=device)
-            rows = apportion(shares, total, limit)
+            rows = apportion(shares, np.array(self.total), limit)
         else:
             # `apportion` rounds up by at most one.
-            rows = ((shares + 1e-6).floor().long() + 1).minimum(limit)
-        return rows.view(batch, self.layers, self.heads)
+            rows = np.minimum(np.floor(shares + 1e-6).astype(np.int64) + 1, limit)
+        return rows.reshape(batch, self.layers, self.heads)
 
 
 def _largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -98,7 +106,10 @@ def _largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
     if min(counts) >= size:
         return torch.ones_like(value, dtype=torch.bool)
     ranked = [min(max(count, 1), size) for count in counts]
-    bound = torch.stack([row.topk(rank, sorted=False).values.amin(0, keepdim=True) for row, rank in zip(value, ranked)])
+    if len(set(ranked)) == 1:
+        bound = value.topk(ranked[0], sorted=False).values.amin(dim=1, keepdim=True)
+    else:
+        bound = torch.stack([row.topk(rank, sorted=False).values.amin(0, keepdim=True) for row, rank in zip(value, ranked)])
     count = torch.tensor(counts, device=value.device).unsqueeze(-1)
     above = value > bound
     tied = value == bound

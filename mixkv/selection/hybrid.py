@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..config import MixKVConfig
-from .apportion import apportion
+from .apportion import apportion, to_device, to_host
 from .ranking import Ranking
 from .sparsity import scoring_queries, sparsity
 
@@ -43,9 +44,6 @@ class Split(NamedTuple):
     def fixed(self) -> torch.Tensor:
         """Entries [B, Hkv] beside the last that are always resident."""
         return self.entries - self.chunk * self.slots
-
-    def to(self, device: torch.device) -> Split:
-        return Split(*(part.to(device) for part in self[:-1]), self.chunk)
 
 
 class Plan(NamedTuple):
@@ -102,15 +100,15 @@ def plan(
         ranks = text_first(ranks, image[:, : ranks.shape[-1]])
     ranking, candidates = narrowed(dataclasses.replace(ranking, ranks=ranks), config.hybrid_last), ranking.choosable
     split = allocate_entries(
-        sparse.cpu(),
-        ranking.base.cpu(),
-        ranking.choosable.cpu(),
-        window=(ranking.choosable - candidates).cpu(),
+        sparse,
+        ranking.base,
+        ranking.choosable,
+        window=ranking.choosable - candidates,
         chunk=config.hybrid_chunk,
         threshold=config.hybrid_threshold,
         floor=config.hybrid_floor,
         first=config.hybrid_first,
-    ).to(key.device)
+    )
     fixed = fixed_ranks(split, ranking.choosable, padding, ranking.ranks.shape[-1])
     ranks = torch.where(split.dynamic.unsqueeze(-1), fixed, ranking.ranks)
     return Plan(
@@ -164,7 +162,7 @@ def allocate_entries(
     many chunks a dynamic head attends to in the end, `mixkv.selection.global_budget` decides.
 
     Args:
-        sparse: [B, Hkv], of `sparsity`; like all tensors here on the CPU, since not every device has float64.
+        sparse: [B, Hkv], of `sparsity`.
         base: [B] int, entries per head on average, beside the window.
         choosable: [B, Hkv] int, tokens of the prompt but for its last, those of the window included.
         window: [B, Hkv] int, how many of them are the window's.
@@ -173,24 +171,27 @@ def allocate_entries(
         floor: see above.
         first: the prompt's first tokens that dynamic heads always keep resident.
     """
-    candidates, mean = choosable - window, base.unsqueeze(-1)
+    device = sparse.device
+    sparse, (base, choosable, window) = sparse.cpu().numpy(), to_host(base, choosable, window)
+    candidates, mean = choosable - window, base[:, None]
     share = mean + window
-    total = (base * sparse.shape[-1]).minimum(candidates.sum(dim=-1))
+    total = np.minimum(base * sparse.shape[-1], candidates.sum(axis=-1))
     dynamic = ((sparse < threshold) | (threshold == 1)) & (share >= first + chunk) & (mean < candidates)
     whole = dynamic * (share - (share - first) % chunk)
-    rest = total - (whole - dynamic * window).sum(dim=-1)
-    room = torch.where(dynamic, 0, candidates)
-    pruned = rest.minimum(room.sum(dim=-1))
-    weight = (1 - sparse.double() + 1e-6) * ~dynamic
-    equal = (~dynamic).double()
-    weight, equal = (part / part.sum(dim=-1, keepdim=True).clamp(min=1e-30) for part in (weight, equal))
-    shares = pruned.unsqueeze(-1) * (floor * equal + (1 - floor) * weight)
+    rest = total - (whole - dynamic * window).sum(axis=-1)
+    room = np.where(dynamic, 0, candidates)
+    pruned = np.minimum(rest, room.sum(axis=-1))
+    weight = (1 - sparse.astype(np.float64) + 1e-6) * ~dynamic
+    weight, equal = (
+        part / part.sum(axis=-1, keepdims=True).clip(min=1e-30) for part in (weight, (~dynamic).astype(np.float64))
+    )
+    shares = pruned[:, None] * (floor * equal + (1 - floor) * weight)
     static = ~dynamic * window + apportion(shares, pruned, room)
     left = rest - pruned
-    equal = dynamic.double() / dynamic.sum(dim=-1, keepdim=True).clamp(min=1)
-    entries = whole + static + apportion(left.unsqueeze(-1) * equal, left, torch.where(dynamic, choosable - whole, 0))
-    slots = torch.where(dynamic, (entries - first) // chunk, 0)
-    return Split(dynamic, entries, slots, first * dynamic.long(), chunk)
+    equal = dynamic / dynamic.sum(axis=-1, keepdims=True).clip(min=1)
+    entries = whole + static + apportion(left[:, None] * equal, left, np.where(dynamic, choosable - whole, 0))
+    slots = np.where(dynamic, (entries - first) // chunk, 0)
+    return Split(*(to_device(part, device) for part in (dynamic, entries, slots, first * dynamic.astype(np.int64))), chunk)
 
 
 def text_first(ranks: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

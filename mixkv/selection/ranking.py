@@ -30,7 +30,7 @@ class Selection:
 
     @property
     def positions(self) -> list[list[torch.Tensor]]:
-        """[B][Hkv] int32 tensors: the kept positions, ascending."""
+        """``[B][Hkv]`` int32 tensors: the kept positions, ascending."""
         return split_positions(self.flat_positions, self.lengths)
 
 

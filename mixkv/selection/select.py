@@ -164,7 +164,7 @@ def base_entries(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
 def entries_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:
     """The budget in KV entries for prompts of ``length`` [B] real tokens; a float is a share, rounded to the nearest entry."""
     if isinstance(budget, float):
-        return (length.cpu().double() * budget).round().long().to(length.device)
+        return torch.tensor([round(tokens * budget) for tokens in length.tolist()], device=length.device)
     return torch.full_like(length, budget)
 
 

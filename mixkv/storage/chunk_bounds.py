@@ -9,7 +9,7 @@ import torch
 
 # Steps between the smallest and the largest element of a head's keys, to which bounds are rounded.
 _STEPS = 15
-# Chunks that are copied at once, at least.
+# Chunks whose bounds are computed at once, at least.
 _BLOCK = 64
 
 
@@ -26,25 +26,35 @@ def of_chunks(
     Returns: ``(codes, grid)``: uint8 [chunks, D], in the upper four bits the level of the largest element, in the lower that of the
         smallest; float32 [sequences, 2, D], each sequence's lowest level and what lies between one and the next.
     """
-    # Copies of a part of the chunks at a time.
-    block = max(_BLOCK, starts.numel() // 32)
-    offset = torch.arange(chunk, device=key.device).minimum(rows.unsqueeze(-1) - 1)
-    index = starts.unsqueeze(-1) + offset
-    high, low = torch.cat([torch.stack(key[part].aminmax(dim=1)[::-1]) for part in index.split(block)], dim=1).float()
+    # Some chunks at a time: what is computed in between takes many times the bytes of the codes.
+    blocks = torch.arange(starts.numel(), device=key.device).split(max(_BLOCK, starts.numel() // 32))
+    offset = torch.arange(chunk, device=key.device)
+    low, high = (key.new_empty(starts.numel(), key.shape[1]) for _ in range(2))
+    for block in blocks:
+        inside = offset.minimum(rows[block].unsqueeze(-1) - 1)
+        low[block], high[block] = key[starts[block].unsqueeze(-1) + inside].aminmax(dim=1)
     index = sequence.unsqueeze(-1).expand_as(high)
-    lowest = high.new_full((sequences, key.shape[1]), torch.inf).scatter_reduce(0, index, low, "amin")
-    highest = high.new_full((sequences, key.shape[1]), -torch.inf).scatter_reduce(0, index, high, "amax")
+    lowest = high.new_full((sequences, key.shape[1]), torch.inf).scatter_reduce(0, index, low, "amin").float()
+    highest = high.new_full((sequences, key.shape[1]), -torch.inf).scatter_reduce(0, index, high, "amax").float()
     lowest, highest = (part.masked_fill(lowest > highest, 0.0) for part in (lowest, highest))
     # A little wider than the range, so that rounding never puts the largest element above the last level.
     step = (
         (highest - lowest) / _STEPS * (1 + 2**-20) + (lowest.abs() + highest.abs()) * 2**-23 + torch.finfo(torch.float32).tiny
     )
-    base, width = lowest[sequence], step[sequence]
+    codes = torch.empty(high.shape, dtype=torch.uint8, device=key.device)
+    for block in blocks:
+        base, width = lowest[sequence[block]], step[sequence[block]]
+        codes[block] = _codes(low[block].float(), high[block].float(), base, width)
+    return codes, torch.stack([lowest, step], dim=1)
+
+
+def _codes(low: torch.Tensor, high: torch.Tensor, base: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    """The codes of chunks with elements from ``low`` to ``high``, in levels ``base + n * width``; all float32 [chunks, D]."""
     above = ((high - base) / width).ceil().clamp(0, _STEPS)
     above = (above + (base + above * width < high).float()).clamp(max=_STEPS)
     below = ((low - base) / width).floor().clamp(0, _STEPS)
     below = (below - (base + below * width > low).float()).clamp(min=0)
-    return (16 * above + below).to(torch.uint8), torch.stack([lowest, step], dim=1)
+    return (16 * above + below).to(torch.uint8)
 
 
 def choose(scores: torch.Tensor, slots: torch.Tensor, most: int) -> torch.Tensor:

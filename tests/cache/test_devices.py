@@ -50,12 +50,12 @@ def test_masks_are_read_once_a_prompt_or_turn_though_each_layer_has_its_own_copy
     assert len(copied) == 6 * len(cache.layers) and len(read) == 2
 
 
-def test_drafts_as_long_as_the_prompt_have_valid_columns_of_their_own():
-    known = state.Shared(mixkv.MixKVConfig())
+def test_drafts_as_long_as_the_prompt_have_valid_tokens_of_their_own():
+    known = state.CacheState(mixkv.MixKVConfig())
     masks = torch.tensor([[0, 1, 1], [1, 1, 1]]), torch.tensor([[1, 1, 1], [1, 1, 1]])
-    assert known.valid_columns(masks[0], 0, 3).tolist() == masks[0].bool().tolist()
-    assert known.valid_columns(masks[1], 3, 3) is None
-    assert known.valid_columns(masks[0].clone(), 0, 3).tolist() == masks[0].bool().tolist()
+    assert known.valid_tokens(masks[0], 0, 3).tolist() == masks[0].bool().tolist()
+    assert known.valid_tokens(masks[1], 3, 3) is None
+    assert known.valid_tokens(masks[0].clone(), 0, 3).tolist() == masks[0].bool().tolist()
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

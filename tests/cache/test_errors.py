@@ -199,7 +199,7 @@ def _tiny(kind, **more):
 def test_not_a_model():
     with pytest.raises(ValueError, match="PreTrainedModel, not Linear"):
         mixkv.patch(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="config goes by name"):
+    with pytest.raises(ValueError, match="pass a config by keyword"):
         MixKVCache(MixKVConfig())
 
 

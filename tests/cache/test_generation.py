@@ -235,7 +235,7 @@ def test_decode_budget_bounds_long_decoding(name, method):
             for positions in row:
                 assert positions[-6:].tolist() == list(range(101, 107))
                 assert (positions[1:] > positions[:-1]).all()
-        assert layer.query_tail.shape[2] == 6
+        assert layer.window.query.shape[2] == 6
 
 
 def test_without_decode_budget_nothing_generated_is_dropped():

@@ -13,8 +13,8 @@ from support import oracle, zoo
 import mixkv
 from mixkv import MixKVConfig
 from mixkv.selection.apportion import apportion
-from mixkv.selection.global_budget import Contest
-from mixkv.selection.global_topk import Votes
+from mixkv.selection.global_budget import GlobalBudget
+from mixkv.selection.global_topk import GlobalTopK
 from mixkv.selection.select import rank
 from mixkv.storage.ragged import RaggedStore
 
@@ -34,20 +34,20 @@ def offline(importance, base, floor):
     ]
     limit = len(entries) // (layers * heads)
     base = min(base, limit)
-    votes = torch.zeros(layers * heads, dtype=torch.float64)
+    counts = torch.zeros(layers * heads, dtype=torch.float64)
     for _, layer, head, _ in sorted(entries)[: base * layers * heads]:
-        votes[layer * heads + head] += limit - base
+        counts[layer * heads + head] += limit - base
     for one in range(layers):
         for _, _, head, _ in sorted(entry for entry in entries if entry[1] == one)[: base * heads]:
-            votes[one * heads + head] += base
-    shares = (1 - floor) * (votes / max(limit, 1)) + floor * base
+            counts[one * heads + head] += base
+    shares = (1 - floor) * (counts / max(limit, 1)) + floor * base
     total, limits = torch.tensor(base * layers * heads), torch.full((layers * heads,), limit)
-    return apportion(shares, total, limits).view(layers, heads)
+    return torch.from_numpy(apportion(shares, total, limits)).view(layers, heads)
 
 
 @dataclass
 class Layer:
-    """What a contest knows of a layer."""
+    """What a `GlobalBudget` uses of a layer."""
 
     store: RaggedStore
     key: torch.Tensor
@@ -57,7 +57,7 @@ class Layer:
     def row_totals(self):
         return self.store.row_totals
 
-    def trim(self, ranks, quota):
+    def evict(self, ranks, quota):
         return self.store.evict(ranks, quota.flatten())
 
 
@@ -89,19 +89,19 @@ def prompt(layers, heads, length, window, seed, pads, levels):
 )
 def test_streaming_equals_offline(layers, heads, length, budget, floor, pads, levels, seed):
     config = MixKVConfig(method="global", score="mix-output", budget=budget, window=6, global_floor=floor)
-    contest, held, rankings = Contest(layers, floor), [], []
+    shared, held, rankings = GlobalBudget(layers, floor), [], []
     total = None
     for query, key, value, mask in prompt(layers, heads, length, 6, seed, pads, levels):
         ranking = rank(query, key, value, config, attention_mask=mask)
         rankings.append(ranking)
         before = sum(layer.store.total for layer in held)
         assert total is None or before <= total
-        selection = ranking.take(contest.enter(ranking))
+        selection = ranking.take(shared.add_layer(ranking))
         layer = Layer(RaggedStore.from_selection(key, value, selection, "torch"), key)
         held.append(layer)
-        contest.settle(layer, selection)
-        total = contest.total
-    assert contest.over
+        shared.finish_layer(layer, selection)
+        total = shared.total + shared.slack
+    assert shared.complete
     for row, pad in enumerate(pads):
         importance = [ranking.importance[row] for ranking in rankings]
         quota = offline(importance, budget - 6, floor)
@@ -116,16 +116,35 @@ def test_streaming_equals_offline(layers, heads, length, budget, floor, pads, le
                 assert torch.equal(rows, layer.key[row, head, kept[head].long()])
 
 
-def test_votes_so_far_are_never_below_the_final_ones():
-    votes = Votes(0.2)
+def test_few_layers_are_laid_out_anew(monkeypatch):
+    """Every layer once in the end, and few before that; what is held meanwhile stays within the total and its slack."""
+    evictions = []
+    evict = RaggedStore.evict
+    monkeypatch.setattr(RaggedStore, "evict", lambda store, *args: evictions.append(store) or evict(store, *args))
+    layers, heads, length = 24, 2, 256
+    config = MixKVConfig(method="global", score="mix-output", budget=48, window=6)
+    budgeted, held = GlobalBudget(layers, 0.2), []
+    for query, key, value, _ in prompt(layers, heads, length, 6, 1, (0,), 1000):
+        assert sum(layer.store.total for layer in held) <= budgeted.total + budgeted.slack
+        ranking = rank(query, key, value, config)
+        selection = ranking.take(budgeted.add_layer(ranking))
+        held.append(Layer(RaggedStore.from_selection(key, value, selection, "torch"), key))
+        budgeted.finish_layer(held[-1], selection)
+    assert budgeted.complete and sum(layer.store.total for layer in held) == budgeted.total == layers * heads * 48
+    assert 0 < budgeted.slack <= min(budgeted.total / 8, heads * length / 4)
+    assert layers <= len(evictions) <= 2.5 * layers
+
+
+def test_quotas_so_far_are_never_below_the_final_ones():
+    counts = GlobalTopK(0.2)
     generator = torch.Generator().manual_seed(3)
     seen = []
     for _ in range(5):
         importance = torch.rand(2, 3, 50, generator=generator)
-        votes.add(torch.tensor([9, 9]), torch.full((2, 3), 50), importance, num_layers=5)
-        seen.append(votes.quota())
+        counts.add(torch.tensor([9, 9]), torch.full((2, 3), 50), importance, num_layers=5)
+        seen.append(counts.quota())
     final = seen[-1]
-    assert final.sum(dim=(1, 2)).tolist() == [5 * 3 * 9] * 2
+    assert final.sum(axis=(1, 2)).tolist() == [5 * 3 * 9] * 2
     assert (final >= int(0.2 * 9)).all()
     for count, quota in enumerate(seen[:-1], 1):
         assert (quota >= final[:, :count]).all()
@@ -133,10 +152,10 @@ def test_votes_so_far_are_never_below_the_final_ones():
 
 
 def test_layers_with_other_numbers_of_heads_are_refused():
-    votes = Votes(0.2)
-    votes.add(torch.tensor([2]), torch.full((1, 3), 9), torch.rand(1, 3, 9), num_layers=2)
+    counts = GlobalTopK(0.2)
+    counts.add(torch.tensor([2]), torch.full((1, 3), 9), torch.rand(1, 3, 9), num_layers=2)
     with pytest.raises(ValueError, match="layer 1 has 2 KV heads and the first has 3"):
-        votes.add(torch.tensor([2]), torch.full((1, 2), 9), torch.rand(1, 2, 9), num_layers=2)
+        counts.add(torch.tensor([2]), torch.full((1, 2), 9), torch.rand(1, 2, 9), num_layers=2)
 
 
 FAMILIES = ["llama", "qwen3", "gemma3"]
@@ -194,7 +213,7 @@ def test_chunks_turns_and_copies(name="llama"):
     tokens, _ = oracle.generate(model, prompts, 5, past_key_values=whole)
     assert torch.equal(oracle.generate(model, prompts, 5, past_key_values=chunked, prefill_chunk_size=16)[0], tokens)
     assert rows_per_layer(whole) == rows_per_layer(chunked)
-    assert whole._shared.contest is None
+    assert whole._state.shared_budget is None
     second = torch.cat([prompts["input_ids"], tokens, prompts["input_ids"][:, :9]], dim=1)
     before = rows_per_layer(whole)
     copies = [whole, copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))]
@@ -217,7 +236,7 @@ def test_drafts_that_arrive_with_the_prompt(name):
         greedy, drafted = mixkv.MixKVCache(model, **OPTIONS), mixkv.MixKVCache(model, **OPTIONS)
         tokens = model.generate(**prompts, past_key_values=greedy, max_new_tokens=8, do_sample=False)
         out = model.generate(**prompts, past_key_values=drafted, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
-        assert torch.equal(out, tokens) and drafted._shared.contest is None
+        assert torch.equal(out, tokens) and drafted._state.shared_budget is None
         for layer in range(len(greedy.layers)):
             for mine, expected in zip(drafted.kept(layer)[0], greedy.kept(layer)[0], strict=True):
                 assert torch.equal(mine[mine < columns], expected[expected < columns])

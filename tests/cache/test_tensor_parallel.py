@@ -150,13 +150,13 @@ def layers(mesh, method, seed):
                 ]
                 act(caches[part][index], modules[part][index], *cut)
 
-    step(40, lambda layer, module, *new: layer.adopt(module, *new, new[0].transpose(1, 2), mask, LogitOptions(0.4)))
+    step(40, lambda layer, module, *new: layer.fill(module, *new, new[0].transpose(1, 2), mask, LogitOptions(0.4)))
     kept = [compare(caches, mesh)]
 
     def decode(layer, module, query, key, value):
         layer.seen, layer.arrived = layer.seen + 1, 1
         layer.decode(query, key, value, LogitOptions(0.4))
-        layer.settle(query, None)
+        layer.enforce_decode_budget(query, None)
 
     for _ in range(9):
         step(1, decode)

@@ -138,4 +138,4 @@ def test_resuming_with_another_model_is_refused(command, tmp_path, capsys):
     lines = (tmp_path / "profile.safetensors.jsonl").read_text().splitlines()
     (tmp_path / "profile.safetensors.jsonl").write_text("\n".join([json.dumps(json.loads(lines[0]) | {"name": "x"})]) + "\n")
     assert command("--resume") == 2
-    assert "name='x' and is now to go on with 'qwen2_vl'" in capsys.readouterr().err
+    assert "name='x', and this run has 'qwen2_vl'" in capsys.readouterr().err

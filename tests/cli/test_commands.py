@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import sys
+import warnings
+from subprocess import run
 
 import pytest
 from support.text_models import make_model, make_text, make_tokenizer
@@ -96,7 +99,7 @@ def test_bench_draws(folder, tmp_path, capsys):
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     assert cli.main(["bench", *arguments, "--batch", "1,2"]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert "2 rows of 100 tokens" in capsys.readouterr().out
+    assert "batch size 2, 100 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -177,3 +180,22 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
     assert cli.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert missing in error and "pip install 'mixkv[demo]'" in error
+
+
+def test_texts_need_no_package_of_pages(folder):
+    code = "import sys; sys.modules.update(PIL=None, matplotlib=None, torchvision=None); from mixkv import cli; cli.main(sys.argv[1:])"
+    done = run([sys.executable, "-c", code, *compare_arguments(folder)], capture_output=True, text=True, timeout=300)
+    assert "snapkv" in done.stdout, done.stderr
+
+
+def test_warnings_are_one_line(capsys, monkeypatch):
+    shown = warnings.formatwarning
+    monkeypatch.setattr("mixkv.cli.info.run", lambda options: warnings.warn("mixkv: plain torch is used"))
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        # pytest records warnings in place of showing them.
+        monkeypatch.setattr(
+            warnings, "showwarning", lambda *given: print(warnings.formatwarning(*given), end="", file=sys.stderr)
+        )
+        assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "mixkv: plain torch is used\n" and warnings.formatwarning is shown

@@ -47,9 +47,7 @@ def test_pages_come_from_their_seed_alone():
 def test_ink_is_where_the_words_are():
     document = page.make("screen", 2)
     image = numpy.asarray(render.draw(document.pages[0], 2)).astype(float).mean(-1)
-    cells = (
-        image.reshape(page.SIDE, render.CELL, page.SIDE, render.CELL).transpose(0, 2, 1, 3).reshape(page.SIDE, page.SIDE, -1)
-    )
+    cells = image.reshape(page.SIDE, page.CELL, page.SIDE, page.CELL).transpose(0, 2, 1, 3).reshape(page.SIDE, page.SIDE, -1)
     spread = numpy.quantile(cells, 0.99, axis=-1) - numpy.quantile(cells, 0.01, axis=-1)
     shown = numpy.array([[cell in words.TEXT for cell in row] for row in document.pages[0].cells])
     blank = numpy.array([[cell in (words.BLANK, words.LINE_END) for cell in row] for row in document.pages[0].cells])

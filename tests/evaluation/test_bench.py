@@ -58,7 +58,7 @@ def test_a_picture_of_a_benchmark(model, tokenizer, tmp_path, batches):
     charts.bench(records, str(tmp_path / "out.svg"), "a title")
     drawn = (tmp_path / "out.svg").read_text()
     # Texts of a picture in SVG are shapes, with the text itself in a comment before them.
-    assert all(f"<!-- {word} -->" in drawn for word in ("a title", "full", "snapkv", "adakv", "floor: 40 tokens"))
+    assert all(f"<!-- {word} -->" in drawn for word in ("a title", "full", "snapkv", "adakv", "floor: full cache of 40 tokens"))
     assert ("(batch 2)" in drawn) == (batches == (1, 2))
 
 

@@ -19,7 +19,7 @@ def test_tokens_and_boxes_meet_character_by_character():
     aligned = boxes.align(loaded, asked)
     ids = aligned.inputs["input_ids"][0].tolist()
     first, end = ids.index(zoo.IMAGE), len(ids)
-    assert [(target.column, target.token) for target in aligned.targets] == [(end - 4, 10), (end - 3, 20), (end - 2, 30)]
+    assert [(target.position, target.token) for target in aligned.targets] == [(end - 4, 10), (end - 3, 20), (end - 2, 30)]
     row = tuple(first + place for place in (3, 4, 5))
     assert [target.shown for target in aligned.targets] == [(first, first + 4), row, row]
 
@@ -55,7 +55,7 @@ def test_every_token_of_an_answer_is_shown_by_its_cell(reader, kind):
         shown = [cells[column - first] for target in aligned.targets for column in target.shown]
         assert shown == [tokenizer.decode([target.token]).strip() for target in aligned.targets]
         assert "".join(shown) == asked.answer.replace(", ", "").replace(" ", "")
-        assert [ids[target.column] for target in aligned.targets] == [target.token for target in aligned.targets]
+        assert [ids[target.position] for target in aligned.targets] == [target.token for target in aligned.targets]
         text = tokenizer.decode(ids[ids.index(6) + len(cells) :])
         assert text == f"{asked.question}{questions.END}{questions.ASSISTANT} {asked.answer}"
 
@@ -72,5 +72,5 @@ def test_models_and_images_that_cannot_be_judged():
     with pytest.raises(InputError, match="Qwen2VLProcessor cannot read images of 4 x 1000 pixels: .*aspect ratio"):
         boxes.align(load("qwen2_vl"), narrow)
     two = Asked([zoo_processors.picture(24, 24)] * 2, "w5", "w10", [Box(0, 3, 1, 0, 0, 4, 4)])
-    with pytest.raises(InputError, match="one image a prompt is needed"):
+    with pytest.raises(InputError, match="use one image per prompt"):
         boxes.align(load("internvl"), two)

@@ -50,5 +50,5 @@ def test_results_by_hand():
 def test_a_budget_that_compresses_nothing_is_told():
     tokenizer = make_tokenizer()
     found = evaluate.run(make_model(), tokenizer, [(("file", 30, 0), lambda: sample_of(tokenizer, 30))], CONFIGS)
-    with pytest.raises(InputError, match="budget 40 holds the whole context of task file"):
+    with pytest.raises(InputError, match="budget 40 is not below the length of the context of task file"):
         next(found)

@@ -19,7 +19,7 @@ def test_journal_takes_up_where_it_stopped(tmp_path):
     again.add({"task": "t", "tokens": 5, "seed": 2})
     assert path.read_bytes() == whole
     assert journal.read(str(path))[1] == again.records
-    with pytest.raises(InputError, match=r"configs=\[1\] and is now to go on with \[2\]"):
+    with pytest.raises(InputError, match=r"configs=\[1\], and this run has \[2\]"):
         journal.Journal(str(path), {**header, "configs": [2]}, resume=True)
     lines = whole.decode().splitlines()
     path.write_text("\n".join([lines[0], "{", lines[2]]) + "\n")

@@ -19,12 +19,12 @@ def test_every_token_of_an_answer_is_shown_by_the_same_characters_of_the_text(sm
         answer = sample.expected[seed % len(sample.expected)]
         targets = aligned.targets
         assert small_lm.tokenizer.decode([target.token for target in targets]).strip() == answer
-        assert [target.column for target in targets] == list(range(len(ids) - len(targets), len(ids)))
-        columns = sorted({column for target in targets for column in target.shown})
-        assert columns == list(range(columns[0], columns[-1] + 1)) and columns[-1] < targets[0].column
-        assert answer in small_lm.tokenizer.decode(ids[columns])
-        fact = small_lm.tokenizer.decode(ids[max(columns[0] - 8, 0) : columns[-1] + 1]).rstrip("., ")
-        said = small_lm.tokenizer.decode(ids[targets[0].column - 2 :])
+        assert [target.position for target in targets] == list(range(len(ids) - len(targets), len(ids)))
+        positions = sorted({position for target in targets for position in target.shown})
+        assert positions == list(range(positions[0], positions[-1] + 1)) and positions[-1] < targets[0].position
+        assert answer in small_lm.tokenizer.decode(ids[positions])
+        fact = small_lm.tokenizer.decode(ids[max(positions[0] - 8, 0) : positions[-1] + 1]).rstrip("., ")
+        said = small_lm.tokenizer.decode(ids[targets[0].position - 2 :])
         assert fact.endswith(said.strip())
         for target in targets:
             assert small_lm.tokenizer.decode([target.token]).strip() in small_lm.tokenizer.decode(ids[list(target.shown)])

@@ -53,10 +53,10 @@ def test_halves_share_no_prose():
         ("[1]", "line 2 is not a JSON object"),
         ('{"context": "w1"}', "line 2 has no 'answer'"),
         ('{"answer": "w1"}', "line 2 has no 'context'"),
-        ('{"context": "w1", "question": ["w2"], "answer": "w3"}', "line 2 must hold"),
-        ('{"context": "w1", "question": ["w2", "w3"], "answer": ["w3"]}', "line 2 must hold"),
-        ('{"context": 3, "answer": "w3"}', "line 2 must hold"),
-        ('{"context": " ", "answer": "w3"}', "line 2 must hold"),
+        ('{"context": "w1", "question": ["w2"], "answer": "w3"}', "line 2 must have"),
+        ('{"context": "w1", "question": ["w2", "w3"], "answer": ["w3"]}', "line 2 must have"),
+        ('{"context": 3, "answer": "w3"}', "line 2 must have"),
+        ('{"context": " ", "answer": "w3"}', "line 2 must have"),
     ],
 )
 def test_broken_data_is_told_by_line(tmp_path, line, message):

@@ -197,7 +197,7 @@ def test_short_and_long_contexts(folder, context, continuation, same):
 
 
 def test_rolling_likelihood_is_refused(folder, tasks):
-    with pytest.raises(NotImplementedError, match="rolling asks for the likelihood of whole texts"):
+    with pytest.raises(NotImplementedError, match="rolling requests the likelihood of whole texts"):
         evaluate("mixkv", folder, tasks, ["rolling"], ",budget=64")
 
 

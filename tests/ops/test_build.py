@@ -51,6 +51,7 @@ def test_no_compiler_warns_once(tmp_path):
     """
     done = run_python(code, MIXKV_CACHE=str(tmp_path), MIXKV_BACKEND="auto")
     assert done.returncode == 0 and done.stdout.startswith("1 ") and "no C++ compiler" in done.stdout, done.stderr
+    assert "mixkv build" in done.stdout and len(done.stdout.splitlines()) == 1
     forced = run_python(code, MIXKV_CACHE=str(tmp_path), MIXKV_BACKEND="native")
     assert forced.returncode and "cannot be used: no prebuilt library" in forced.stderr
 

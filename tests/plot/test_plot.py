@@ -1,4 +1,4 @@
-"""Pictures say what the cache says, and matplotlib stays out until one is drawn."""
+"""Pictures show the numbers of the cache, and matplotlib is imported when one is drawn."""
 
 import subprocess
 import sys
@@ -57,6 +57,9 @@ def test_heat_maps_show_the_numbers_of_stats(name, row):
         assert numbers[layer].tolist() == ([-1, -1] if part is None else part[row].tolist())
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("KV head", "layer")
     ax.figure.canvas.draw()
+    for part in ax.figure.axes:
+        box = part.get_tightbbox()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= ax.figure.bbox.width and box.y1 <= ax.figure.bbox.height
 
 
 def test_sparsity_shows_the_map_of_heads():
@@ -66,17 +69,18 @@ def test_sparsity_shows_the_map_of_heads():
         model(**prompts, past_key_values=cache)
     ax = plot.sparsity(cache, row=1)
     numbers, marked = drawn_numbers(ax), ax.collections[0].get_offsets().tolist()
-    told = cache.stats()
-    for layer, (sparse, dynamic) in enumerate(zip(told["sparsity"], told["dynamic"])):
+    found = cache.stats()
+    for layer, (sparse, dynamic) in enumerate(zip(found["sparsity"], found["dynamic"])):
         assert numbers[layer].tolist() == ([-1, -1] if sparse is None else sparse[1].tolist())
         for head in range(2):
             assert ([head, layer] in marked) == (dynamic is not None and bool(dynamic[1, head]))
     assert marked
+    assert [part.get_text() for part in ax.get_legend().get_texts()] == ["dynamic head"]
     with pytest.raises(ValueError, match="method='global' does not classify"):
         plot.sparsity(read()[0])
 
 
-def test_heat_maps_draw_where_they_are_told():
+def test_heat_maps_are_drawn_on_given_axes():
     cache, _ = read("llama")
     _, (left, right) = pyplot.subplots(1, 2)
     assert plot.budgets(cache, ax=left) is left and plot.redundancy(cache, ax=right) is right
@@ -115,8 +119,27 @@ def test_text_is_drawn_whole_in_the_colour_of_its_share():
     colours = ax.collections[0].get_facecolors()
     share = text.shares(cache, 48, row=1)[7:].tolist()
     assert len(colours) == len(shown) == len(share)
-    assert [float(colour[0]) for colour in colours] == pytest.approx([1 - part * (1 - 0x4A / 255) for part in share], abs=0.01)
-    ax.figure.canvas.draw()
+    expected = [1 - part**0.5 * (1 - 0x4A / 255) for part in share]
+    assert [float(colour[0]) for colour in colours] == pytest.approx(expected, abs=0.01)
+    inks = [part.get_color() for part in ax.texts]
+    assert inks == ["black" if part else text.EVICTED_TEXT for part in share] and len(set(inks)) == 2
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new figure", "given Axes"])
+def test_the_text_fills_its_axes_and_has_a_colour_bar(given):
+    cache, ids = read("llama", (48, 48))
+    ax = pyplot.subplots(figsize=(4, 6), layout="constrained")[1] if given else None
+    ax = plot.kept(cache, Tokenizer(), ids, width=40, ax=ax)
+    figure = ax.figure
+    figure.canvas.draw()
+    bar = next(other for other in figure.axes if other is not ax)
+    assert [text.get_text() for text in bar.get_xticklabels()] == ["0 (evicted)", "5%", "20%", "50%", "all"]
+    for other in figure.axes:
+        box = other.get_tightbbox()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    for piece in ax.texts:
+        box = piece.get_window_extent().transformed(ax.transData.inverted())
+        assert box.width == pytest.approx(len(piece.get_text()), rel=0.15), "a character is one unit wide"
 
 
 def test_lay_out():
@@ -182,14 +205,14 @@ def test_tradeoff_draws_a_line_a_method_in_order_of_size():
     assert line.get_xydata().tolist() == [[64, 0.4], [128, 0.2]]
     assert [segment[:, 1].round(6).tolist() for segment in bars.get_segments()] == [[0.3, 0.5], [0.15, 0.4]]
     assert not drawn["snapkv, mix"][2], "no interval, no bar"
-    assert ax.get_xlabel() == "held (MiB)" and "KL" in ax.get_ylabel()
+    assert ax.get_xlabel() == "size of the cache (MiB)" and "KL" in ax.get_ylabel()
 
 
 def test_tradeoff_by_other_numbers():
     results = [dict(method="adakv", score=score, budget=64, accuracy=0.5) for score in ("mix", "attn")]
     _, given = pyplot.subplots()
     ax = plot.tradeoff(results, quality="accuracy", ax=given)
-    assert ax is given and (ax.get_xlabel(), ax.get_ylabel()) == ("budget (rows per KV head)", "accuracy")
+    assert ax is given and (ax.get_xlabel(), ax.get_ylabel()) == ("budget (entries per KV head)", "accuracy")
     assert len(ax.get_legend_handles_labels()[1]) == 2
 
 

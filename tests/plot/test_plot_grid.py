@@ -70,7 +70,7 @@ def test_two_images_in_a_prompt(name):
     prompts = zoo_processors.encode(processor, [images])
     columns = int(prompts["input_ids"].eq(zoo.IMAGE).sum())
     if name == "internvl":
-        with pytest.raises(ValueError, match="cannot be told for internvl: one image a prompt is needed"):
+        with pytest.raises(ValueError, match="is unknown for internvl: use one image per prompt"):
             locate(model.config, SIZES[:2], columns)
         return
     found = locate(model.config, SIZES[:2], columns, grids(prompts))
@@ -179,9 +179,9 @@ def test_internvl_arrangements_at_the_checkpoints_sizes():
 
 
 def test_images_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="no patch grid is known for 'llama': known are gemma3, "):
+    with pytest.raises(ValueError, match="no patch grid is known for 'llama'; choose a model of gemma3, "):
         locate(SimpleNamespace(model_type="llama"), [(24, 24)], 9)
-    with pytest.raises(ValueError, match="1 images of sizes .* take 9 columns in llava, but the prompt has 12"):
+    with pytest.raises(ValueError, match="1 images of sizes .* give 9 image tokens in llava, but the prompt has 12"):
         locate(zoo.build("llava").config, [(24, 24)], 12)
     with pytest.raises(ValueError, match="needs the image_grid_thw of its 2 images"):
         locate(zoo.build("qwen2_vl").config, [(24, 24)] * 2, 18, [(1, 6, 6)])

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mixkv
 from mixkv.selection.apportion import apportion
 from mixkv.selection.methods.adakv import ada
 from mixkv.selection.methods.pyramidkv import pyramid
@@ -18,7 +19,7 @@ def test_apportion_is_exact_and_within_limits(heads, fill):
     total = (limit.sum(-1) * fill).long()
     weights = torch.tensor([[weight for weight, _ in heads]], dtype=torch.float64) + 1e-3
     shares = weights / weights.sum() * total
-    got = apportion(shares, total, limit)
+    got = torch.from_numpy(apportion(shares, total, limit))
     assert got.sum() == total
     assert (got >= 0).all() and (got <= limit).all()
     if (shares <= limit).all():
@@ -27,7 +28,7 @@ def test_apportion_is_exact_and_within_limits(heads, fill):
 
 def test_apportion_gives_the_remainder_to_the_largest_fractions():
     shares = torch.tensor([[1.5, 2.25, 0.75, 2.5]])
-    got = apportion(shares, torch.tensor([7]), torch.full((1, 4), 9))
+    got = torch.from_numpy(apportion(shares, torch.tensor([7]), torch.full((1, 4), 9)))
     assert got.tolist() == [[2, 2, 1, 2]]
 
 
@@ -89,3 +90,11 @@ def test_profile_surplus_goes_to_other_heads():
 def test_profile_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\[3, 2\].*4 compressed layers of 2 KV heads"):
         from_profile(torch.tensor([9]), torch.full((1, 2), 40), ((1.0, 1.0),) * 3, layer_idx=0, num_layers=4, floor=0.1)
+
+
+@pytest.mark.parametrize("budget", [256, 512])
+def test_pyramid_keeps_a_prompt_shorter_than_the_budget_whole(budget):
+    query, key, value = torch.randn(1, 4, 32, 16), torch.randn(1, 2, 36, 16), torch.randn(1, 2, 36, 16)
+    config = mixkv.MixKVConfig(method="pyramidkv", budget=budget, window=32)
+    for layer in (0, 3, 27):
+        assert mixkv.select(query, key, value, config, layer_idx=layer, num_layers=28).lengths.tolist() == [[36, 36]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...registry import Method, add
-from ..apportion import apportion, total_rows
+from ..apportion import apportion, to_device, to_host, total_rows
 from ..context import AllocationContext
 
 
@@ -16,25 +16,26 @@ def ada(base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, 
     top ``base``, belong to head h, which gets ``(1 - floor) * n_h + floor * base``.
 
     Args:
-        base: [B] int, candidates kept per head on average; on the CPU.
-        candidates: [B, Hkv] int, candidates to choose from; on the CPU.
+        base: [B] int, candidates kept per head on average.
+        candidates: [B, Hkv] int, candidates to choose from.
         importance: [B, Hkv, M] float32, such as pooled window attention; 0 or -inf for padding.
     """
     batch, heads, length = importance.shape
-    total = total_rows(base, candidates)
     if length == 0:
         return candidates.clone()
+    means, limits = to_host(base, candidates)
+    totals = total_rows(means, limits)
     real = importance.clamp(min=0)
-    top = real.topk(min(int(base.max()), length), dim=-1).values
+    top = real.topk(min(int(means.max()), length), dim=-1).values
     in_top = torch.arange(top.shape[-1], device=real.device) < base.to(real.device).view(-1, 1, 1)
     concentration = (top * in_top).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1e-30)
     weighted = (real * concentration).masked_fill(importance.isneginf(), -1.0)
-    largest = min(int(total.max()), heads * length)
-    owner = weighted.flatten(1).topk(largest, dim=-1).indices // length
-    counted = torch.arange(largest, device=real.device) < total.to(real.device).unsqueeze(-1)
-    counts = torch.zeros(batch, heads, dtype=torch.int64, device=real.device).scatter_add_(1, owner, counted.long())
-    shares = (1 - floor) * counts.cpu().double() + floor * total.double().unsqueeze(-1) / heads
-    return apportion(shares, total, candidates)
+    largest = min(int(totals.max()), heads * length)
+    owners = weighted.flatten(1).topk(largest, dim=-1).indices // length
+    counted = (torch.arange(largest, device=real.device) < to_device(totals, real.device)[:, None]).long()
+    counts = torch.zeros(batch, heads, dtype=torch.long, device=real.device).scatter_add_(1, owners, counted)
+    shares = (1 - floor) * counts.cpu().numpy() + floor * totals[:, None] / heads
+    return to_device(apportion(shares, totals, limits), candidates.device)
 
 
 def allocate(context: AllocationContext) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from ...config import MixKVConfig
 from ...registry import Method, add
 from ..context import AllocationContext
-from ..global_budget import Contest
+from ..global_budget import GlobalBudget
 from .adakv import ada
 
 
@@ -16,9 +16,9 @@ def allocate(context: AllocationContext) -> torch.Tensor:
     return ada(context.budget, context.candidates, context.importance, floor=context.config.global_floor)
 
 
-def new_budget(config: MixKVConfig, num_layers: int, patient: bool = False) -> Contest:
+def new_budget(config: MixKVConfig, num_layers: int, patient: bool = False) -> GlobalBudget:
     """The budget that the layers of one prompt share."""
-    return Contest(num_layers, config.global_floor, config.layer_exponent, patient=patient)
+    return GlobalBudget(num_layers, config.global_floor, config.layer_exponent, patient=patient)
 
 
 add(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ...registry import Method, add
-from ..apportion import apportion
+from ..apportion import apportion, to_device, to_host
 from ..context import AllocationContext
-from .snapkv import uniform
+from .snapkv import uniform_on_host
 
 
 def pyramid(base: torch.Tensor, candidates: torch.Tensor, *, layer_idx: int, num_layers: int, beta: int) -> torch.Tensor:
@@ -15,16 +16,21 @@ def pyramid(base: torch.Tensor, candidates: torch.Tensor, *, layer_idx: int, num
 
     The first layer's share is ``2 * base - base // beta``, less where the prompt has fewer candidates.
     """
-    limit = candidates.amax(dim=-1).double()
-    mean = base.double().minimum(limit)
-    top = (2 * mean - (base // beta).double()).minimum(limit)
+    means, limits = to_host(base, candidates)
+    limit = limits.max(axis=-1)
+    mean = np.minimum(means, limit).astype(np.float64)
+    # At least the mean: a prompt that is shorter than its budget is kept whole.
+    top = np.minimum(np.maximum(2 * mean - means // beta, mean), limit)
     bottom = 2 * mean - top
-    steps = torch.linspace(0, 1, num_layers, dtype=torch.float64, device=base.device)
-    shares = top.unsqueeze(-1) + (bottom - top).unsqueeze(-1) * steps
+    step = np.arange(num_layers)
+    # From either end, so that layers as far from the middle have shares that sum to twice the mean, to the bit.
+    width = 1 / max(num_layers - 1, 1)
+    steps = np.where(step < num_layers // 2, step * width, 1 - (num_layers - 1 - step) * width)
+    shares = top[:, None] + (bottom - top)[:, None] * steps
     if num_layers == 1:
-        shares = mean.unsqueeze(-1)
-    layers = apportion(shares, (mean * num_layers).long(), limit.unsqueeze(-1).expand_as(shares).long())
-    return uniform(layers[:, layer_idx], candidates)
+        shares = mean[:, None]
+    layers = apportion(shares, (mean * num_layers).astype(np.int64), np.broadcast_to(limit[:, None], shares.shape))
+    return to_device(uniform_on_host(layers[:, layer_idx], limits), candidates.device)
 
 
 def allocate(context: AllocationContext) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ...registry import Method, add
-from ..apportion import apportion, total_rows
+from ..apportion import apportion, to_device, to_host, total_rows
 from ..context import AllocationContext
 
 
@@ -16,7 +17,12 @@ def uniform(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         base: [B] int, candidates kept per head on average.
         candidates: [B, Hkv] int, candidates to choose from.
     """
-    shares = base.double().unsqueeze(-1).expand(candidates.shape)
+    return to_device(uniform_on_host(*to_host(base, candidates)), candidates.device)
+
+
+def uniform_on_host(base: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """`uniform` of arrays."""
+    shares = np.broadcast_to(base[:, None], candidates.shape)
     return apportion(shares, total_rows(base, candidates), candidates)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ...head_profile import Table
 from ...registry import Method, add
-from ..apportion import apportion
+from ..apportion import apportion, to_device, to_host
 from ..context import AllocationContext
 
 
@@ -21,21 +22,22 @@ def from_profile(
         profile: [num_layers, Hq] (summed over each group) or [num_layers, Hkv].
     """
     batch, heads = candidates.shape
-    scores = torch.tensor(profile, dtype=torch.float64, device=base.device)
+    scores = np.array(profile, dtype=np.float64)
     if scores.shape[0] != num_layers or scores.shape[1] % heads:
         raise ValueError(
             f"profile has shape {list(scores.shape)}, but the model has {num_layers} compressed layers of {heads} KV heads: "
             f"give a table [{num_layers}, query heads] or [{num_layers}, {heads}]"
         )
-    scores = scores.view(num_layers, heads, -1).sum(-1)
+    scores = scores.reshape(num_layers, heads, -1).sum(-1)
     share = (scores / scores.sum()).flatten()
-    limit = candidates.amax(dim=-1, keepdim=True).expand(batch, share.numel())
-    total = (base * share.numel()).minimum(limit.sum(-1))
-    pool = (base.double() * share.numel() * (1 - floor)).unsqueeze(-1)
-    model = apportion(share * pool + floor * base.double().unsqueeze(-1), total, limit)
-    mine = model.view(batch, num_layers, heads)[:, layer_idx]
+    means, limits = to_host(base, candidates)
+    limit = np.broadcast_to(limits.max(axis=-1, keepdims=True), (batch, share.size))
+    total = np.minimum(means * share.size, limit.sum(-1))
+    pool = (means * share.size * (1 - floor))[:, None]
+    model = apportion(share * pool + floor * means[:, None], total, limit)
+    mine = model.reshape(batch, num_layers, heads)[:, layer_idx]
     # Heads of one prompt have equally many candidates; when a cache is compressed again they may not.
-    return apportion(mine.double(), mine.sum(-1).minimum(candidates.sum(-1)), candidates)
+    return to_device(apportion(mine, np.minimum(mine.sum(-1), limits.sum(-1)), limits), candidates.device)
 
 
 def allocate(context: AllocationContext) -> torch.Tensor:

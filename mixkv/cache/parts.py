@@ -1,0 +1,178 @@
+"""The parts of a layer's state: each knows how to take batch rows, how many bytes it has, and how it is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .. import tensor_parallel
+from ..config import MixKVConfig
+from ..storage import rows as stored_rows
+
+Tensors = dict[str, torch.Tensor]
+Numbers = dict[str, Any]
+
+
+class Part(Protocol):
+    """What a layer holds of one kind.
+
+    A class of parts has ``restore(tensors, numbers, config) -> part``, the part whose ``state`` these are, or None; tensors are
+    on the layer's device and belong to the part.
+    """
+
+    nbytes: int
+
+    def take_rows(self, rows: list[int]) -> None:
+        """Makes batch row i a copy of former batch row ``rows[i]``."""
+
+    def state(self) -> tuple[Tensors, Numbers]:
+        """Tensors (not copied) and JSON values, under names that no other part has."""
+
+
+class PromptSoFar:
+    """Keys and values of a prompt that has not been read to its end: key [B, Hkv, tokens, D], value [B, Hkv, tokens, Dv]."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor):
+        self.key, self.value = key, value
+
+    def joined(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """With ``key``, ``value`` of further tokens."""
+        return torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.key, self.value)
+
+    def take_rows(self, rows: list[int]) -> None:
+        self.key, self.value = self.key[rows], self.value[rows]
+
+    def state(self) -> tuple[Tensors, Numbers]:
+        raise ValueError("the prompt has not been read to its end: save the cache once it has been")
+
+    @classmethod
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> None:
+        return None
+
+
+class QueryWindow:
+    """The last queries, which score the candidates at the next compression.
+
+    ``query``: [B, Hq, n, D]; n is the window, and more while the prompt is being read or tokens may be taken back.
+    """
+
+    def __init__(self, query: torch.Tensor | None = None):
+        self.query = query
+
+    def append(self, query: torch.Tensor, wanted: int, valid: torch.Tensor | None = None) -> None:
+        """Appends ``query`` [B, Hq, n, D] and keeps the last ``wanted``; ``valid`` [B, n], False for padding, which is left out."""
+        query, new = query.detach(), query.shape[2]
+        if self.query is not None:
+            query = torch.cat([self.query, query], dim=2)
+        if valid is not None:
+            real = torch.nn.functional.pad(valid, (query.shape[2] - new, 0), value=True)
+            order = real.long().argsort(dim=-1, stable=True)
+            query = query.gather(2, order[:, None, :, None].expand_as(query))
+        self.query = query[:, :, -wanted:].clone()
+
+    def crop(self, count: int) -> None:
+        """Removes the last ``count``."""
+        self.query = self.query[:, :, : self.query.shape[2] - count]
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.query)
+
+    def take_rows(self, rows: list[int]) -> None:
+        self.query = self.query[rows]
+
+    def state(self) -> tuple[Tensors, Numbers]:
+        return {"query_tail": self.query}, {}
+
+    @classmethod
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> QueryWindow | None:
+        return cls(tensors["query_tail"]) if "query_tail" in tensors else None
+
+
+@dataclass
+class PromptStatistics:
+    """What compression measured on the prompt.
+
+    Attributes:
+        redundancy: float32 [B, Hkv].
+        modal_redundancy: float32 [B, Hkv, 2], of image keys and of text keys; None: no image, or it is not known.
+        sparsity: float32 [B, Hkv]; dynamic: bool [B, Hkv], how ``hybridkv`` classified heads; else None.
+        share: for every batch row, this layer's rows to those of the average layer; None: all layers alike.
+        weighs_output: whether rows were weighed by what they add to the layer's output; None: they were not to be.
+    """
+
+    redundancy: torch.Tensor
+    modal_redundancy: torch.Tensor | None = None
+    sparsity: torch.Tensor | None = None
+    dynamic: torch.Tensor | None = None
+    share: list[float] | None = None
+    weighs_output: bool | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(*self._tensors().values())
+
+    def take_rows(self, rows: list[int]) -> None:
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor[rows])
+        self.share = None if self.share is None else [self.share[row] for row in rows]
+
+    def state(self) -> tuple[Tensors, Numbers]:
+        return self._tensors(), {"share": self.share, "weighs_output": self.weighs_output}
+
+    @classmethod
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> PromptStatistics:
+        measured = {name: tensors.get(name) for name in ("modal_redundancy", "sparsity", "dynamic")}
+        return cls(tensors["redundancy"], **measured, share=numbers["share"], weighs_output=numbers.get("weighs_output"))
+
+    def _tensors(self) -> Tensors:
+        return {name: part for name, part in vars(self).items() if torch.is_tensor(part)}
+
+
+class RemoteHeads(tensor_parallel.Spread):
+    """How many rows the heads of the layer have that other processes hold (tensor parallelism)."""
+
+    nbytes = 0
+
+    def state(self) -> tuple[Tensors, Numbers]:
+        raise ValueError("other processes hold heads of this layer: it cannot be saved")
+
+    @classmethod
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> None:
+        return None
+
+
+# Attribute of a layer -> its ``restore``. A layer has None where it holds nothing of a kind.
+PARTS = {
+    "prompt": PromptSoFar.restore,
+    "rows": stored_rows.restore,
+    "remote": RemoteHeads.restore,
+    "window": QueryWindow.restore,
+    "statistics": PromptStatistics.restore,
+}
+
+
+def from_earlier(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a layer that version 0.1.0 pickled, in parts."""
+    former = dict(attributes)
+    dense, store, chunks, query = (former.pop(name) for name in ("dense", "store", "chunks", "query_tail"))
+    measured = {
+        name: former.pop(name) for name in ("redundancy", "modal_redundancy", "sparsity", "dynamic", "share", "weighs_output")
+    }
+    return former | {
+        "prompt": None if dense is None else PromptSoFar(*dense),
+        "rows": None if store is None else stored_rows.with_chunks(store, chunks),
+        "remote": former.pop("spread"),
+        "window": None if query is None else QueryWindow(query),
+        "statistics": None if store is None else PromptStatistics(**measured),
+    }
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
