@@ -46,7 +46,7 @@ def readme() -> str:
         size = f"{run['bytes'] / 2**20:.1f} MiB ({run['bytes_to_full']:.1%})"
         step = f"{1000 * run['step_seconds']:.0f} ms ({run['step_to_full']:.0%})"
         rows.append([label, size, step, *(_percent(kind, evaluated, 128) for kind in KINDS[:3])])
-    return table(["cache", "memory", "decode step", "forms", "receipts", "two pages"], rows)
+    return table(["cache", "memory", "decode step", "answers: forms", "receipts", "two pages"], rows)
 
 
 def methods() -> str:
