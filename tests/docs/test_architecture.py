@@ -1,0 +1,20 @@
+"""docs/architecture.md names files that exist, and every room."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+NAMED = sorted(set(re.findall(r"`((?:[\w.]+/)*(?:\w+\.py|\w+/))`", TEXT)))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_files_exist(name):
+    assert (ROOT / "mixkv" / name).exists() or (ROOT / name).exists()
+
+
+def test_every_room_is_named():
+    rooms = {folder.name for folder in (ROOT / "mixkv").iterdir() if (folder / "__init__.py").is_file()}
+    assert rooms <= {name.strip("/") for name in NAMED}
