@@ -99,8 +99,8 @@ def views(
     **options: Any,
 ) -> list[View]:
     """What `explore` shows, in the order of the slider. Args and errors as there."""
-    inputs = dict(tokenizer(prompt, return_tensors="pt") if isinstance(prompt, str) else prompt)
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    given = tokenizer(prompt, return_tensors="pt") if isinstance(prompt, str) else prompt
+    inputs = {name: value.to(model.device) for name, value in given.items()}
     batch, length = inputs["input_ids"].shape
     if batch != 1:
         raise ValueError(f"prompt has {batch} rows of input_ids: give one")
@@ -145,7 +145,7 @@ def _image_html(cache: MixKVCache, image, inputs: Mapping[str, torch.Tensor], co
 
     ax = kept_patches(cache, image, inputs, config)
     file = io.BytesIO()
-    ax.figure.savefig(file, format="jpeg", dpi=110, pil_kwargs={"quality": 70})
+    ax.figure.savefig(file, format="jpeg", dpi=90, pil_kwargs={"quality": 70})
     import_pyplot().close(ax.figure)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
