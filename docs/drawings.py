@@ -112,7 +112,15 @@ def walk() -> plt.Figure:
     box(ax, 5.3, 2.25, 3.1, 0.4, "append the new key and value in place")
     box(ax, 5.3, 2.9, 3.1, 0.5, "attend over what each head keeps")
     arrow(ax, (6.85, 2.65), (6.85, 2.9))
-    box(ax, 0.2, 4.4, 8.2, 0.36, "RaggedStore: key, value, position in flat buffers; where each head starts, and its length", KEPT)
+    box(
+        ax,
+        0.2,
+        4.4,
+        8.2,
+        0.36,
+        "RaggedStore: key, value, position in flat buffers; where each head starts, and its length",
+        KEPT,
+    )
     arrow(ax, (2.35, 4.05), (2.35, 4.4))
     arrow(ax, (6.5, 3.4), (6.5, 4.4))
     arrow(ax, (7.2, 4.4), (7.2, 3.4))
@@ -122,7 +130,12 @@ def walk() -> plt.Figure:
 def global_budget() -> plt.Figure:
     """What is held while layers are read one by one under method="global"."""
     figure, ax = canvas(8.2, 2.9)
-    steps = [("layer 0 is read", (12,)), ("layer 1 is read", (9, 12)), ("layer 2 is read", (6, 11, 12)), ("at the end", (4, 9, 5))]
+    steps = [
+        ("layer 0 is read", (12,)),
+        ("layer 1 is read", (9, 12)),
+        ("layer 2 is read", (6, 11, 12)),
+        ("at the end", (4, 9, 5)),
+    ]
     for column, (title, held) in enumerate(steps):
         x = 0.2 + 2.02 * column
         label(ax, x, 0.25, title, weight="bold")
@@ -135,7 +148,12 @@ def global_budget() -> plt.Figure:
     legend(
         ax, 0.2, 2.3, [(OUTSIDE, "all keys and values of the layer being read"), (KEPT, "kept so far"), (EVICTED, "evicted")]
     )
-    label(ax, 0.2, 2.65, "A layer's share can only shrink as later layers arrive, so what is evicted early would be evicted in the end.")
+    label(
+        ax,
+        0.2,
+        2.65,
+        "A layer's share can only shrink as later layers arrive, so what is evicted early would be evicted in the end.",
+    )
     return figure
 
 
@@ -157,7 +175,12 @@ def hybrid() -> plt.Figure:
     arrow(ax, (3.9, 2.18), (3.2, 2.18))
     arrow(ax, (3.0, 1.95), (3.0, 1.62), "chunks are chosen", "right")
     label(ax, 0.2, 2.62, "A step attends to the resident tokens and the chosen chunks.")
-    legend(ax, 0.2, 2.95, [(KEPT, "resident"), (WINDOW, "last tokens, resident"), (OUTSIDE, "outside, in chunks"), (EVICTED, "evicted")])
+    legend(
+        ax,
+        0.2,
+        2.95,
+        [(KEPT, "resident"), (WINDOW, "last tokens, resident"), (OUTSIDE, "outside, in chunks"), (EVICTED, "evicted")],
+    )
     return figure
 
 

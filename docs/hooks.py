@@ -8,6 +8,7 @@ import posixpath
 import re
 from pathlib import Path
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,14 +17,16 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[\w-]+)?\)")
 
 def outside():
     """Paths in the repository of the pages that are added."""
-    found = [*sorted((ROOT / "research").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+    found = [*sorted((ROOT / "research").glob("*.md")), ROOT / "benchmarks" / "README.md", ROOT / "examples" / "tour.ipynb"]
     found += [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md") if (ROOT / name).is_file()]
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 
+# Before the plugin that renders notebooks looks for them.
+@event_priority(100)
 def on_files(files, config):
     for path in outside():
-        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+        files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 

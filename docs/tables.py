@@ -46,7 +46,7 @@ def readme() -> str:
         size = f"{run['bytes'] / 2**20:.1f} MiB ({run['bytes_to_full']:.1%})"
         step = f"{1000 * run['step_seconds']:.0f} ms ({run['step_to_full']:.0%})"
         rows.append([label, size, step, *(_percent(kind, evaluated, 128) for kind in KINDS[:3])])
-    return table(["cache", "memory", "decode step", "forms", "receipts", "two pages"], rows)
+    return table(["cache", "memory", "decode step", "answers: forms", "receipts", "two pages"], rows)
 
 
 def methods() -> str:
@@ -152,7 +152,9 @@ def demo() -> str:
     for run in json.loads((RESULTS / "demo_smollm2.json").read_text(encoding="utf-8"))["runs"]:
         name = "full" if run["method"] == "full" else f"`{run['method']}`, `{run['score']}`, {run['budget']}"
         size = f"{run['bytes'] / 2**20:.1f} MiB"
-        rows.append([name, size, f"{run['bytes_ratio']:.0%}", f"{run['step_ratio']:.2f}", f"{run['mean_kl']:.3f}", run["answer"]])
+        rows.append(
+            [name, size, f"{run['bytes_ratio']:.0%}", f"{run['step_ratio']:.2f}", f"{run['mean_kl']:.3f}", run["answer"]]
+        )
     return table(["cache", "memory", "of full", "decode step, of full", "KL", "answer"], rows)
 
 
@@ -259,7 +261,9 @@ def _summary(name: str, caches: tuple[tuple[str, str], ...]) -> tuple[dict, dict
         if seeds[record["seed"]] == len(tasks)
     ]
     rows = paired.summary(whole, configs, caches[0])
-    return header, {(row["method"], row["budget"], row["task"]): row for row in rows if (row["method"], row["score"]) == caches[-1]}
+    return header, {
+        (row["method"], row["budget"], row["task"]): row for row in rows if (row["method"], row["score"]) == caches[-1]
+    }
 
 
 def _percent(task: str, cache: tuple[str, str] | None, budget: int | float, names: tuple[str, ...] = _PAGES) -> str:

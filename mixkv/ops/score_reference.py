@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 # Numbers of a head that a block may take whatever the prompt's length: a short prompt is one block.
-_NUMBERS = 1 << 17
+_NUMBERS = 1 << 16
 # A block's float32 copies take at most this share of the bytes of the layer's keys and values.
 _SHARE = 1 / 16
 

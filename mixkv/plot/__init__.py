@@ -2,7 +2,8 @@
 
 from .heads import budgets, redundancy, sparsity
 from .patches import kept_patches
+from .slider import explore
 from .text import kept
 from .tradeoff import tradeoff
 
-__all__ = ["budgets", "kept", "kept_patches", "redundancy", "sparsity", "tradeoff"]
+__all__ = ["budgets", "explore", "kept", "kept_patches", "redundancy", "sparsity", "tradeoff"]

@@ -129,7 +129,10 @@ def rank(
     scores = _compute(score, context).masked_fill(padding, -torch.inf)
     competes = registry.method(config.method).uses_output_importance
     importance = context.output_importance if competes else context.importance
-    real = context.valid.expand(batch, heads, length).sum(dim=-1)
+    valid, measured = context.valid, context.redundancy
+    # What the context has computed is not needed while candidates are sorted.
+    del context
+    real = valid.expand(batch, heads, length).sum(dim=-1)
     longest = real.amax(dim=-1) if longest is None else longest
     return Ranking(
         ranks=_ranks(scores, (length - longest).tolist() if mask is not None else [0] * batch),
@@ -137,8 +140,8 @@ def rank(
         base=base_entries(config, longest),
         real=real,
         choosable=(real - window).clamp(min=0),
-        window=context.valid[..., length - window :],
-        redundancy=context.redundancy,
+        window=valid[..., length - window :],
+        redundancy=measured,
         scores=scores,
     )
 
