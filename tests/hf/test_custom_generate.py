@@ -9,6 +9,7 @@ from support import zoo
 from transformers import GenerationConfig
 
 import mixkv
+from mixkv.hf.versions import cache_argument
 
 FOLDER = Path(__file__).parents[2]
 SMALL = dict(budget=14, window=6)
@@ -61,7 +62,7 @@ def test_a_config_and_options_over_it():
 def test_a_cache_that_is_given_is_used():
     model, prompts = zoo.build("llama"), zoo.inputs("llama", 40)
     cache = mixkv.MixKVCache(model, **SMALL)
-    assert generate(model, prompts, past_key_values=cache, budget=20, window=6).past_key_values is cache
+    assert generate(model, prompts, **cache_argument(cache), budget=20, window=6).past_key_values is cache
 
 
 def test_a_model_loaded_from_such_a_folder(tmp_path):
