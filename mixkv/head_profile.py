@@ -31,6 +31,8 @@ class Profile(tuple):
         model: its ``model_type``; None: not known.
     """
 
+    model: str | None
+
     def __new__(cls, rows: Iterable[tuple[float, ...]], model: str | None = None):
         table = super().__new__(cls, rows)
         table.model = model

@@ -102,7 +102,8 @@ def add(entry: Method | Score) -> None:
     Raises:
         ValueError: the name cannot be used.
     """
-    kind, entries = ("method", METHODS) if isinstance(entry, Method) else ("score", SCORES)
+    kind = "method" if isinstance(entry, Method) else "score"
+    entries: dict[str, Any] = METHODS if isinstance(entry, Method) else SCORES
     if not isinstance(entry.name, str) or not _NAME.fullmatch(entry.name):
         raise ValueError(
             f"{kind} name {entry.name!r} must be a letter followed by letters, digits, '-', '_' or '.': take another name"

@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ class MixKVCache(TrackedCache):
     def _bind(self, model: PreTrainedModel) -> None:
         model = binding.unwrap(model)
         if registry.method(self.config.method).needs_profile:
-            head_profile.check_model(self.config.profile, model.config.model_type)
+            head_profile.check_model(cast(head_profile.Table, self.config.profile), model.config.model_type)
         slots = binding.bind(model, self)
         self._bound_to = binding.ModelReference(model)
         if self.layers:
@@ -113,7 +113,7 @@ class MixKVCache(TrackedCache):
                 self._read_plan(layer, key_states)
             result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             self._batch = batch
-            if stock_layers.keeps_prompt_alive(layer):
+            if not isinstance(layer, MixKVLayer) and stock_layers.keeps_prompt_alive(layer):
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         except BaseException:
             self._undo_forward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -149,7 +150,7 @@ class RemoteHeads(tensor_parallel.Spread):
 
 
 # Attribute of a layer -> its ``restore``. A layer has None where it holds nothing of a kind.
-PARTS = {
+PARTS: dict[str, Callable[..., Any]] = {
     "prompt": PromptSoFar.restore,
     "rows": stored_rows.restore,
     "remote": RemoteHeads.restore,

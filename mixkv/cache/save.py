@@ -58,7 +58,8 @@ def save(cache, path: str | os.PathLike) -> None:
             "this cache belongs to a tensor-parallel model and holds only this process's heads: it cannot be saved. Read the "
             "prompt with the model loaded in one process, without tp_plan"
         )
-    tensors, layers = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    layers = []
     for index, layer in enumerate(cache.layers):
         try:
             held, numbers = _state(layer) if isinstance(layer, MixKVLayer) else stock_layers.state(layer)

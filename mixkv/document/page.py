@@ -256,6 +256,6 @@ def _decorate(page: Page, chance: random.Random) -> None:
         around = page.cells[row][max(column - 2, 0) : column + 3]
         if all(cell == BLANK for cell in around):
             page.cells[row][column] = chance.choice(list(DECORATION))
-    for row in page.cells:
-        if row[-1] == BLANK:
-            row[-1] = LINE_END
+    for line in page.cells:
+        if line[-1] == BLANK:
+            line[-1] = LINE_END

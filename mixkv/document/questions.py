@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 def ask(document: Document, facts: Sequence[Fact], phrasing: str | int = 0) -> str:
     """The question for ``facts``: ``phrasing`` 0 to 3, or ``"held out"``."""
     group = "position" if document.kind == "screen" else "value"
-    phrase = HELD_OUT_PHRASING[group] if phrasing == "held out" else PHRASINGS[group][phrasing]
+    phrase = HELD_OUT_PHRASING[group] if phrasing == "held out" else PHRASINGS[group][int(phrasing)]
     keys = [fact.key for fact in facts]
     return phrase.format(" and ".join(filter(None, (", ".join(keys[:-1]), keys[-1]))))
 

@@ -37,7 +37,7 @@ def draw(page: Page, seed: int | str, *, font: str | None = None, mixed: bool = 
     chance = random.Random(f"draw {seed}")
     face = font or chance.choice(FONTS)
     size = chance.choice(SIZES)
-    marks = [[None] * SIDE for _ in range(SIDE)]
+    marks: list[list[numpy.ndarray | None]] = [[None] * SIDE for _ in range(SIDE)]
     for row, line in enumerate(page.cells):
         for column, cell in enumerate(line):
             if mixed:

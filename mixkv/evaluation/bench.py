@@ -96,7 +96,9 @@ def _batch(
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """`run` for one batch size."""
-    caches, held, peaks = {}, {}, {}
+    caches: dict[Name, measure.Cache] = {}
+    held: dict[Name, measure.Held] = {}
+    peaks: dict[Name, int | None] = {}
     prefills: Turns = [{} for _ in range(repeats)]
     rests: Turns = [{} for _ in range(repeats)]
     firsts: Turns = [{} for _ in range(repeats)]

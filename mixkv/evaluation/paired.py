@@ -61,7 +61,7 @@ def summary(
                 "answered": sum(record["answered"] for record in mine) if right else None,
                 "kept": sum(result["kept"] for result in results) if right else None,
             }
-            change = (None,) * 3
+            change: tuple[float | None, ...] = (None,) * 3
             if others is not None:
                 change = relative_change([r["kl"] for r in results], [r["kl"] for r in others])
             row |= dict(zip(("kl_change", "kl_low", "kl_high"), change))
@@ -90,10 +90,11 @@ def draws(count: int, seed: int) -> torch.Tensor:
     return torch.randint(count, (_DRAWS, count), generator=torch.Generator().manual_seed(seed))
 
 
-def interval(drawn: torch.Tensor) -> list[float]:
+def interval(drawn: torch.Tensor) -> tuple[float, float]:
     """The central 95 % interval of ``drawn``."""
     edge = (1 - _LEVEL) / 2
-    return torch.quantile(drawn, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(drawn, torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def _mean(results: list[dict[str, Any]], name: str) -> float:

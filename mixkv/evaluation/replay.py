@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -87,7 +88,8 @@ class Recording:
     def answer(self, first: torch.Tensor, count: int) -> torch.Tensor:
         """The full cache's greedy answer [1, n <= count] after tokens ``first`` [1, f], including the end-of-text token."""
         ends = end_tokens(self.model)
-        cache, fed, tokens = self.compressed(None), first, []
+        cache, fed = self.compressed(None), first
+        tokens: list[int] = []
         while len(tokens) < count and (not tokens or tokens[-1] not in ends):
             fed = self.follow(cache, fed, last=1).argmax(-1)
             tokens.append(int(fed))
@@ -147,7 +149,7 @@ class _ReplayLayer(MixKVLayer):
     name: str
 
     def _compressor(self) -> Compressor:
-        compressor = super()._compressor()
+        compressor = cast(_ReplayCompressor, super()._compressor())
         if self.known is not None:
             compressor.known, compressor.name = self.known, self.name
         return compressor

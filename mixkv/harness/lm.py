@@ -70,13 +70,13 @@ class MixKVLM(HFLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring from compressed caches") as bar:
             # The longest first, so that a lack of memory shows at once.
-            for context in sorted(by_context, key=len, reverse=True):
-                cache = self._read(context[:-1])
-                indices = by_context[context]
+            for prefix in sorted(by_context, key=len, reverse=True):
+                cache = self._read(prefix[:-1])
+                indices = by_context[prefix]
                 for index in indices:
                     own = cache if index == indices[-1] else copy.deepcopy(cache)
                     text, _, continuation = requests[index]
-                    answers[index] = self._score(own, context[-1], continuation)
+                    answers[index] = self._score(own, prefix[-1], continuation)
                     if text is not None:
                         self.cache_hook.add_partial("loglikelihood", text, answers[index])
                     bar.update(1)

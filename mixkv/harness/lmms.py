@@ -54,6 +54,8 @@ class MixKVLMM(lmms):
 class _Compressed:
     """Precedes a model class of lmms_eval in the method resolution order."""
 
+    model: Any
+
     def __init__(self, **given: Any):
         self.kv_config, others = options.split(given)
         super().__init__(**others)
@@ -88,7 +90,7 @@ class _Compressed:
         Raises:
             RuntimeError: a generation failed (some model classes return empty answers then), or ``generate`` was not called.
         """
-        answers = super().generate_until(requests)
+        answers = super().generate_until(requests)  # type: ignore[misc]
         if self._failures:
             raise RuntimeError(
                 f"{len(self._failures)} generations failed, the first with: {self._failures[0]}"

@@ -94,7 +94,7 @@ def attention_share(
     Returns: [B, Hkv, G, W] float32, 0 for a query that sees nothing.
     """
     logits = _logits(query, key, valid, scaling, softcap)
-    share = 0.0
+    share = torch.zeros((), device=query.device)
     for (first, last), weights in _weights(query, key, logits, sinks, key.shape[2]):
         share = share + weights.mul_(tokens[:, :, None, None, first:last]).sum(dim=-1)
     return share.nan_to_num_(0.0)

@@ -128,7 +128,7 @@ def _padded_square(height: int, width: int) -> tuple[float, float, float, float]
     return (1 - down) / 2, (1 - across) / 2, (1 + down) / 2, (1 + across) / 2
 
 
-def _unpadded(config, side: int, height: int, width: int, most: int | None = None) -> list[Patch | None]:
+def _unpadded(config, side: int, height: int, width: int, *, most: int | None = None) -> list[Patch | None]:
     """The tiles of an image padded to the best of several resolutions, without the padding; every row ends in a separator.
 
     ``side``: patches on the side of a tile. ``most``: patches above which the grid is made coarser.

@@ -164,13 +164,13 @@ def _margins(patches: Sequence[Patch]) -> list[tuple[float, float, float, float]
     return [strip for strip in strips if strip[2] - strip[0] > 1e-9 and strip[3] - strip[1] > 1e-9]
 
 
-def _grids_of(inputs: Mapping, config, tokens: list[int], prompt: int) -> list[tuple[int, ...]] | None:
+def _grids_of(inputs: Mapping, config, tokens: list[int], prompt: int) -> list[tuple[int, int, int]] | None:
     """The ``image_grid_thw`` of one prompt, out of those of a batch whose prompts have ``tokens`` image tokens each."""
     grids = inputs.get("image_grid_thw")
     if grids is None:
         return None
     merge = config.vision_config.spatial_merge_size
-    grids = [tuple(grid) for grid in grids.tolist()]
+    grids = [(time, height, width) for time, height, width in grids.tolist()]
     starts, filled = [], 0
     for time, height, width in grids:
         starts.append(filled)

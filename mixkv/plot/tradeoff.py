@@ -52,7 +52,7 @@ def tradeoff(
     ax = axes(ax, 6.0, 4.0)
     for name, points in drawn.items():
         sizes, values, low, high = zip(*points)
-        sizes = [part / 2**20 for part in sizes] if size == "bytes" else sizes
+        sizes = tuple(part / 2**20 for part in sizes) if size == "bytes" else sizes
         errors = [[value - end for value, end in zip(values, low)], [end - value for value, end in zip(values, high)]]
         ax.errorbar(sizes, values, yerr=errors if any(map(any, errors)) else None, marker="o", capsize=3, label=name)
     for record in records:

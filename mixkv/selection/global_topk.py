@@ -25,7 +25,9 @@ class GlobalTopK:
 
     def __init__(self, floor: float):
         self.floor, self.layers = floor, 0
-        self.value = self.owner = self._quota = None
+        self.value: torch.Tensor | None = None
+        self.owner: torch.Tensor | None = None
+        self._quota: np.ndarray | None = None
         # How many of each layer's own most important rows belong to each head: on the host, and not yet there.
         self.within: list[np.ndarray] = []
         self._arrived: list[torch.Tensor] = []

@@ -191,7 +191,9 @@ def allocate_entries(
     equal = dynamic / dynamic.sum(axis=-1, keepdims=True).clip(min=1)
     entries = whole + static + apportion(left[:, None] * equal, left, np.where(dynamic, choosable - whole, 0))
     slots = np.where(dynamic, (entries - first) // chunk, 0)
-    return Split(*(to_device(part, device) for part in (dynamic, entries, slots, first * dynamic.astype(np.int64))), chunk)
+    counts = (dynamic, entries, slots, first * dynamic.astype(np.int64))
+    dynamic, entries, slots, firsts = (to_device(part, device) for part in counts)
+    return Split(dynamic, entries, slots, firsts, chunk)
 
 
 def text_first(ranks: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,7 @@ class ChunkStore:
     counts: torch.Tensor
     slots: torch.Tensor
     first_positions: torch.Tensor
+    last: torch.Tensor
 
     def __init__(
         self,
@@ -84,12 +85,12 @@ class ChunkStore:
             return None
         rows = plan.chunked.flatten()
         spans = torch.stack([plan.first_chunked.flatten(), rows], dim=1).tolist()
-        taken = [
+        keys, values = (
             torch.cat([head[first : first + count] for head, (first, count) in zip(_heads(part), spans)])
             for part in (key, value)
-        ]
-        layout = (rows, plan.first_chunked.flatten(), plan.slots.flatten())
-        return cls.from_rows(*taken, *layout, key.shape[0], backend, chunk=plan.chunk, offload=offload)
+        )
+        first, slots = plan.first_chunked.flatten(), plan.slots.flatten()
+        return cls.from_rows(keys, values, rows, first, slots, key.shape[0], backend, chunk=plan.chunk, offload=offload)
 
     @classmethod
     def from_rows(
@@ -265,7 +266,8 @@ class ChunkStore:
         self._tally(chosen)
         chosen = chosen.flatten(0, 2)
         starts, rows = self._each(self.starts, new).unsqueeze(1), self._each(self.rows, new).unsqueeze(1)
-        blocks, pool = starts + self.chunk * chosen, self.pool
+        pool: Pool | Slots = self.pool
+        blocks = starts + self.chunk * chosen
         block_rows = (rows - self.chunk * chosen).clamp(max=self.chunk).masked_fill(chosen < 0, 0)
         if self.cached is not None:
             blocks, block_rows = self.cached.fetch(self.backend, chosen, blocks, block_rows, self.pool)

@@ -29,6 +29,10 @@ class RaggedStore:
     """
 
     buffers: RaggedBuffers
+    row_totals: list[int]
+    max_length: int
+    spare: int
+    tail: int
 
     def __init__(self, batch: int, heads: int, backend: str):
         self.batch, self.heads, self.backend = batch, heads, backend
@@ -61,7 +65,8 @@ class RaggedStore:
         ``backend`` is a name from `mixkv.registry.BACKENDS`.
         """
         key, value = key.detach(), value.detach()
-        store = cls(*key.shape[:2], dispatch.choose(backend, key.device, key.dtype, key.shape[3], value.shape[3]))
+        chosen = dispatch.choose(backend, key.device, key.dtype, key.shape[3], value.shape[3])
+        store = cls(key.shape[0], key.shape[1], chosen)
         store._compact(key, value, selection.flat_positions, selection.lengths)
         return store
 
@@ -85,7 +90,8 @@ class RaggedStore:
             bound: the former store's ``max_length`` if it was not ``even``: with it attention sums in the same order as there.
         """
         key, value, _ = rows
-        store = cls(*lengths.shape, dispatch.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1]))
+        chosen = dispatch.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1])
+        store = cls(lengths.shape[0], lengths.shape[1], chosen)
         store._measure(lengths.tolist())
         store.spare = _spare(store.total, lengths.numel())
         store.buffers = _empty(lengths.flatten(), store.total, store.spare, rows)
@@ -278,8 +284,8 @@ class RaggedStore:
     def _keep_rows(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
         """Keeps buffer rows ``rows``, sequence after sequence, ``counts`` [B, Hkv] of each."""
         key, value, position = self.buffers.rows
-        everything = (buffer.expand(self.batch, self.heads, -1, -1) for buffer in (key, value))
-        self._compact(*everything, rows.to(torch.int32), counts)
+        key, value = (buffer.expand(self.batch, self.heads, -1, -1) for buffer in (key, value))
+        self._compact(key, value, rows.to(torch.int32), counts)
         # What was written there is the rows they came from.
         self.buffers = self.buffers._replace(position=position.index_select(0, self.buffers.position))
 

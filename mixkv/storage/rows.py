@@ -25,12 +25,14 @@ class Rows(Protocol):
     Attributes:
         resident: the rows that every query attends to.
         chunks: those in chunks, of which every query chooses some; None: there are none.
-        nbytes: bytes held, those of chunks included.
     """
 
     resident: RaggedStore
     chunks: ChunkStore | None
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, those of chunks included."""
 
     def decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
@@ -199,8 +201,13 @@ def restore(tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> Rows:
     store = RaggedStore.from_rows(rows, tensors["lengths"], config.backend, tail=numbers["tail"], bound=numbers["bound"])
     if "chunk_key" not in tensors:
         return RaggedRows(store)
-    parts = (tensors["chunk_key"], tensors["chunk_value"], *(tensors[name].flatten() for name in _CHUNK_LAYOUT))
-    return ChunkedRows(
-        store,
-        ChunkStore.from_rows(*parts, store.batch, config.backend, chunk=config.hybrid_chunk, offload=config.offload),
+    chunks = ChunkStore.from_rows(
+        tensors["chunk_key"],
+        tensors["chunk_value"],
+        **{attribute: tensors[name].flatten() for name, attribute in _CHUNK_LAYOUT.items()},
+        batch=store.batch,
+        backend=config.backend,
+        chunk=config.hybrid_chunk,
+        offload=config.offload,
     )
+    return ChunkedRows(store, chunks)

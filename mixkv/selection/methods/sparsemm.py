@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 
@@ -44,7 +46,7 @@ def allocate(context: AllocationContext) -> torch.Tensor:
     return from_profile(
         context.budget,
         context.candidates,
-        context.config.profile,
+        cast(Table, context.config.profile),
         layer_idx=context.layer_idx,
         num_layers=context.num_layers,
         floor=context.config.sparsemm_floor,
