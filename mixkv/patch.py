@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import transformers
 from torch import nn
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from .cache import MixKVCache
 from .config import MixKVConfig, checked_config
 from .hf import binding, versions
+from .hf.weak_method import WeakMethod
 
 _HOOK = "_prepare_cache_for_generation"
 _CONFIG = "_mixkv_config"
@@ -40,8 +40,7 @@ def patch(model: nn.Module, config: MixKVConfig | None = None, **options) -> nn.
             f"transformers {transformers.__version__} has no {_HOOK}, through which patch hands in the cache: install "
             f"transformers=={versions.NEWEST_TESTED}, or pass generate a MixKVCache(model)"
         )
-    # Unlike a method, a partial of a module's function can be pickled, and copied with its model.
-    hook = partial(_prepare_cache, inner)
+    hook = WeakMethod(_prepare_cache, inner)
     binding.bind(inner, hook)
     setattr(inner, _CONFIG, config)
     inner.__dict__[_HOOK] = hook

@@ -1,4 +1,4 @@
-"""patch, unpatch, patched; what stats tell; what peak memory is."""
+"""patch, unpatch, patched; stats; peak memory."""
 
 import copy
 import subprocess

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
-from ..hf.image_tokens import ImageColumns
+from ..hf.image_tokens import ImageTokens
 from . import save, stats
 from .layer import MixKVLayer
 from .progress import Progress
@@ -218,7 +218,7 @@ class MixKVCache(TrackedCache):
         self._batch = state.prompt_length = state.expected_prompt = None
         state.pending_layer = state.shared_budget = state.before = None
         state.rollback_enabled = False
-        state.images = ImageColumns()
+        state.images = ImageTokens()
         if self.layers:
             self._make_layers()
         else:

@@ -10,7 +10,7 @@ import torch
 
 from ..config import MixKVConfig
 from ..hf.attention import visible
-from ..hf.image_tokens import ImageColumns
+from ..hf.image_tokens import ImageTokens
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from .progress import Progress
 
@@ -29,7 +29,7 @@ class Before:
     batch: int | None
     prompt_length: int | None
     rollback_enabled: bool
-    images: ImageColumns | None = None
+    images: ImageTokens | None = None
 
 
 @dataclass
@@ -57,7 +57,7 @@ class CacheState:
     pending_layer: Any | None = None
     shared_budget: GlobalBudget | ChunkBudget | None = None
     valid: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict, repr=False)
-    images: ImageColumns = field(default_factory=ImageColumns, repr=False)
+    images: ImageTokens = field(default_factory=ImageTokens, repr=False)
     progress: Progress | None = field(default_factory=Progress, repr=False)
     before: Before | None = field(default=None, repr=False)
     storing: bool = False

@@ -64,25 +64,26 @@ def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch
 
 
 def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
-    """Base attention over all columns so far; then, with the prompt complete, only the selected rows stay."""
+    """Base attention over all tokens read so far; then, with the prompt complete, only the selected rows are kept."""
     total, new = key.shape[2], query.shape[2]
     prompt = layer.prompt_length or total
     if total < prompt:
         output = base(module, query, key, value, mask, **kwargs)
         layer.append_prefill_chunk(query, key, value)
         return output
-    head = new - (total - prompt)
-    prompt_mask = mask if total == prompt else _slice_mask(mask, slice(head), slice(prompt))
-    output, weights = base(module, query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
+    # Of the new tokens, those that belong to the prompt; the rest are drafts.
+    own = new - (total - prompt)
+    prompt_mask = mask if total == prompt else _slice_mask(mask, slice(own), slice(prompt))
+    output, weights = base(module, query[:, :, :own], key[:, :, :prompt], value[:, :, :prompt], prompt_mask, **kwargs)
     logits = _logit_options(query, kwargs)
     valid = layer.state.valid_tokens(prompt_mask, 0, prompt)
     with torch.no_grad():
-        layer.compress(query[:, :, :head], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
+        layer.compress(query[:, :, :own], key[:, :, :prompt], value[:, :, :prompt], output, valid, logits)
     if total == prompt:
         return output, weights
     # Draft tokens came along with the prompt: they see the compressed cache, as they would in a forward of their own.
-    draft_mask = _slice_mask(mask, slice(head, None), slice(prompt, None))
-    draft = _continue(layer, query[:, :, head:], key[:, :, prompt:], value[:, :, prompt:], draft_mask, logits)
+    draft_mask = _slice_mask(mask, slice(own, None), slice(prompt, None))
+    draft = _continue(layer, query[:, :, own:], key[:, :, prompt:], value[:, :, prompt:], draft_mask, logits)
     return torch.cat([output, draft], dim=1), None
 
 
@@ -139,10 +140,10 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def _slice_mask(mask: torch.Tensor | None, rows: slice, columns: slice) -> torch.Tensor | None:
+def _slice_mask(mask: torch.Tensor | None, queries: slice, keys: slice) -> torch.Tensor | None:
     if mask is None:
         return None
-    return mask[:, columns] if mask.ndim == 2 else mask[..., rows, columns]
+    return mask[:, keys] if mask.ndim == 2 else mask[..., queries, keys]
 
 
 def _block_mask(mask: torch.Tensor | None, valid: torch.Tensor | None, new: int) -> torch.Tensor | None:

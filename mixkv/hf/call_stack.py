@@ -66,7 +66,7 @@ def _chunk_size(options) -> int | None:
 
 def _unknown() -> RuntimeError:
     return RuntimeError(
-        f"this prompt may come in several forwards or with drafts, and how long it is cannot be told in transformers "
+        f"this prompt may come in several forwards or with drafts, and its length is unknown in transformers "
         f"{transformers.__version__}: call cache.expect_prompt(length) with its length in tokens before generate, leave "
         f"prefill_chunk_size and assisted decoding out, or install transformers=={NEWEST_TESTED}"
     )
@@ -112,8 +112,8 @@ def calling_model() -> PreTrainedModel | None:
     return model
 
 
-def calling_ids(batch: int, columns: int) -> Iterator[tuple[torch.Tensor, object]]:
-    """Token ids [batch, columns] held by the models on the stack whose attention module is calling, with the model's config.
+def calling_ids(batch: int, tokens: int) -> Iterator[tuple[torch.Tensor, object]]:
+    """Token ids [batch, tokens] held by the models on the stack whose attention module is calling, with the model's config.
 
     The innermost first: a model's forward, or further up `generate`, which has a prompt as a whole where forwards see chunks
     or drafts along with it.
@@ -126,7 +126,7 @@ def calling_ids(batch: int, columns: int) -> Iterator[tuple[torch.Tensor, object
             continue
         if attention is None and hasattr(caller, "layer_idx"):
             attention = caller
-        if not isinstance(caller, PreTrainedModel) or not torch.is_tensor(ids) or ids.shape != (batch, columns):
+        if not isinstance(caller, PreTrainedModel) or not torch.is_tensor(ids) or ids.shape != (batch, tokens):
             continue
         if attention is not None and any(module is attention for module in caller.modules()):
             yield ids, caller.config

@@ -1,18 +1,17 @@
 """Methods of ``generate`` that a bound model has of its own. All of it reversible.
 
-Each function stands in for the method of the same name. A copied model keeps them; a pickled one has the class's own again,
-since a bound method is pickled by its name.
+Each function stands in for the method of the same name. A copied model keeps them; a pickled one has the class's own again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
 from . import versions
+from .weak_method import Override
 
 if TYPE_CHECKING:
     from transformers.generation.candidate_generator import CandidateGenerator
@@ -23,14 +22,14 @@ def override(model: PreTrainedModel) -> None:
     for method in _METHODS:
         name = method.__name__
         if name not in model.__dict__ or _is_of_class(model, name):
-            model.__dict__[name] = MethodType(method, model)
+            model.__dict__[name] = Override(method, model)
 
 
 def restore(model: PreTrainedModel) -> None:
     """Undoes `override`."""
     for method in _METHODS:
         name = method.__name__
-        own = getattr(model.__dict__.get(name), "__func__", None)
+        own = getattr(model.__dict__.get(name), "function", None)
         if own is method or _is_of_class(model, name):
             model.__dict__.pop(name, None)
 

@@ -76,7 +76,9 @@ def explore(
     found = views(model, tokenizer, prompt, image=image, budgets=budgets, max_new_tokens=max_new_tokens, **options)
     full = found[-1].nbytes
     names = [f"{view.budget or 'all'}" for view in found]
-    slider = ipywidgets.SelectionSlider(options=names, value=names[len(names) // 2], description="budget", continuous_update=True)
+    slider = ipywidgets.SelectionSlider(
+        options=names, value=names[len(names) // 2], description="budget", continuous_update=True
+    )
     pages = [ipywidgets.HTML(_page(view, full)) for view in found]
     stack = ipywidgets.Stack(pages, selected_index=slider.index)
     # Linked in the browser: no kernel is needed.
@@ -97,22 +99,22 @@ def views(
     **options: Any,
 ) -> list[View]:
     """What `explore` shows, in the order of the slider. Args and errors as there."""
-    inputs = dict(tokenizer(prompt, return_tensors="pt") if isinstance(prompt, str) else prompt)
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    given = tokenizer(prompt, return_tensors="pt") if isinstance(prompt, str) else prompt
+    inputs = {name: value.to(model.device) for name, value in given.items()}
     batch, length = inputs["input_ids"].shape
     if batch != 1:
         raise ValueError(f"prompt has {batch} rows of input_ids: give one")
     found = []
-    for budget in [*(budget for budget in sorted(budgets) if budget < length), length]:
-        cache = MixKVCache(model, **{**options, "budget": budget})
+    for budget in [*(budget for budget in sorted(budgets) if budget < length), None]:
+        # A budget of 1.0, the whole prompt, is valid for a prompt of any length.
+        cache = MixKVCache(model, **{**options, "budget": 1.0 if budget is None else budget})
         tokens = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=max_new_tokens)
         answer = tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
         if image is None:
             picture = text_html(tokenizer, inputs["input_ids"][0].tolist(), shares(cache, length).tolist())
         else:
             picture = _image_html(cache, image, inputs, model.config)
-        size = cache.stats()["bytes" if budget < length else "bytes_full"]
-        found.append(View(budget if budget < length else None, picture, size, answer))
+        found.append(View(budget, picture, cache.stats()["bytes_full" if budget is None else "bytes"], answer))
     return found
 
 
@@ -143,7 +145,7 @@ def _image_html(cache: MixKVCache, image, inputs: Mapping[str, torch.Tensor], co
 
     ax = kept_patches(cache, image, inputs, config)
     file = io.BytesIO()
-    ax.figure.savefig(file, format="jpeg", dpi=110, pil_kwargs={"quality": 70})
+    ax.figure.savefig(file, format="jpeg", dpi=90, pil_kwargs={"quality": 70})
     import_pyplot().close(ax.figure)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
 

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom and shows what it promises."""
+"""The notebook runs from top to bottom, and its stored outputs are those of such a run."""
 
 import os
 from pathlib import Path
@@ -30,15 +30,32 @@ tokenizer.chat_template = "{{% for turn in messages %}}{{{{ turn['content'] }}}}
 """
 
 
+# Stands in for the document model: a tiny LLaVA and an image of 9 patches amid text.
+TINY_PAGE = """
+from types import SimpleNamespace
+from support import zoo_processors
+processor, image = zoo_processors.build("llava"), zoo_processors.picture(24, 24)
+inputs_of_page = dict(zoo_processors.encode(processor, [[image]], lengths=[80]))
+vision = SimpleNamespace(model=zoo.build("llava"), tokenizer=processor.tokenizer)
+page = SimpleNamespace(input_ids=inputs_of_page.pop("input_ids"), inputs=inputs_of_page, images=[image])
+"""
+
+
 @pytest.fixture(scope="module")
 def tour():
     return nbformat.read(TOUR, as_version=4)
 
 
-def test_it_is_kept_without_outputs(tour):
+def test_it_has_its_outputs(tour):
+    """To store them anew: ``jupyter execute --inplace --NotebookClient.record_timing=False examples/tour.ipynb``."""
     nbformat.validate(tour)
-    for cell in tour.cells:
-        assert cell.cell_type != "code" or (not cell.outputs and cell.execution_count is None), cell.id
+    assert [cell.execution_count for cell in tour.cells if cell.cell_type == "code"] == list(
+        range(1, 1 + sum(cell.cell_type == "code" for cell in tour.cells))
+    )
+    assert not [cell.id for cell in tour.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
+    assert TOUR.stat().st_size < 1.5 * 2**20
+    shows_what_it_promises({cell.id: cell for cell in tour.cells}, tour.metadata.widgets)
+    assert "honey" in printed({cell.id: cell for cell in tour.cells}["patch"])
 
 
 @pytest.mark.parametrize(
@@ -52,18 +69,33 @@ def test_it_runs(tour, tmp_path, monkeypatch, with_smollm2):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]))
     run = nbformat.from_dict(tour)
     cells = {cell.id: cell for cell in run.cells}
+    for name in ("slider", "page-slider"):  # fewer budgets than are stored: each is a prompt to read and an answer
+        assert "budgets=(40, 48, 64, 96, 128)" in cells[name].source
+        cells[name].source = cells[name].source.replace("(40, 48, 64, 96, 128)", "(40,)")
     if not with_smollm2:
         cells["model"].source = TINY
+        cells["page-model"].source = TINY_PAGE
         cells["document"].source = cells["document"].source.replace("LENGTH = 1200", "LENGTH = 900")
-    nbclient.NotebookClient(run, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert "<svg" in shown(cells["cache"], "text/html")
-    for name in ("heat-maps", "kept", "kept-one", "compare"):
-        assert shown(cells[name], "image/png"), name
-    assert "the same answer: True" in printed(cells["refused"]) and "refused: " in printed(cells["refused"])
-    assert all(name in printed(cells["register"]) for name in ("without-large-keys: KL", "mix-output: KL"))
+    nbclient.NotebookClient(run, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shows_what_it_promises(cells, run.metadata.widgets)
     assert not list(tmp_path.iterdir()), "it leaves no files where it runs"
     if with_smollm2:
         assert "honey" in printed(cells["patch"])
+
+
+def shows_what_it_promises(cells, widgets):
+    assert "<svg" in shown(cells["cache"], "text/html")
+    for name in ("kept", "page", "heat-maps", "kept-one", "compare"):
+        assert shown(cells[name], "image/png"), name
+    states = widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    for name in ("slider", "page-slider"):
+        view = next(output.data["application/vnd.jupyter.widget-view+json"] for output in cells[name].outputs)
+        children = states[view["model_id"]]["state"]["children"]
+        slider, stack = (states[child.removeprefix("IPY_MODEL_")] for child in children)
+        assert (slider["model_name"], stack["model_name"]) == ("SelectionSliderModel", "StackModel")
+        assert len(slider["state"]["_options_labels"]) == len(stack["state"]["children"]) > 1
+    assert "the same answer: True" in printed(cells["refused"]) and "refused: " in printed(cells["refused"])
+    assert all(name in printed(cells["register"]) for name in ("without-large-keys: KL", "mix-output: KL"))
 
 
 def shown(cell, kind):

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -301,3 +302,24 @@ def test_binding_is_cheap():
     finally:
         binding.attention_modules = walk
     assert walked and not any(module in others for module in walked)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda model: mixkv.patch(model), lambda model: mixkv.MixKVCache(model)], ids=["patch", "cache"]
+)
+def test_a_bound_model_is_freed_with_its_last_reference(use):
+    """In a reference cycle it would stay in memory until the garbage collector runs."""
+
+    def reference():
+        model = zoo.build("llama")
+        use(model)
+        model.generate(**zoo.inputs("llama", 40), max_new_tokens=2)
+        return weakref.ref(model)
+
+    reference()  # what a process imports at the first generation may keep frames
+    gc.collect()
+    gc.disable()
+    try:
+        assert reference()() is None
+    finally:
+        gc.enable()

@@ -1,4 +1,4 @@
-"""How long a prompt is: read off the frames of `generate`, said by the caller, or refused."""
+"""How long a prompt is: read off the frames of `generate`, given by the caller, or refused."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import mixkv
 from mixkv.hf import call_stack, versions
 
 SMALL = dict(budget=14, window=6, kernel_size=3)
-UNKNOWN = r"how long it is cannot be told in transformers \S+: call cache.expect_prompt\(length\)"
+UNKNOWN = r"its length is unknown in transformers \S+: call cache.expect_prompt\(length\)"
 ASSISTED = dict(prompt_lookup_num_tokens=3)
 CHUNKED = dict(prefill_chunk_size=11)
 OTHER_PREFILL = """

@@ -1,4 +1,4 @@
-"""Image rows and text rows: told apart from the token ids, or by a given mask, and never wrongly."""
+"""Image rows and text rows: distinguished by the token ids or by a given mask, and never wrongly."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ def generate(model, prompts, cache, steps=3, **options):
 
 
 def counted(cache, image):
-    """Image rows per layer [B, Hkv], counted from `kept`; ``image`` bool [B, columns]."""
+    """Image rows per layer [B, Hkv], counted from `kept`; ``image`` bool [B, tokens]."""
     result = []
     for layer in range(len(cache.layers)):
         kept = cache.kept(layer)
@@ -84,8 +84,8 @@ def test_redundancy_of_each_kind_is_that_of_its_keys_alone():
     valid[1, :4] = False
     found = scores.modal_redundancy(key, image, valid)
     for row in range(2):
-        for kind, columns in enumerate((image[row], ~image[row] & valid[row])):
-            own = key[row : row + 1, :, columns]
+        for kind, chosen in enumerate((image[row], ~image[row] & valid[row])):
+            own = key[row : row + 1, :, chosen]
             everything = torch.ones(1, 1, own.shape[2], dtype=torch.bool)
             expected = scores.redundancy(scores.directions(own, everything))
             torch.testing.assert_close(found[row, :, kind], expected[0])
@@ -171,8 +171,8 @@ def test_a_second_turn_with_an_image():
     assert cache.stats()["image_rows"][0].min() >= 9, "a later turn is kept whole"
 
 
-def test_a_turn_after_columns_nobody_knows():
-    """A given mask goes with the turn it is given for, even where it cannot make up for the columns before."""
+def test_a_turn_after_tokens_nobody_knows():
+    """A given mask goes with the turn it is given for, even where it cannot make up for the tokens before."""
     model, first, second = zoo.build("llava"), zoo.inputs("llava", 40), zoo.inputs("llava", 30, seed=5)
     cache = mixkv.MixKVCache(model, **SMALL)
     embeds = model.get_input_embeddings()(zoo.inputs("llava", 40, images=False)["input_ids"])
@@ -186,7 +186,7 @@ def test_a_turn_after_columns_nobody_knows():
     check_rows(cache, first["input_ids"] == zoo.IMAGE)
 
 
-def test_columns_taken_back_are_forgotten():
+def test_tokens_taken_back_are_forgotten():
     model, prompts = zoo.build("llava"), zoo.inputs("llava", 40)
     more = zoo.inputs("llava", 30, seed=5)
     cache = mixkv.MixKVCache(model, **SMALL)
@@ -207,16 +207,16 @@ def test_embeddings_alone_tell_nothing_but_a_given_mask_does():
     image = torch.zeros(2, 40, dtype=torch.long)
     image[0, 3:20] = image[1, 8:30] = 1
     inputs = dict(inputs_embeds=embeds, attention_mask=prompts["attention_mask"])
-    silent, told = mixkv.MixKVCache(model, **SMALL), mixkv.MixKVCache(model, **SMALL)
-    generate(model, inputs, silent)
-    check_unknown(silent)
-    told.set_image_mask(image)
-    generate(model, inputs, told, num_beams=2)
-    check_rows(told, image.bool().repeat_interleave(2, 0))
+    unknown, given = mixkv.MixKVCache(model, **SMALL), mixkv.MixKVCache(model, **SMALL)
+    generate(model, inputs, unknown)
+    check_unknown(unknown)
+    given.set_image_mask(image)
+    generate(model, inputs, given, num_beams=2)
+    check_rows(given, image.bool().repeat_interleave(2, 0))
     with torch.no_grad():
-        model(inputs_embeds=embeds[:, :5].repeat_interleave(2, 0), past_key_values=told)
-    assert told.stats()["image_rows"][0] is None, "nobody knows about the later columns"
-    assert told.stats()["redundancy_image"][0] is not None, "measured on the prompt"
+        model(inputs_embeds=embeds[:, :5].repeat_interleave(2, 0), past_key_values=given)
+    assert given.stats()["image_rows"][0] is None, "nobody knows about the later tokens"
+    assert given.stats()["redundancy_image"][0] is not None, "measured on the prompt"
 
 
 def test_a_given_mask_is_that_of_all_chunks():
@@ -245,7 +245,7 @@ def test_masks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"has shape \[40\]: it must be \[B, N\]"):
         cache.set_image_mask(torch.zeros(40))
     cache.set_image_mask(torch.zeros(2, 39))
-    with pytest.raises(ValueError, match=r"has shape \[2, 39\], but a batch of 2 with 40 columns is read"):
+    with pytest.raises(ValueError, match=r"has shape \[2, 39\], but a batch of 2 rows of 40 tokens is read"):
         generate(model, prompts, cache)
     generate(model, prompts, cache)
     check_rows(cache, prompts["input_ids"] == zoo.IMAGE)
@@ -264,7 +264,7 @@ def test_a_failed_forward_leaves_no_mask_behind():
     check_rows(cache, other["input_ids"] == zoo.IMAGE)
 
 
-def test_video_columns_count_as_images():
+def test_video_tokens_count_as_images():
     model = zoo.build("qwen2_vl")
     prompts = zoo.inputs("qwen2_vl", 44)
     generator = torch.Generator().manual_seed(0)

@@ -105,23 +105,21 @@ def test_output_importance_one_row_at_a_time(with_factor):
     candidates = length - window
     raw = torch.zeros(heads, candidates, dtype=torch.float64)
     for head in range(heads):
-        for column in range(candidates):
+        for token in range(candidates):
             norm = (
-                (found[head].double() @ value[0, head, column].double()).norm()
-                if with_factor
-                else value[0, head, column].norm()
+                (found[head].double() @ value[0, head, token].double()).norm() if with_factor else value[0, head, token].norm()
             )
             for group in range(groups):
                 total = 0.0
                 for position in range(window):
                     q = query[0, head * groups + group, position].double()
                     logits = key[0, head, : candidates + position + 1].double() @ q * size**-0.5
-                    total += float(logits.softmax(-1)[column]) ** 2
-                raw[head, column] += (total / window) ** 0.5 * float(norm) / groups
+                    total += float(logits.softmax(-1)[token]) ** 2
+                raw[head, token] += (total / window) ** 0.5 * float(norm) / groups
     for head in range(heads):
-        for column in range(candidates):
-            expected = raw[head, max(0, column - 4) : column + 5].max()
-            assert abs(float(got[0, head, column]) - float(expected)) < 1e-5
+        for token in range(candidates):
+            expected = raw[head, max(0, token - 4) : token + 5].max()
+            assert abs(float(got[0, head, token]) - float(expected)) < 1e-5
 
 
 def test_mix_output_mixes_diversity_in():
@@ -143,8 +141,8 @@ def test_stats_tell_what_rows_were_weighed_by():
     prompts = zoo.inputs("llama", 60)
     cache = mixkv.MixKVCache(model, method="adakv", score="mix-output", budget=14, window=6)
     model.generate(**prompts, past_key_values=cache, max_new_tokens=2)
-    told = cache.stats()["output_norm"]
-    assert told[:2] == ["projection", "value"]
+    norms = cache.stats()["output_norm"]
+    assert norms[:2] == ["projection", "value"]
     cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=14, window=6)
     model.generate(**prompts, past_key_values=cache, max_new_tokens=2)
     assert set(cache.stats()["output_norm"]) == {None}
@@ -173,12 +171,12 @@ class QuantisedLinear(nn.Module):
 def test_a_projection_that_cannot_be_read_is_named_once_a_model(method, score):
     options = dict(method=method, score=score, budget=14, window=6)
     for model in (quantised(zoo.build("llama"), [1, 2]), quantised(zoo.build("llama"), [0])):
-        with pytest.warns(UserWarning, match=r"QuantisedLinear with torch.int8 weights.*rank tokens by the norm") as told:
+        with pytest.warns(UserWarning, match=r"QuantisedLinear with torch.int8 weights.*rank tokens by the norm") as caught:
             for _ in range(2):
                 cache = mixkv.MixKVCache(model, **options)
                 with torch.no_grad():
                     model(**zoo.inputs("llama", 40), **cache_argument(cache))
-        assert len([warning for warning in told if "QuantisedLinear" in str(warning.message)]) == 1
+        assert len([warning for warning in caught if "QuantisedLinear" in str(warning.message)]) == 1
     assert cache.stats()["output_norm"] == ["value", "projection", "projection"]
 
 

@@ -11,8 +11,8 @@ FAMILIES = list(zoo_processors.RECIPES)
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 SMALL = dict(budget=14, window=6, kernel_size=3)
 STEPS = 3
-# Placeholder columns of a 24 x 40 and of a 24 x 24 image (height x width), each alone in its prompt.
-COLUMNS = {
+# Placeholder tokens of a 24 x 40 and of a 24 x 24 image (height x width), each alone in its prompt.
+TOKENS = {
     "qwen2_vl": [15, 9],  # merged 8 x 8 pixel cells
     "qwen2_5_vl": [15, 9],
     "qwen3_vl": [15, 9],
@@ -38,7 +38,7 @@ def rows():
     return [[wide, square], [square]]
 
 
-def image_columns(prompts):
+def image_tokens(prompts):
     return prompts["input_ids"].eq(zoo.IMAGE).sum(1).tolist()
 
 
@@ -46,7 +46,7 @@ def image_columns(prompts):
 def test_the_processor_tiles_as_in_earnest(name):
     processor = zoo_processors.build(name)
     prompts = [zoo_processors.encode(processor, [[image]]) for image in pictures()]
-    assert [image_columns(prompt)[0] for prompt in prompts] == COLUMNS[name]
+    assert [image_tokens(prompt)[0] for prompt in prompts] == TOKENS[name]
     for prompt in prompts:
         assert not prompt["input_ids"].eq(zoo_processors.UNKNOWN).any()
         assert prompt["input_ids"].eq(zoo_processors.TURN).sum() == 2
@@ -97,7 +97,7 @@ def test_gemma3_crops_of_a_wide_image():
     messages = zoo_processors.conversation([zoo_processors.picture(24, 64)], seed=0, length=24)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     prompts = dict(processor(text=[text], images=[[zoo_processors.picture(24, 64)]], return_tensors="pt", **crops))
-    assert prompts["pixel_values"].shape[0] == 4 and image_columns(prompts) == [4 * 9]
+    assert prompts["pixel_values"].shape[0] == 4 and image_tokens(prompts) == [4 * 9]
     check_oracle(zoo.build("gemma3_vision"), prompts)
 
 
@@ -134,17 +134,17 @@ def video_turn(frames, seed, images):
 
 def check_oracle(model, prompts):
     """Decoding on the compressed cache equals a full cache with the evicted entries masked."""
-    columns, batch = prompts["input_ids"].shape[1], prompts["input_ids"].shape[0]
+    length, batch = prompts["input_ids"].shape[1], prompts["input_ids"].shape[0]
     cache = mixkv.MixKVCache(model, **SMALL)
     tokens, logits = oracle.generate(model, prompts, STEPS, past_key_values=cache)
-    masks = oracle.keep_masks(cache, columns, batch)
+    masks = oracle.keep_masks(cache, length, batch)
     assert sum(mask.sum() for mask in masks if mask is not None) == sum(
         mask[:, :, 0].numel() * SMALL["budget"] for mask in masks if mask is not None
     )
     mixkv.unpatch(model)
     full_tokens, full_logits = oracle.generate(model, prompts, STEPS)
     assert torch.equal(logits[:, 0], full_logits[:, 0]), "the first token comes from an uncompressed prefill"
-    with oracle.masked(model, masks, columns):
+    with oracle.masked(model, masks, length):
         masked_tokens, masked_logits = oracle.generate(model, prompts, STEPS)
     assert (logits - masked_logits).abs().max() <= 1e-4
     assert torch.equal(tokens, masked_tokens)

@@ -1,4 +1,4 @@
-"""Both names under which transformers takes a cache; what is said of a transformers newer than the tested one."""
+"""Both names under which transformers takes a cache; a transformers newer than the tested one warns once."""
 
 import re
 import warnings
@@ -106,17 +106,17 @@ def test_measuring_uses_the_present_name(config):
     assert read.cache.get_seq_length() == 41
 
 
-def test_a_newer_transformers_is_told_once(monkeypatch):
+def test_a_newer_transformers_warns_once(monkeypatch):
     monkeypatch.setattr(versions.transformers, "__version__", "5.99.0")
     versions.warn_if_untested.cache_clear()
-    with pytest.warns(UserWarning, match=f"up to {versions.NEWEST_TESTED}, and this is 5.99.0") as told:
+    with pytest.warns(UserWarning, match=f"up to {versions.NEWEST_TESTED}, and this is 5.99.0") as caught:
         mixkv.MixKVCache(zoo.build("llama"), **SMALL)
         mixkv.patch(zoo.build("llama"), **SMALL)
-    assert len([warning for warning in told if "was tested with" in str(warning.message)]) == 1
+    assert len([warning for warning in caught if "was tested with" in str(warning.message)]) == 1
     versions.warn_if_untested.cache_clear()
 
 
-def test_a_tested_transformers_is_not(recwarn):
+def test_a_tested_transformers_does_not_warn(recwarn):
     versions.warn_if_untested.cache_clear()
     mixkv.MixKVCache(zoo.build("llama"), **SMALL)
     assert not [warning for warning in recwarn if "was tested with" in str(warning.message)]
