@@ -61,4 +61,4 @@ def _run_vision(options: argparse.Namespace) -> None:
     drawn = [config for config in configs if config.budget == 48]
     loaded, reading = print_comparison(options, pages.demo, configs, vision=True)
     charts.patches(loaded.model, reading, drawn, options.picture)
-    print(f"The patches that each cache keeps, darker where fewer heads keep them: {options.picture}")
+    print(f"The patches that each cache keeps, faded where fewer KV heads keep them: {options.picture}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import registry
 from ..cache import MixKVCache
+from ..cache.layer import MixKVLayer
 from ..config import MixKVConfig
 from ..selection.ranking import Selection
 from ..storage.ragged import RaggedStore
@@ -200,7 +201,7 @@ def _plan(model: PreTrainedModel, lengths: list[int], methods: list[str], budget
     profiled = {name for name, method in registry.METHODS.items() if method.needs_profile}
     if any(name.partition("+")[0] in profiled for name in methods):
         heads, _ = _shape(model)
-        layers = sum(hasattr(layer, "shared") for layer in MixKVCache(model).layers)
+        layers = sum(isinstance(layer, MixKVLayer) for layer in MixKVCache(model).layers)
         profile = torch.rand(layers, heads, generator=torch.Generator().manual_seed(0)).pow(2).tolist()
     try:
         configs = {}

@@ -1,6 +1,7 @@
 """Tables in README.md and docs/ are what docs/tables.py prints, and name every method, score and option."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,19 @@ def test_every_table_has_its_place():
 def test_the_catalogue_is_complete(name, entries):
     printed = tables.TABLES[name]()
     assert [line.split("`")[1] for line in printed.splitlines()[2:]] == [e.name for e in entries.values() if e.built_in]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_quoted_figures_are_those_of_the_tables(page):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    rows = [line.split(" | ") for line in tables.speed().splitlines() if line.startswith("| 4,096")]
+    shares = [float(row[4].rstrip("%")) for row in rows if "full" not in row[1]]
+    assert f"{min(shares)} to {max(shares)} %" in text
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/choosing.md", "docs/read-once.md"])
+def test_quoted_answers_are_those_of_the_tables(page):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    found = {line.split(" | ")[3] for line in tables.later().splitlines()[2:]}
+    quoted = [f"{kept} of {total}" for kept, total in re.findall(r"(\d+) (?:of|\()\s?(231)", text)]
+    assert quoted and set(quoted) <= found
