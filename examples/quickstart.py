@@ -26,7 +26,7 @@ mixkv.unpatch(model)
 
 # Or a cache for a single call, which can be inspected afterwards.
 cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=128)
-print("one cache: ", answer(model.generate(ids, past_key_values=cache, **options)))
+print("one cache: ", answer(model.generate(ids, cache=cache, **options)))
 held = cache.stats()
 print(f"held {held['bytes'] / 2**20:.1f} MiB instead of {held['bytes_full'] / 2**20:.1f} MiB ({held['ratio']:.1%})")
 print("positions that head 0 of layer 0 keeps:", cache.kept(0)[0][0].tolist()[:12], "...")

@@ -27,7 +27,7 @@ def encode(processor, messages):
 
 
 def answer(model, processor, inputs, cache=None, max_new_tokens=64):
-    tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+    tokens = model.generate(**inputs, cache=cache, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
 

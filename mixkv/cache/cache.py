@@ -27,7 +27,7 @@ class MixKVCache(TrackedCache):
 
     Example:
         >>> cache = mixkv.MixKVCache(model, method="adakv", score="mix", budget=128)
-        >>> model.generate(**inputs, past_key_values=cache)
+        >>> model.generate(**inputs, cache=cache)
         >>> cache.stats()["ratio"]
 
     Args:

@@ -41,7 +41,7 @@ def kept_patches(
     What the processor cut off, the model has never seen: it is white and hatched.
 
     Example:
-        >>> model.generate(**inputs, past_key_values=cache)
+        >>> model.generate(**inputs, cache=cache)
         >>> mixkv.plot.kept_patches(cache, image, inputs, model.config)
 
     Args:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..cache import MixKVCache
+from ..hf.versions import cache_argument
 from .patches import kept_patches
 from .share import strength
 from .text import EVICTED_TEXT, shares
@@ -108,7 +109,7 @@ def views(
     for budget in [*(budget for budget in sorted(budgets) if budget < length), None]:
         # A budget of 1.0, the whole prompt, is valid for a prompt of any length.
         cache = MixKVCache(model, **{**options, "budget": 1.0 if budget is None else budget})
-        tokens = model.generate(**inputs, past_key_values=cache, do_sample=False, max_new_tokens=max_new_tokens)
+        tokens = model.generate(**inputs, **cache_argument(cache), do_sample=False, max_new_tokens=max_new_tokens)
         answer = tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
         if image is None:
             picture = text_html(tokenizer, inputs["input_ids"][0].tolist(), shares(cache, length).tolist())
