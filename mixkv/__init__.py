@@ -9,7 +9,7 @@ from .selection import Selection, select
 
 moved.install()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "MixKVCache",
     "MixKVConfig",

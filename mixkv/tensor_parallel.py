@@ -22,7 +22,7 @@ def learn(mesh: Any, attention: Iterable[nn.Module]) -> None:
 
 
 @dataclass(frozen=True)
-class Slice:
+class HeadShard:
     """The KV heads of a layer that this process holds: ``heads`` of ``total``, in equal parts in the order of the ranks.
 
     ``rank``: this process's, of so many ``processes`` of the ``group`` that runs the layer together. Some models keep all heads
@@ -38,10 +38,10 @@ class Slice:
     @property
     def first(self) -> int:
         """The first head held, counted over all processes."""
-        return self.rank * self.heads if self.sliced else 0
+        return self.rank * self.heads if self.sharded else 0
 
     @property
-    def sliced(self) -> bool:
+    def sharded(self) -> bool:
         return self.heads < self.total
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
@@ -57,13 +57,13 @@ class Slice:
 
         Returns: ``by_head`` of all heads, [B, total, ...], to the bit; and the sum of ``partial``.
         """
-        sent = ([by_head] if self.sliced else []) + ([] if partial is None else [partial])
+        sent = ([by_head] if self.sharded else []) + ([] if partial is None else [partial])
         if self.processes == 1 or not sent:
             return by_head, partial
         found = self._all_gather(torch.cat([tensor.flatten() for tensor in sent]))
         pieces = found.split([tensor.numel() for tensor in sent], dim=1)
         found = [piece.reshape(self.processes, *tensor.shape) for piece, tensor in zip(pieces, sent)]
-        whole = found[0].transpose(0, 1).flatten(1, 2) if self.sliced else by_head
+        whole = found[0].transpose(0, 1).flatten(1, 2) if self.sharded else by_head
         return whole, None if partial is None else found[-1].sum(dim=0)
 
     def columns(self, part: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class Slice:
         return found
 
 
-def slice_of(module: nn.Module | None, heads: int) -> Slice:
+def shard_of(module: nn.Module | None, heads: int) -> HeadShard:
     """Which heads of its layer an attention module holds whose keys have so many ``heads``.
 
     Raises:
@@ -92,13 +92,13 @@ def slice_of(module: nn.Module | None, heads: int) -> Slice:
                 f"{type(module).__name__} holds {heads} of {total} KV heads, and it is not known which processes hold the others: "
                 f"load the model with transformers' tp_plan, and make the cache for all of it: MixKVCache(model)"
             )
-        return Slice(heads, heads)
+        return HeadShard(heads, heads)
     if total not in (heads, heads * mesh.size()):
         raise ValueError(
             f"{type(module).__name__} holds {heads} of {total} KV heads in one of {mesh.size()} processes: only equal shares, or all "
             f"heads in every process, are supported. Use a number of processes that divides {total}"
         )
-    return Slice(heads, total, mesh.get_local_rank(), mesh.size(), mesh.get_group())
+    return HeadShard(heads, total, mesh.get_local_rank(), mesh.size(), mesh.get_group())
 
 
 def is_spread(module: nn.Module | None) -> bool:
@@ -106,21 +106,21 @@ def is_spread(module: nn.Module | None) -> bool:
     return module in _meshes if module is not None else False
 
 
-class Spread:
+class RemoteLengths:
     """How many rows all heads of a layer hold, in this and in the other processes, known without asking them.
 
     All heads of a batch row gain and lose the same number of rows, except in a compression: so it is enough to know how they
     differed after the last.
 
     Args:
-        part: which of the heads are held here.
+        shard: which of the heads are held here.
         rows: int64 [B, total], rows kept of each head, or so many more or fewer for all heads of a batch row.
     """
 
-    def __init__(self, part: Slice, rows: torch.Tensor):
-        self.parts = part.total // part.heads
-        self.beyond = rows - rows[:, part.first : part.first + 1]
-        self.excess = (rows.sum(dim=1) - self.parts * part.own(rows).sum(dim=1)).tolist()
+    def __init__(self, shard: HeadShard, rows: torch.Tensor):
+        self.parts = shard.total // shard.heads
+        self.beyond = rows - rows[:, shard.first : shard.first + 1]
+        self.excess = (rows.sum(dim=1) - self.parts * shard.own(rows).sum(dim=1)).tolist()
 
     def lengths(self, own: torch.Tensor) -> torch.Tensor:
         """Rows of all heads [B, total], from those of the heads held here [B, heads]."""

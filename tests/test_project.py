@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import mixkv
 
@@ -17,9 +18,15 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and later")
 
 
 def test_one_version():
-    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
-    assert cited and cited[1] == mixkv.__version__
-    assert f"## [{mixkv.__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    """The changelog dates what has been released, the citation names the last release, the package is that or the next one."""
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.search(r"^## \[([\d.]+)\] - ", changes, re.MULTILINE)[1]
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    present = Version(mixkv.__version__)
+    assert cited == released
+    assert present == Version(released) or (
+        present.is_devrelease and present > Version(released) and "## [Unreleased]" in changes
+    )
 
 
 def test_what_is_imported_is_declared():

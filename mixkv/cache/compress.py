@@ -57,7 +57,7 @@ class Compressor:
         self.config, self.module, self.num_layers = config, module, num_layers
         self.layer_position = {"layer_idx": layer_idx, "num_layers": num_layers}
         self.method = registry.method(config.method)
-        self.shard = tensor_parallel.slice_of(module, heads)
+        self.shard = tensor_parallel.shard_of(module, heads)
         self.weighs_output: bool | None = None
 
     def new_shared_budget(self) -> GlobalBudget | ChunkBudget | None:
@@ -66,7 +66,7 @@ class Compressor:
         Raises:
             ValueError: the method does not work with tensor parallelism.
         """
-        if not self.method.tensor_parallel and self.shard.sliced:
+        if not self.method.tensor_parallel and self.shard.sharded:
             others = [name for name, other in registry.METHODS.items() if other.tensor_parallel]
             raise ValueError(
                 f"method={self.method.name!r} does not work with tensor parallelism: use another ({', '.join(others)}), or one "
@@ -149,7 +149,7 @@ class Compressor:
         totals = row_totals(store, remote)
         exceeds = [total > (row + config.decode_slack) * shard.total for total, row in zip(totals, rows)]
         # A copy that has not met its module yet cannot ask other processes: the next forward will.
-        if not any(exceeds) or shard.sliced != (remote is not None):
+        if not any(exceeds) or shard.sharded != (remote is not None):
             return remote
         length = longest = None
         if remote is not None:
@@ -181,7 +181,7 @@ class Compressor:
             self.config,
             attention_mask=valid,
             output_factor=partial(self._output_factor, value),
-            part=self.shard,
+            shard=self.shard,
             longest=longest,
             **self.layer_position,
             **vars(logits),
@@ -194,14 +194,14 @@ class Compressor:
         importance = ranking.importance
         if self.method.uses_importance:
             importance, projected = self.shard.gather(importance, projected)
-        if not self.shard.sliced:
+        if not self.shard.sharded:
             return ranking, projected
         alike = ranking.real[:, :1].expand(-1, self.shard.total)
         return ranking.for_heads(importance, alike if remote is None else remote.lengths(ranking.real)), projected
 
     def remote_heads(self, entries: torch.Tensor, device: torch.device) -> RemoteHeads | None:
         """Those of a layer whose heads are about to keep ``entries`` [B, all heads] candidates."""
-        return RemoteHeads(self.shard, entries.to(device)) if self.shard.sliced else None
+        return RemoteHeads(self.shard, entries.to(device)) if self.shard.sharded else None
 
     def _output_factor(self, value: torch.Tensor) -> torch.Tensor | None:
         """Of the layer's output projection, for `rank` where it is needed; None: it cannot be read."""

@@ -136,7 +136,7 @@ class PromptStatistics:
         return {name: part for name, part in vars(self).items() if torch.is_tensor(part)}
 
 
-class RemoteHeads(tensor_parallel.Spread):
+class RemoteHeads(tensor_parallel.RemoteLengths):
     """How many rows the heads of the layer have that other processes hold (tensor parallelism)."""
 
     nbytes = 0

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..tensor_parallel import Slice
+from ..tensor_parallel import HeadShard
 
 _NAMES = ("o_proj", "out_proj", "dense", "wo")
 # Devices that have float64; elsewhere factors are made on the host.
@@ -45,7 +45,7 @@ def learn_norms(decoder: nn.Module, attention: Iterable[nn.Module]) -> None:
                 _norms[child] = norm
 
 
-def output_factor(module: nn.Module, key_value_heads: int, size: int, part: Slice | None = None) -> torch.Tensor | None:
+def output_factor(module: nn.Module, key_value_heads: int, size: int, shard: HeadShard | None = None) -> torch.Tensor | None:
     """The factor whose product with a value row is as long as what the row adds to the layer's output.
 
     With W_g the D columns of the output projection that belong to query head g, a row v of a KV head adds W_g v for each of
@@ -57,13 +57,13 @@ def output_factor(module: nn.Module, key_value_heads: int, size: int, part: Slic
         module: an attention module, of ``num_key_value_groups`` query heads per KV head.
         key_value_heads: Hkv.
         size: Dv, the head size of its values.
-        part: which heads these are, where several processes run the module.
+        shard: which heads these are, where several processes run the module.
 
     Returns: float32 [Hkv, Dv, Dv], upper triangular, on the projection's device. None, with a warning once a model, where the
         module has no projection that can be read: quantised or offloaded weights, or names unknown here.
     """
     columns = module.num_key_value_groups * key_value_heads * size
-    weight = _projection(module, columns, part)
+    weight = _projection(module, columns, shard)
     if weight is None:
         _warn_unreadable(module)
         return None
@@ -71,32 +71,32 @@ def output_factor(module: nn.Module, key_value_heads: int, size: int, part: Slic
     made_of = (key_value_heads, *((tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype) for tensor in read))
     known = _known.get(module)
     if known is None or known[0] != made_of:
-        weight = weight if weight.shape[1] == columns else part.columns(weight)
+        weight = weight if weight.shape[1] == columns else shard.columns(weight)
         gain = _gain(module, weight)
         weight = weight if gain is None else weight * gain.unsqueeze(-1)
         known = _known[module] = (made_of, factor(weight, key_value_heads, size))
     return known[1]
 
 
-def projected_output(module: nn.Module, output: torch.Tensor, part: Slice | None = None) -> torch.Tensor | None:
+def projected_output(module: nn.Module, output: torch.Tensor, shard: HeadShard | None = None) -> torch.Tensor | None:
     """What a norm behind the output projection is given.
 
     Args:
         module: an attention module.
         output: [B, n, Hq, Dv], attention's output for the last queries, before the projection.
-        part: which heads these are, where several processes run the module.
+        shard: which heads these are, where several processes run the module.
 
     Returns: float32 [B, n, hidden], of which the sum over the processes is meant; None where there is no such norm, or the
         projection cannot be read.
     """
     output = output.flatten(2)
-    weight = _projection(module, output.shape[2], part)
+    weight = _projection(module, output.shape[2], shard)
     if module not in _norms or weight is None:
         return None
     columns = weight.shape[1]
     if columns < output.shape[2]:
-        output = output[..., part.rank * columns : (part.rank + 1) * columns]
-    elif part is not None and not part.sliced and part.rank > 0:
+        output = output[..., shard.rank * columns : (shard.rank + 1) * columns]
+    elif shard is not None and not shard.sharded and shard.rank > 0:
         # Every process has all of it: one counts.
         return output.new_zeros(*output.shape[:2], weight.shape[0], dtype=torch.float32)
     return output.float() @ weight.to(output.device).float().T
@@ -155,13 +155,13 @@ def factor(weight: torch.Tensor, key_value_heads: int, size: int) -> torch.Tenso
     return root.transpose(-1, -2).float().contiguous().to(device)
 
 
-def _projection(module: nn.Module, columns: int, part: Slice | None) -> torch.Tensor | None:
+def _projection(module: nn.Module, columns: int, shard: HeadShard | None) -> torch.Tensor | None:
     """The weight [hidden, columns] of the module's output projection, if it holds plain numbers.
 
     Where all heads are in every process, it may be this process's equal share of the columns.
     """
-    spread = part is not None and part.processes > 1
-    widths = (columns, columns / part.processes) if spread and not part.sliced else (columns,)
+    spread = shard is not None and shard.processes > 1
+    widths = (columns, columns / shard.processes) if spread and not shard.sharded else (columns,)
     for name in _NAMES:
         weight = getattr(getattr(module, name, None), "weight", None)
         if spread and hasattr(weight, "to_local"):

@@ -15,7 +15,7 @@ import torch
 
 from ..config import MixKVConfig
 from ..ops import dispatch, score_reference
-from ..tensor_parallel import Slice
+from ..tensor_parallel import HeadShard
 from .apportion import apportion, to_device, to_host
 from .scores.diversity import Directions, directions, redundancy, similarity
 from .scores.importance import output_importance, pool
@@ -75,7 +75,7 @@ class ScoreContext:
         uses_output_importance: whether `importance` is `output_importance`, or `attention`.
         output_factor: see `mixkv.selection.select.rank`.
         given_redundancy: [Hkv] or [B, Hkv], in place of what ``config.redundancy`` says; None: that decides.
-        part: which heads of the layer these are, under tensor parallelism; None: all.
+        shard: which heads of the layer these are, under tensor parallelism; None: all.
         scaling, softcap, sinks: as in the model.
     """
 
@@ -89,7 +89,7 @@ class ScoreContext:
     uses_output_importance: bool = False
     output_factor: torch.Tensor | Callable[[], torch.Tensor | None] | None = None
     given_redundancy: torch.Tensor | None = None
-    part: Slice | None = None
+    shard: HeadShard | None = None
     scaling: float | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
@@ -188,11 +188,11 @@ class ScoreContext:
         if self.config.redundancy == "online":
             return redundancy(self.directions)
         heads = self.key.shape[1]
-        part = self.part or Slice(heads, heads)
+        shard = self.shard or HeadShard(heads, heads)
         table, layers = self.config.redundancy, self.num_layers
-        if len(table) != layers or len(table[0]) != part.total:
+        if len(table) != layers or len(table[0]) != shard.total:
             raise ValueError(
                 f"the redundancy table has shape [{len(table)}, {len(table[0])}], but the model has {layers} compressed layers "
-                f"of {part.total} KV heads: give a table [{layers}, {part.total}] or 'online'"
+                f"of {shard.total} KV heads: give a table [{layers}, {shard.total}] or 'online'"
             )
-        return part.own(torch.tensor(table[self.layer_idx]))
+        return shard.own(torch.tensor(table[self.layer_idx]))

@@ -8,7 +8,7 @@ import torch
 
 from .. import registry
 from ..config import MixKVConfig, checked_config
-from ..tensor_parallel import Slice
+from ..tensor_parallel import HeadShard
 from .context import AllocationContext, ScoreContext
 from .ranking import Ranking, Selection
 
@@ -89,7 +89,7 @@ def rank(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    part: Slice | None = None,
+    shard: HeadShard | None = None,
     longest: torch.Tensor | None = None,
 ) -> Ranking:
     """Puts the candidates of each head in order, by ``config.score``.
@@ -97,7 +97,7 @@ def rank(
     Args:
         query, key, value, config, layer_idx, num_layers, attention_mask, redundancy, scaling, softcap, sinks: as in `select`.
         output_factor: as in `select`, or a function that returns it, called if it is needed.
-        part: which heads of the layer these are, where other processes have others; None: all.
+        shard: which heads of the layer these are, where other processes have others; None: all.
         longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
 
     Raises:
@@ -120,7 +120,7 @@ def rank(
         uses_output_importance=score.uses_output_importance,
         output_factor=output_factor,
         given_redundancy=redundancy,
-        part=part,
+        shard=shard,
         scaling=scaling,
         softcap=softcap,
         sinks=sinks,

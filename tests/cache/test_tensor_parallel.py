@@ -70,13 +70,13 @@ def load(folder, name, **options):
 
 def counting(calls):
     """Counts the library's collectives in ``calls[0]``."""
-    real = tensor_parallel.Slice._all_gather
+    real = tensor_parallel.HeadShard._all_gather
 
     def count(part, mine):
         calls[0] += 1
         return real(part, mine)
 
-    tensor_parallel.Slice._all_gather = count
+    tensor_parallel.HeadShard._all_gather = count
 
 
 def work(rank, folder, port):
@@ -109,8 +109,8 @@ def refusals(model, folder):
     for action in (
         lambda: cache.save(f"{folder}/never.mixkv"),
         lambda: mixkv.MixKVCache.load(f"{folder}/whole.mixkv", model),
-        lambda: tensor_parallel.slice_of(attention(None), HEADS // RANKS),
-        lambda: tensor_parallel.slice_of(model.get_decoder().layers[0].self_attn, HEADS - 1),
+        lambda: tensor_parallel.shard_of(attention(None), HEADS // RANKS),
+        lambda: tensor_parallel.shard_of(model.get_decoder().layers[0].self_attn, HEADS - 1),
     ):
         with pytest.raises(ValueError) as error:
             action()

@@ -35,7 +35,7 @@ def left_valid(batch, length, pads):
 
 
 def naive_attention(query, key, valid, scaling, reduce, softcap=None, sinks=None):
-    """Full softmax rows, sliced and averaged."""
+    """Full softmax rows, sharded and averaged."""
     batch, query_heads, window, _ = query.shape
     heads, length = key.shape[1:3]
     groups = query_heads // heads
