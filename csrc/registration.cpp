@@ -22,4 +22,11 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("window_scores(Tensor query, Tensor key, Tensor? valid, float scaling, bool squared, bool reduce_max, float softcap, "
         "Tensor? sinks) -> Tensor");
   m.def("projected_norm(Tensor value, Tensor factor) -> Tensor");
+  m.def("row_norms(Tensor rows) -> Tensor");
+  m.def("mean_directions(Tensor key, Tensor? valid) -> (Tensor, Tensor, Tensor)");
+  m.def("row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) -> Tensor");
+  m.def("match(Tensor raw, Tensor reference, Tensor? valid) -> Tensor");
+  m.def("take(Tensor ranks, Tensor entries, Tensor? window, int width) -> (Tensor, Tensor, Tensor)");
+  m.def("rows_below(Tensor starts, Tensor lengths, Tensor ranks, Tensor quota, int tail) -> (Tensor, Tensor, Tensor)");
+  m.def("largest(Tensor value, Tensor counts) -> Tensor");
 }

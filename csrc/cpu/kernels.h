@@ -78,6 +78,16 @@ struct Bounds {
   int64_t chunks;
 };
 
+// Rows of one head.
+struct Rows {
+  const void* data;
+  int64_t stride;
+  int64_t count;
+  int size;  // D
+  const uint8_t* valid;  // null: all rows are
+  int64_t valid_stride;
+};
+
 struct ElementKernels {
   // Takes a run into the state. scratch: `attend_scratch` floats.
   void (*attend)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
@@ -89,6 +99,12 @@ struct ElementKernels {
   void (*norm)(const Projection&, float* out, float* scratch);
   // Writes the bounds [chunks] of products with keys, the largest over the query rows. scratch: `bounds_scratch` floats.
   void (*bounds)(const Bounds&, float* out, float* scratch);
+  // Writes the rows' norms.
+  void (*norms)(const Rows&, float* out);
+  // Writes inverse norms of all rows and the mean [D] of the unit rows that are valid. Returns how many are.
+  int64_t (*direction)(const Rows&, float* inverse_norm, float* mean);
+  // Writes the rows' products with a vector [D], each times its inverse norm.
+  void (*cosines)(const Rows&, const float* direction, const float* inverse_norm, float* out);
 };
 
 struct Kernels {

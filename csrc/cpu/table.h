@@ -1,6 +1,7 @@
 // The table of one instruction set. Included by a file that defines MIXKV_TABLE and MIXKV_NAME and is compiled for that set.
 #include "attend.h"
 #include "bounds.h"
+#include "directions.h"
 #include "norm.h"
 #include "window.h"
 
@@ -10,9 +11,12 @@ extern const Kernels MIXKV_TABLE;
 const Kernels MIXKV_TABLE = {
     MIXKV_NAME,
     {
-        {attend<float>, finish<float>, window_attention<float>, projected_norm<float>, chunk_scores<float>},
-        {attend<Half>, finish<Half>, window_attention<Half>, projected_norm<Half>, chunk_scores<Half>},
-        {attend<Bfloat16>, finish<Bfloat16>, window_attention<Bfloat16>, projected_norm<Bfloat16>, chunk_scores<Bfloat16>},
+        {attend<float>, finish<float>, window_attention<float>, projected_norm<float>, chunk_scores<float>, row_norms<float>, mean_direction<float>,
+         row_cosines<float>},
+        {attend<Half>, finish<Half>, window_attention<Half>, projected_norm<Half>, chunk_scores<Half>, row_norms<Half>, mean_direction<Half>,
+         row_cosines<Half>},
+        {attend<Bfloat16>, finish<Bfloat16>, window_attention<Bfloat16>, projected_norm<Bfloat16>, chunk_scores<Bfloat16>, row_norms<Bfloat16>, mean_direction<Bfloat16>,
+         row_cosines<Bfloat16>},
     },
     attend_scratch,
     window_scratch,

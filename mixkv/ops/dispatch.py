@@ -15,7 +15,7 @@ import os
 import torch
 
 from ..registry import BACKENDS
-from . import flash, native, reference, score_reference
+from . import flash, native, reference, score_reference, selection_reference
 from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
 
 # `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
@@ -190,9 +190,49 @@ def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor
 
 def projected_norm(backend: str, value, factor) -> torch.Tensor:
     """`score_reference.projected_norm` for a requested back end; compiled for the CPU only: a GPU multiplies matrices at full speed."""
-    size = value.shape[-1]
-    compiled = value.device.type == "cpu" and choose(backend, value.device, value.dtype, size, size) == "native"
-    return (native if compiled else score_reference).projected_norm(value, factor)
+    return _scores(backend, value).projected_norm(value, factor)
+
+
+def norm(backend: str, rows: torch.Tensor) -> torch.Tensor:
+    """`score_reference.norm` for a requested back end; compiled for the CPU only, as the next three."""
+    return _scores(backend, rows).norm(rows)
+
+
+def directions(backend: str, key: torch.Tensor, valid: torch.Tensor | None) -> score_reference.Directions:
+    """`score_reference.directions` for a requested back end."""
+    return _scores(backend, key).directions(key, valid)
+
+
+def similarity(backend: str, key: torch.Tensor, found: score_reference.Directions) -> torch.Tensor:
+    """`score_reference.similarity` for a requested back end."""
+    return _scores(backend, key).similarity(key, found)
+
+
+def match(
+    backend: str, key: torch.Tensor, raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """`score_reference.match` for a requested back end, where ``key`` is what the scores are of."""
+    alike = raw.dtype == reference.dtype == torch.float32 and raw.shape == reference.shape
+    return (_scores(backend, key) if alike else score_reference).match(raw, reference, valid)
+
+
+def take(
+    ranks: torch.Tensor, entries: torch.Tensor, window: torch.Tensor | None, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`selection_reference.take`; as the next two, compiled on the CPU where the library has been loaded: both give the same."""
+    return _selection(ranks).take(ranks, entries, window, width)
+
+
+def rows_below(
+    starts: torch.Tensor, lengths: torch.Tensor, ranks: torch.Tensor, quota: torch.Tensor, tail: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`selection_reference.rows_below`."""
+    return _selection(ranks).rows_below(starts, lengths, ranks, quota, tail)
+
+
+def largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """`selection_reference.largest`."""
+    return _selection(value).largest(value, counts)
 
 
 def report() -> list[str]:
@@ -211,3 +251,14 @@ def report() -> list[str]:
 
 def _rows(backend: str):
     return native if backend == "native" else reference
+
+
+def _scores(backend: str, rows: torch.Tensor):
+    """What computes scores from ``rows`` [B, Hkv, N, D]."""
+    size = rows.shape[-1]
+    compiled = rows.device.type == "cpu" and choose(backend, rows.device, rows.dtype, size, size) == "native"
+    return native if compiled else score_reference
+
+
+def _selection(tensor: torch.Tensor):
+    return native if tensor.device.type == "cpu" and native.status("cpu", load=False).available else selection_reference

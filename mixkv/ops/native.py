@@ -18,6 +18,7 @@ import torch
 
 from . import build
 from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from .score_reference import Directions
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -154,7 +155,7 @@ def fetch_chunks(
 def compact(buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
     """`reference.compact`."""
     lengths = buffers.lengths
-    offsets = (lengths.cumsum(0) - lengths).to(lengths.dtype)
+    offsets = lengths.cumsum(0, dtype=lengths.dtype) - lengths
     _ops().compact.default(*buffers, offsets, key, value, positions)
 
 
@@ -177,6 +178,45 @@ def window_attention(
 def projected_norm(value, factor) -> torch.Tensor:
     """`score_reference.projected_norm` on the CPU, without storing what is projected."""
     return _ops().projected_norm.default(value, factor)
+
+
+def norm(rows: torch.Tensor) -> torch.Tensor:
+    """`score_reference.norm` on the CPU."""
+    return _ops().row_norms.default(rows)
+
+
+def directions(key: torch.Tensor, valid: torch.Tensor | None) -> Directions:
+    """`score_reference.directions` on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
+    return Directions(*_ops().mean_directions.default(key, None if valid is None else valid.expand(key.shape[:3])))
+
+
+def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
+    """`score_reference.similarity` on the CPU."""
+    return _ops().row_cosines.default(key, found.inverse_norm, found.mean)
+
+
+def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """`score_reference.match` of float32 tensors on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
+    return _ops().match.default(raw, reference, None if valid is None else valid.expand_as(raw))
+
+
+def take(
+    ranks: torch.Tensor, entries: torch.Tensor, window: torch.Tensor | None, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`selection_reference.take` on the CPU."""
+    return _ops().take.default(ranks, entries, None if window is None else window.expand(*ranks.shape[:2], width), width)
+
+
+def rows_below(
+    starts: torch.Tensor, lengths: torch.Tensor, ranks: torch.Tensor, quota: torch.Tensor, tail: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`selection_reference.rows_below` on the CPU."""
+    return _ops().rows_below.default(starts, lengths, ranks, quota, tail)
+
+
+def largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """`selection_reference.largest` on the CPU."""
+    return _ops().largest.default(value, torch.tensor(counts))
 
 
 def _load(device: str) -> Status:
@@ -242,6 +282,13 @@ def _register_fakes() -> None:
     def nothing(*args):
         return None
 
+    def numbers(rows):
+        return rows.new_empty(rows.shape[:3], dtype=torch.float32)
+
+    def chosen(ranks, count):
+        size = torch.library.get_ctx().new_dynamic_size()
+        return [ranks.new_empty(size) for _ in range(count)]
+
     fakes = {
         "append": nothing,
         "compact": nothing,
@@ -257,7 +304,22 @@ def _register_fakes() -> None:
         "window_scores": lambda query, key, *rest: key.new_empty(
             key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32
         ),
-        "projected_norm": lambda value, factor: value.new_empty(value.shape[:3], dtype=torch.float32),
+        "projected_norm": lambda value, factor: numbers(value),
+        "row_norms": numbers,
+        "mean_directions": lambda key, valid: (
+            numbers(key),
+            key.new_empty(*key.shape[:2], key.shape[3], dtype=torch.float32),
+            key.new_empty(key.shape[:2], dtype=torch.float32),
+        ),
+        "row_cosines": lambda key, inverse_norm, mean: numbers(key),
+        "match": lambda raw, reference, valid: raw.new_empty(raw.shape),
+        "take": lambda ranks, entries, window, width: (*chosen(ranks, 2), entries.new_empty(entries.shape)),
+        "rows_below": lambda starts, lengths, ranks, quota, tail: (
+            *chosen(ranks, 1),
+            quota.new_empty(quota.shape),
+            *chosen(ranks, 1),
+        ),
+        "largest": lambda value, counts: value.new_empty(value.shape, dtype=torch.bool),
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"mixkv::{name}", fake)

@@ -7,6 +7,7 @@ block needs is a small share of the layer's keys and values, however long the pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -100,6 +101,61 @@ def attention_share(
     return share.nan_to_num_(0.0)
 
 
+class Directions(NamedTuple):
+    """What the keys of each head point to: inverse norms [B, Hkv, N], mean unit key [B, Hkv, D], valid keys [B, Hkv]; float32."""
+
+    inverse_norm: torch.Tensor
+    mean: torch.Tensor
+    count: torch.Tensor
+
+
+def directions(key: torch.Tensor, valid: torch.Tensor | None) -> Directions:
+    """Reads ``key`` [B, Hkv, N, D] once for its redundancy and for `similarity`.
+
+    Args:
+        valid: bool, broadcasts to [B, Hkv, N]; keys that are not valid do not count. None: all are valid.
+    """
+    valid = torch.ones(1, 1, 1, dtype=torch.bool, device=key.device) if valid is None else valid
+    real = valid.expand(key.shape[:3])
+    inverse_norm, total = unit_sums(key, real.unsqueeze(2))
+    count = real.sum(dim=-1).float()
+    return Directions(inverse_norm, total.squeeze(2) / count.clamp(min=1).unsqueeze(-1), count)
+
+
+def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
+    """Cosine of each key with what the head's keys have in common: <u_i, mean u>, not re-normalised (KeyDiff, 2504.15364).
+
+    Returns: [B, Hkv, N] float32.
+    """
+    mean = found.mean.unsqueeze(2)
+    # As a row times a matrix: torch multiplies a matrix by a column several times slower.
+    along = by_block(key, key.shape[3], lambda part: (mean @ part.float().transpose(-1, -2)).squeeze(2))
+    return along * found.inverse_norm
+
+
+def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Makes a raw score comparable with the attention score: min-max scaled, then given the reference's mean.
+
+    Min, max and means run over the valid candidates of each head (MixKV, arXiv 2510.20707, equation 4).
+
+    Args:
+        raw, reference: [B, Hkv, M].
+        valid: bool, broadcasts to them; None: all are valid.
+
+    Returns: [B, Hkv, M]; zeros where all raw scores are equal.
+    """
+    if raw.shape[-1] == 0:
+        return raw
+    valid = torch.ones(1, 1, 1, dtype=torch.bool, device=raw.device) if valid is None else valid
+    low = raw.masked_fill(~valid, torch.inf).amin(dim=-1, keepdim=True)
+    high = raw.masked_fill(~valid, -torch.inf).amax(dim=-1, keepdim=True)
+    scaled = ((raw - low) / (high - low)).masked_fill(~(valid & (high > low)), 0.0)
+    count = valid.expand_as(raw).sum(dim=-1, keepdim=True).clamp(min=1)
+    mean = scaled.sum(dim=-1, keepdim=True) / count
+    target = reference.masked_fill(~valid, 0.0).sum(dim=-1, keepdim=True) / count
+    return scaled * torch.where(mean > 0, target / mean, 0.0)
+
+
 def norm(rows: torch.Tensor) -> torch.Tensor:
     """Norms [B, Hkv, N] of rows [B, Hkv, N, D], float32."""
     return by_block(rows, rows.shape[3], lambda part: torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32))
@@ -127,6 +183,24 @@ def by_block(rows: torch.Tensor, numbers: int, function: Callable[[torch.Tensor]
     for first, last in blocks:
         found[:, :, first:last] = function(rows[:, :, first:last])
     return found
+
+
+def unit_sums(key: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse norms of keys [B, Hkv, N, D], and the sum of the unit keys of each of K kinds, a block of tokens at a time.
+
+    Args:
+        kinds: bool, broadcasts to [B, Hkv, K, N].
+
+    Returns: float32 [B, Hkv, N], [B, Hkv, K, D].
+    """
+    inverse_norms, total = [], None
+    for first, last in token_blocks(key, key.shape[3]):
+        part = key[:, :, first:last].float()
+        inverse_norm = 1 / torch.linalg.vector_norm(part, dim=-1).clamp_(min=1e-12)
+        block = (inverse_norm.unsqueeze(2) * kinds[..., first:last]) @ part
+        total = block if total is None else total + block
+        inverse_norms.append(inverse_norm)
+    return torch.cat(inverse_norms, dim=-1), total
 
 
 def _logits(

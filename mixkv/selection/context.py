@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from ..config import MixKVConfig
-from ..ops import dispatch, score_reference
+from ..ops import dispatch
+from ..ops.score_reference import Directions
 from ..tensor_parallel import HeadShard
 from .apportion import apportion, to_device, to_host
-from .scores.diversity import Directions, directions, redundancy, similarity
+from .scores.diversity import redundancy
 from .scores.importance import output_importance, pool
-from .scores.match import match
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,10 @@ class ScoreContext:
         """Bool, broadcasts to [B, Hkv, M]."""
         return self.valid[..., : self.num_candidates]
 
+    def without_padding(self, numbers: torch.Tensor, filling: float) -> torch.Tensor:
+        """``numbers`` [B, Hkv, M], with ``filling`` for padding."""
+        return numbers if self.mask is None else numbers.masked_fill(~self.valid_candidates, filling)
+
     def window_attention(self, statistic: str) -> torch.Tensor:
         """Float32 [B, Hkv, M], ``mean`` or ``rms`` of what the window's queries attend to, not pooled."""
         return dispatch.window_attention(
@@ -127,18 +131,18 @@ class ScoreContext:
     def attention(self) -> torch.Tensor:
         """Float32 [B, Hkv, M], mean window attention, pooled (SnapKV, arXiv 2404.14469); 0 for padding."""
         pooled = pool(self.window_attention("mean"), self.config.kernel_size, self.config.pooling)
-        return pooled.masked_fill(~self.valid_candidates, 0.0)
+        return self.without_padding(pooled, 0.0)
 
     @cached_property
     def output_importance(self) -> torch.Tensor:
         """Float32 [B, Hkv, M], what the window takes out of each entry, in units of the residual stream; 0 for padding."""
         factor = self.output_factor() if callable(self.output_factor) else self.output_factor
         if factor is None:
-            norm = score_reference.norm(self.value)
+            norm = dispatch.norm(self.config.backend, self.value)
         else:
             norm = dispatch.projected_norm(self.config.backend, self.value, factor)
         found = output_importance(self.window_attention("rms"), norm, self.config.output_kernel_size)
-        return found.masked_fill(~self.valid_candidates, 0.0)
+        return self.without_padding(found, 0.0)
 
     @property
     def importance(self) -> torch.Tensor:
@@ -147,13 +151,13 @@ class ScoreContext:
 
     @cached_property
     def directions(self) -> Directions:
-        """Of all valid keys, see `mixkv.selection.scores.diversity`."""
-        return directions(self.key, self.valid)
+        """Of all valid keys, see `mixkv.ops.score_reference.directions`."""
+        return dispatch.directions(self.config.backend, self.key, self.mask)
 
     @property
     def similarity(self) -> torch.Tensor:
         """Float32 [B, Hkv, M], cosine of each key with the mean direction of the head's keys."""
-        return similarity(self.key, self.directions)[..., : self.num_candidates]
+        return dispatch.similarity(self.config.backend, self.key, self.directions)[..., : self.num_candidates]
 
     @cached_property
     def redundancy(self) -> torch.Tensor:
@@ -168,12 +172,12 @@ class ScoreContext:
     @property
     def value_norm(self) -> torch.Tensor:
         """Float32 [B, Hkv, M]."""
-        return score_reference.norm(self.value[:, :, : self.num_candidates])
+        return dispatch.norm(self.config.backend, self.value[:, :, : self.num_candidates])
 
     @property
     def key_norm(self) -> torch.Tensor:
         """Float32 [B, Hkv, M]."""
-        return score_reference.norm(self.key[:, :, : self.num_candidates])
+        return dispatch.norm(self.config.backend, self.key[:, :, : self.num_candidates])
 
     @property
     def key_float32(self) -> torch.Tensor:
@@ -181,8 +185,9 @@ class ScoreContext:
         return self.key.float()
 
     def match(self, raw: torch.Tensor) -> torch.Tensor:
-        """``raw`` [B, Hkv, M], scaled to be comparable with `importance`: see `mixkv.selection.scores.match`."""
-        return match(raw, self.importance, self.valid_candidates)
+        """``raw`` [B, Hkv, M], scaled to be comparable with `importance`: see `mixkv.ops.score_reference.match`."""
+        valid = None if self.mask is None else self.valid_candidates
+        return dispatch.match(self.config.backend, self.key, raw, self.importance, valid)
 
     def _configured_redundancy(self) -> torch.Tensor:
         if self.config.redundancy == "online":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..ops import dispatch
 from .apportion import apportion, to_host
 
 
@@ -58,7 +59,7 @@ class GlobalTopK:
         owner = torch.arange(self.layers * heads, (self.layers + 1) * heads, dtype=torch.int32, device=importance.device)
         owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)
         value = importance.flatten(1)
-        mine = _largest(value, [total // num_layers for total in self.total]) & ~value.isneginf()
+        mine = dispatch.largest(value, [total // num_layers for total in self.total]) & ~value.isneginf()
         self._arrived.append(mine.view_as(importance).sum(dim=-1))
         if self.layers > 0:
             # The layers of a model may lie on several devices.
@@ -67,7 +68,7 @@ class GlobalTopK:
         most = max(self.total)
         if most < value.shape[1]:
             # As many in every row, whatever its total: what is too many there `quota` leaves out.
-            stay = _largest(value, [most] * batch).flatten().nonzero().squeeze(-1)
+            stay = dispatch.largest(value, [most] * batch).flatten().nonzero().squeeze(-1)
             value, owner = (part.flatten()[stay].view(batch, -1) for part in (value, owner))
         self.value, self.owner = value, owner
         self.layers += 1
@@ -83,7 +84,7 @@ class GlobalTopK:
         batch, device = self.value.shape[0], self.value.device
         counted = ~self.value.isneginf()
         if min(self.total) < self.value.shape[1]:
-            counted &= _largest(self.value, self.total)
+            counted &= dispatch.largest(self.value, self.total)
         counts = torch.zeros(batch, self.layers * self.heads, dtype=torch.long, device=device)
         counts.scatter_add_(1, self.owner.long(), counted.long())
         counts, *arrived = to_host(counts, *(layer.to(device) for layer in self._arrived))
@@ -100,19 +101,3 @@ class GlobalTopK:
             # `apportion` rounds up by at most one.
             rows = np.minimum(np.floor(shares + 1e-6).astype(np.int64) + 1, limit)
         return rows.reshape(batch, self.layers, self.heads)
-
-
-def _largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Bool [B, n], True for the ``counts`` [B] largest of each row of ``value`` [B, n]; of equal ones, the first."""
-    size = value.shape[1]
-    if min(counts) >= size:
-        return torch.ones_like(value, dtype=torch.bool)
-    ranked = [min(max(count, 1), size) for count in counts]
-    if len(set(ranked)) == 1:
-        bound = value.topk(ranked[0], sorted=False).values.amin(dim=1, keepdim=True)
-    else:
-        bound = torch.stack([row.topk(rank, sorted=False).values.amin(0, keepdim=True) for row, rank in zip(value, ranked)])
-    count = torch.tensor(counts, device=value.device).unsqueeze(-1)
-    above = value > bound
-    tied = value == bound
-    return (above | tied) & (above.sum(dim=-1, keepdim=True) + tied.cumsum(dim=-1) * tied <= count)

@@ -130,15 +130,18 @@ def narrowed(ranking: Ranking, last: int) -> Ranking:
     window.
     """
     batch, heads, length = ranking.ranks.shape
-    window = ranking.window[..., : max(ranking.window.shape[-1] - last, 0)].expand(batch, heads, -1)
-    count, whole = window.sum(dim=-1, keepdim=True), length + window.shape[-1]
+    width = max(ranking.width - last, 0)
+    real = torch.ones(1, 1, 1, dtype=torch.bool, device=ranking.ranks.device) if ranking.window is None else ranking.window
+    window = real.expand(batch, heads, ranking.width)[..., :width]
+    count, whole = window.sum(dim=-1, keepdim=True), length + width
     before = torch.where(ranking.ranks < length, ranking.ranks + count, whole)
     within = torch.where(window, window.cumsum(dim=-1) - 1, whole)
     return dataclasses.replace(
         ranking,
         ranks=torch.cat([before, within], dim=-1),
         choosable=ranking.choosable + count.squeeze(-1),
-        window=ranking.window[..., window.shape[-1] :],
+        window=None if ranking.window is None else ranking.window[..., width:],
+        width=ranking.width - width,
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops import dispatch
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -44,7 +46,8 @@ class Ranking:
         base: int64 [B], candidates kept per head on average.
         real: int64 [B, Hkv], real tokens.
         choosable: int64 [B, Hkv], candidates among them.
-        window: bool, broadcasts to [B, Hkv, W], the window's real tokens.
+        window: bool, broadcasts to [B, Hkv, W], the window's real tokens; None: all of them.
+        width: W.
         redundancy, scores: as in `Selection`.
     """
 
@@ -53,22 +56,20 @@ class Ranking:
     base: torch.Tensor
     real: torch.Tensor
     choosable: torch.Tensor
-    window: torch.Tensor
+    window: torch.Tensor | None
+    width: int
     redundancy: torch.Tensor
     scores: torch.Tensor
 
     def for_heads(self, importance: torch.Tensor, real: torch.Tensor) -> Ranking:
         """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `allocate`."""
-        choosable = (real - self.window.shape[-1]).clamp(min=0)
+        choosable = (real - self.width).clamp(min=0)
         return dataclasses.replace(self, importance=importance, real=real, choosable=choosable)
 
     def take(self, entries: torch.Tensor) -> Selection:
         """Keeps the window and the best ``entries`` [B, Hkv] candidates of each head."""
-        batch, heads, _ = self.ranks.shape
-        fixed = self.window.expand(batch, heads, -1)
-        ranks = torch.cat([self.ranks, torch.full_like(fixed, -1, dtype=torch.int32)], dim=-1)
-        keep = torch.cat([self.ranks < entries.unsqueeze(-1), fixed], dim=-1)
-        return Selection(keep.nonzero()[:, 2].to(torch.int32), ranks[keep], keep.sum(dim=-1), self.redundancy, self.scores)
+        positions, ranks, lengths = dispatch.take(self.ranks, entries, self.window, self.width)
+        return Selection(positions, ranks, lengths, self.redundancy, self.scores)
 
 
 def split_positions(flat: torch.Tensor, lengths: torch.Tensor) -> list[list[torch.Tensor]]:

@@ -66,7 +66,7 @@ def select(
         **logits,
     )
     if lengths is not None:
-        return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.window.shape[-1]))
+        return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.width))
     method = registry.method(config.method)
     if method.plan is None:
         return ranking.take(allocate(config, ranking, layer_idx, num_layers))
@@ -125,22 +125,25 @@ def rank(
         softcap=softcap,
         sinks=sinks,
     )
-    padding = ~context.valid_candidates
-    scores = _compute(score, context).masked_fill(padding, -torch.inf)
+    scores = context.without_padding(_compute(score, context), -torch.inf)
     competes = registry.method(config.method).uses_output_importance
-    importance = context.output_importance if competes else context.importance
-    valid, measured = context.valid, context.redundancy
+    importance = context.without_padding(context.output_importance if competes else context.importance, -torch.inf)
+    measured = context.redundancy
     # What the context has computed is not needed while candidates are sorted.
     del context
-    real = valid.expand(batch, heads, length).sum(dim=-1)
+    if mask is None:
+        real = torch.full((batch, heads), length, device=key.device)
+    else:
+        real = mask.expand(batch, heads, length).sum(dim=-1)
     longest = real.amax(dim=-1) if longest is None else longest
     return Ranking(
         ranks=_ranks(scores, (length - longest).tolist() if mask is not None else [0] * batch),
-        importance=importance.masked_fill(padding, -torch.inf),
+        importance=importance,
         base=base_entries(config, longest),
         real=real,
         choosable=(real - window).clamp(min=0),
-        window=valid[..., length - window :],
+        window=None if mask is None else mask[..., length - window :],
+        width=window,
         redundancy=measured,
         scores=scores,
     )
@@ -209,14 +212,19 @@ def _ranks(score: torch.Tensor, padding: list[int]) -> torch.Tensor:
     Max pooling makes exact ties. They go to whichever `torch.sort` puts first, as in the authors' implementation; its
     order depends on the row's length, so padding is cut off for a padded row to keep what it would keep alone.
     """
+    if not any(padding):
+        return _places(score)
     ranks = torch.full(score.shape, score.shape[-1], dtype=torch.int32, device=score.device)
-    padded = [(slice(row, row + 1), cut) for row, cut in enumerate(padding)]
-    for rows, cut in padded if any(padding) else [(slice(None), 0)]:
-        part = score[rows, :, cut:]
-        places = torch.arange(part.shape[-1], dtype=torch.int32, device=score.device).expand_as(part)
-        order = part.sort(dim=-1, descending=True).indices
-        ranks[rows, :, cut:] = torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(-1, order, places)
+    for row, cut in enumerate(padding):
+        ranks[row, :, cut:] = _places(score[row : row + 1, :, cut:])[0]
     return ranks
+
+
+def _places(score: torch.Tensor) -> torch.Tensor:
+    """Int32 [B, Hkv, M]: places by ``score`` within each head."""
+    order = score.sort(dim=-1, descending=True).indices
+    places = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device).expand_as(order)
+    return torch.empty(order.shape, dtype=torch.int32, device=order.device).scatter_(-1, order, places)
 
 
 def _forced(lengths: torch.Tensor, real: torch.Tensor, window: int) -> torch.Tensor:

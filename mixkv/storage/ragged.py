@@ -195,31 +195,23 @@ class RaggedStore:
         """Keeps only a `selection` made over `padded` of that length."""
         counts = selection.lengths.flatten()
         first = (self.buffers.starts + self.lengths).long() - padded_length
-        self._keep_rows(first.repeat_interleave(counts) + selection.flat_positions, selection.lengths)
+        rows = first.repeat_interleave(counts) + selection.flat_positions
+        self._keep_rows(rows.to(torch.int32), selection.lengths)
 
     def evict(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """Evicts the selected rows whose rank is not below their sequence's quota; rows appended since then stay.
 
         Args:
             ranks: int32 [selected rows], `Selection.flat_ranks` of the rows held.
-            quota: int [S].
+            quota: int64 [S].
 
         Returns: the ranks of the selected rows that stay.
         """
-        lengths, tail = self.lengths.long(), self.tail
-        quota = quota.to(ranks.device)
-        stay = ranks < quota.repeat_interleave(lengths - tail, output_size=ranks.numel())
-        keep = stay
-        if tail:
-            place = torch.arange(self.total, device=ranks.device) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-            keep = torch.ones(self.total, dtype=torch.bool, device=ranks.device)
-            keep[place < (lengths - tail).repeat_interleave(lengths)] = stay
-        ends = lengths.cumsum(0)
-        kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-        rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)[keep]
-        self._keep_rows(rows, (kept[ends] - kept[ends - lengths]).view(self.batch, self.heads))
+        tail, quota = self.tail, quota.to(ranks.device)
+        rows, counts, left = dispatch.rows_below(self.buffers.starts, self.lengths, ranks, quota, tail)
+        self._keep_rows(rows, counts.view(self.batch, self.heads))
         self.tail = tail
-        return ranks[stay]
+        return left
 
     def padded(self, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv], valid bool [B, Hkv, N].
@@ -285,7 +277,7 @@ class RaggedStore:
         """Keeps buffer rows ``rows``, sequence after sequence, ``counts`` [B, Hkv] of each."""
         key, value, position = self.buffers.rows
         key, value = (buffer.expand(self.batch, self.heads, -1, -1) for buffer in (key, value))
-        self._compact(key, value, rows.to(torch.int32), counts)
+        self._compact(key, value, rows, counts)
         # What was written there is the rows they came from.
         self.buffers = self.buffers._replace(position=position.index_select(0, self.buffers.position))
 

@@ -22,6 +22,8 @@ def uniform(base: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
 def uniform_on_host(base: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """`uniform` of arrays."""
+    if (base[:, None] <= candidates).all():
+        return np.broadcast_to(base[:, None], candidates.shape)
     shares = np.broadcast_to(base[:, None], candidates.shape)
     return apportion(shares, total_rows(base, candidates), candidates)
 

@@ -13,6 +13,6 @@ from . import output
 
 from .diversity import Directions, directions, modal_redundancy, redundancy, similarity
 from .importance import output_importance, pool
-from .match import match
+from ...ops.score_reference import match
 
 __all__ = ["Directions", "directions", "match", "modal_redundancy", "output_importance", "pool", "redundancy", "similarity"]

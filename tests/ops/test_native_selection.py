@@ -1,0 +1,154 @@
+"""The compiled operations that rank and select, against their twins in plain torch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.stores import DTYPES, make_store, needs_library, strided
+
+from mixkv.ops import native, score_reference, selection_reference
+
+
+def left_padded(batch, heads, length, pad):
+    """Bool [batch, heads, length]: ``pad`` tokens less of the first batch row are real than of the others."""
+    real = torch.ones(batch, heads, length, dtype=torch.bool)
+    real[0, :, :pad] = False
+    return real
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length,size", [(1, 64), (33, 80), (1030, 16), (300, 256)])
+@pytest.mark.parametrize("pad", [None, 0, 17])
+def test_directions_and_norms(dtype, length, size, pad):
+    torch.manual_seed(3)
+    key = strided(2, 3, length, size, dtype) + 0.5
+    valid = None if pad is None else left_padded(2, 3, length, pad)
+    mine, twin = native.directions(key, valid), score_reference.directions(key, valid)
+    unit = key.double() / key.double().norm(dim=-1, keepdim=True)
+    real = torch.ones(2, 3, length, dtype=torch.bool) if valid is None else valid
+    exact = (unit * real.unsqueeze(-1)).sum(dim=2) / real.sum(dim=-1, keepdim=True).clamp(min=1)
+    for name in ("inverse_norm", "mean", "count"):
+        torch.testing.assert_close(getattr(mine, name), getattr(twin, name), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine.mean.double(), exact, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(native.similarity(key, twin), score_reference.similarity(key, twin), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(native.norm(key), score_reference.norm(key), rtol=1e-6, atol=1e-6)
+    assert native.norm(key).dtype == torch.float32
+
+
+@needs_library
+def test_a_padded_prompt_has_the_numbers_it_has_alone():
+    torch.manual_seed(4)
+    key, raw, reference = torch.randn(2, 3, 700, 64), torch.randn(2, 3, 700), torch.rand(2, 3, 700)
+    valid = left_padded(2, 3, 700, 123)
+    alone = native.directions(key[:1, :, 123:], None)
+    padded = native.directions(key, valid)
+    assert torch.equal(padded.mean[:1], alone.mean) and torch.equal(padded.inverse_norm[:1, :, 123:], alone.inverse_norm)
+    matched = native.match(raw, reference, valid)
+    assert torch.equal(matched[:1, :, 123:], native.match(raw[:1, :, 123:], reference[:1, :, 123:], None))
+    assert (matched[:1, :, :123] == 0).all()
+
+
+@needs_library
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 40),
+    pad=st.integers(0, 41),
+    kind=st.sampled_from(["numbers", "constant", "nan", "infinite"]),
+    seed=st.integers(0, 999),
+)
+def test_match(batch, heads, length, pad, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    raw, reference = (
+        torch.randn(batch, heads, length, generator=generator),
+        torch.rand(batch, heads, length, generator=generator),
+    )
+    if kind != "numbers":
+        raw[0, 0] = {"constant": 2.0, "nan": torch.nan, "infinite": torch.inf}[kind]
+    for valid in (left_padded(batch, heads, length, pad), left_padded(batch, 1, length, pad), None):
+        mine, twin = native.match(raw, reference, valid), score_reference.match(raw, reference, valid)
+        torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@needs_library
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(0, 30),
+    width=st.integers(0, 5),
+    padded=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_take(batch, heads, length, width, padded, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.rand(batch, heads, length, generator=generator).argsort(-1).to(torch.int32)
+    entries = torch.randint(0, length + 1, (batch, heads), generator=generator)
+    window = torch.rand(batch, 1, width, generator=generator) < 0.5 if padded else None
+    for mine, twin in zip(
+        native.take(ranks, entries, window, width), selection_reference.take(ranks, entries, window, width), strict=True
+    ):
+        assert mine.dtype == twin.dtype and torch.equal(mine, twin)
+
+
+@needs_library
+@settings(max_examples=80, deadline=None)
+@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=6), tail=st.integers(0, 4), seed=st.integers(0, 999))
+def test_rows_below(lengths, tail, seed):
+    generator = torch.Generator().manual_seed(seed)
+    selected = torch.tensor(lengths, dtype=torch.int32)
+    held = selected + tail
+    starts = held.cumsum(0, dtype=torch.int32) - held + 7 * torch.arange(len(lengths), dtype=torch.int32)
+    ranks = torch.cat([torch.randperm(length, generator=generator) - 1 for length in lengths]).to(torch.int32)
+    quota = torch.randint(0, 20, (len(lengths),), generator=generator)
+    given = (starts, held, ranks, quota, tail)
+    for mine, twin in zip(native.rows_below(*given), selection_reference.rows_below(*given), strict=True):
+        assert mine.dtype == twin.dtype and torch.equal(mine, twin)
+
+
+@needs_library
+@settings(max_examples=80, deadline=None)
+@given(batch=st.integers(1, 3), size=st.integers(1, 40), levels=st.integers(1, 40), seed=st.integers(0, 999))
+def test_largest(batch, size, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randint(0, levels, (batch, size), generator=generator).float()
+    value[value == 0] = -torch.inf
+    counts = torch.randint(0, size + 2, (batch,), generator=generator).tolist()
+    mine = native.largest(value, counts)
+    assert torch.equal(mine, selection_reference.largest(value, counts))
+    assert mine.sum(dim=-1).tolist() == [min(count, size) for count in counts]
+
+
+@needs_library
+def test_wrong_arguments_are_refused():
+    store = make_store([3, 4], 64, 64, torch.float32)
+    ranks = torch.zeros(7, dtype=torch.int32)
+    for wrong in (
+        lambda: native.norm(torch.zeros(1, 2, 5, 24)),
+        lambda: native.directions(torch.zeros(1, 2, 5, 64).double(), None),
+        lambda: native.match(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4), None),
+        lambda: native.take(torch.zeros(1, 2, 5, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64), None, 3),
+        lambda: native.rows_below(store.starts, store.lengths, ranks[:5], torch.ones(2, dtype=torch.int64), 0),
+        lambda: native.rows_below(store.starts, store.lengths, ranks[:0], torch.ones(2, dtype=torch.int64), 4),
+        lambda: native.largest(torch.zeros(2, 3), [1]),
+    ):
+        with pytest.raises(RuntimeError):
+            wrong()
+
+
+@needs_library
+def test_opcheck():
+    key, ranks = torch.randn(1, 2, 9, 64), torch.arange(9, dtype=torch.int32).expand(1, 2, 9)
+    store = make_store([3, 4], 64, 64, torch.float32)
+    for name, arguments in (
+        ("row_norms", (key,)),
+        ("mean_directions", (key, None)),
+        ("row_cosines", (key, torch.ones(1, 2, 9), torch.randn(1, 2, 64))),
+        ("match", (torch.randn(1, 2, 9), torch.rand(1, 2, 9), left_padded(1, 2, 9, 3))),
+        ("take", (ranks, torch.tensor([[3, 4]]), None, 2)),
+        ("rows_below", (store.starts, store.lengths, torch.arange(7, dtype=torch.int32), torch.tensor([2, 5]), 0)),
+        ("largest", (torch.randn(2, 5), torch.tensor([2, 3]))),
+    ):
+        torch.library.opcheck(getattr(torch.ops.mixkv, name).default, arguments)
