@@ -14,7 +14,7 @@ def to_host(*parts: torch.Tensor) -> list[np.ndarray]:
 
 def to_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
     """An int64 array of the host as a tensor on ``device``."""
-    return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+    return torch.tensor(rows, device=device)
 
 
 def apportion(shares: np.ndarray, total: np.ndarray, limit: np.ndarray) -> np.ndarray:
