@@ -29,6 +29,13 @@ def add_parser(commands) -> None:
     command.set_defaults(run=run, model=None, dtype="auto", device=None, no_chat=False, repeats=2, max_new_tokens=48)
 
 
+_NEXT = """
+Try next:
+  mixkv compare --model YOUR_MODEL --prompt-file FILE --question "..."    the same on your own model and text
+  mixkv demo --vision    a page as an image, and what is kept of it (pip install 'mixkv[pages]')
+  mixkv.patch(model)     in Python: from there on generate() keeps a compressed cache"""
+
+
 def run(options: argparse.Namespace) -> None:
     from ..evaluation import compare, packages, prompts
 
@@ -49,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
         kinds = [("snapkv", "attn"), ("adakv", "mix"), ("adakv", "mix-output"), ("global", "mix-output")]
         configs = [config for kind in kinds for config in compare.grid([kind], [64, 128])]
     print_comparison(options, partial(encode_text, options, prompts.demo()), configs)
+    print(_NEXT)
 
 
 def _run_vision(options: argparse.Namespace) -> None:

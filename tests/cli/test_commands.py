@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 import warnings
 from subprocess import run
@@ -10,6 +11,7 @@ import pytest
 from support.text_models import make_model, make_text, make_tokenizer
 
 from mixkv import cli, registry
+from mixkv.cli import demo, parser
 
 pytest.importorskip("rich")
 
@@ -180,6 +182,14 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
     assert cli.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert missing in error and "pip install 'mixkv[demo]'" in error
+
+
+def test_the_demo_ends_with_commands_that_exist(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "print_comparison", lambda *arguments: None)
+    pytest.importorskip("gguf")
+    assert cli.main(["demo"]) == 0
+    commands = re.findall(r"^  mixkv (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert commands and set(commands) <= {command.__name__.rpartition(".")[2] for command in parser.COMMANDS}
 
 
 def test_texts_need_no_package_of_pages(folder):
