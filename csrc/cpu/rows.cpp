@@ -1,7 +1,9 @@
-// Operations that copy rows: append, compact, move_rows.
+// Operations that copy rows: append, compact, move_rows, evict.
 #include "rows.h"
 
+#include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "store.h"
 
@@ -142,10 +144,72 @@ static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_bu
   });
 }
 
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer,
+                                                                        Tensor starts, Tensor lengths, Tensor ranks, Tensor quota,
+                                                                        int64_t tail, int64_t spare_rows, double spare_share) {
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  check_positions(store, position_buffer);
+  check_ints(ranks, -1, "ranks");
+  STD_TORCH_CHECK(quota.dim() == 1 && quota.scalar_type() == ScalarType::Long && quota.is_contiguous() && quota.numel() == store.sequences,
+                  "quota must be a contiguous int64 vector with an entry for every sequence");
+  STD_TORCH_CHECK(store.sequences > 0 && spare_rows >= 0 && spare_share >= 0.0, "there must be sequences, and no negative spare rows");
+  const Extents from(store, starts, lengths);
+  const int32_t* rank = data<int32_t>(ranks);
+  const int64_t* most = data<int64_t>(quota);
+  for (int64_t s = 0; s < store.sequences; ++s)
+    STD_TORCH_CHECK(tail >= 0 && from.lengths[s] >= tail, "sequence ", s, " has ", from.lengths[s], " rows, fewer than the tail of ", tail);
+  STD_TORCH_CHECK(from.total - store.sequences * tail == ranks.numel(), "there are ", ranks.numel(), " ranks for ",
+                  from.total - store.sequences * tail, " selected rows");
+
+  Tensor new_starts = torch::stable::new_empty(starts, {store.sequences}, ScalarType::Int);
+  Tensor new_lengths = torch::stable::new_empty(starts, {store.sequences}, ScalarType::Int);
+  int32_t *to_starts = data<int32_t>(new_starts), *to_lengths = data<int32_t>(new_lengths);
+  int64_t total = 0;
+  for (int64_t s = 0, i = 0; s < store.sequences; ++s) {
+    int64_t count = tail;
+    for (int64_t n = tail; n < from.lengths[s]; ++n, ++i) count += rank[i] < most[s];
+    to_lengths[s] = int32_t(count);
+    total += count;
+  }
+  const int64_t spare = std::max(spare_rows, int64_t(double(total) / double(store.sequences) * spare_share));
+  const int64_t rows = total + store.sequences * spare;
+  Tensor key = torch::stable::new_empty(key_buffer, {rows, store.size}, key_buffer.scalar_type());
+  Tensor value = torch::stable::new_empty(value_buffer, {rows, store.value_size}, value_buffer.scalar_type());
+  Tensor position = torch::stable::new_empty(starts, {rows}, ScalarType::Int);
+  Tensor left = torch::stable::new_empty(ranks, {total - store.sequences * tail}, ScalarType::Int);
+  const int64_t bytes = key_buffer.element_size(), key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
+  const char *old_key = data<char>(key_buffer), *old_value = data<char>(value_buffer);
+  const int32_t* old_position = data<int32_t>(position_buffer);
+  char *to_key = data<char>(key), *to_value = data<char>(value);
+  int32_t *to_position = data<int32_t>(position), *to_rank = data<int32_t>(left);
+  int64_t row = 0;
+  for (int64_t s = 0; s < store.sequences; ++s) {
+    to_starts[s] = int32_t(row);
+    const int64_t first = from.starts[s], selected = from.lengths[s] - tail;
+    for (int64_t n = 0; n < from.lengths[s]; ++n) {
+      if (n < selected) {
+        const int32_t place = *rank++;
+        if (place >= most[s]) continue;
+        *to_rank++ = place;
+      }
+      std::memcpy(to_key + row * key_bytes, old_key + (first + n) * key_bytes, key_bytes);
+      std::memcpy(to_value + row * value_bytes, old_value + (first + n) * value_bytes, value_bytes);
+      to_position[row++] = old_position[first + n];
+    }
+    // Zeros, so that a masked read of spare rows never meets a nan.
+    std::memset(to_key + row * key_bytes, 0, spare * key_bytes);
+    std::memset(to_value + row * value_bytes, 0, spare * value_bytes);
+    std::memset(to_position + row, 0, spare * sizeof(int32_t));
+    row += spare;
+  }
+  return {key, value, position, new_starts, new_lengths, left};
+}
+
 }  // namespace mixkv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("append", TORCH_BOX(&mixkv::cpu::append));
   m.impl("compact", TORCH_BOX(&mixkv::cpu::compact));
   m.impl("move_rows", TORCH_BOX(&mixkv::cpu::move_rows));
+  m.impl("evict", TORCH_BOX(&mixkv::cpu::evict));
 }

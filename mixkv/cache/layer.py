@@ -212,11 +212,13 @@ class MixKVLayer(CacheLayerMixin):
         ``valid`` bool [B, N], False for padding.
         """
         self.state.storing = True
-        self._append_query_window(query)
         compressor, state = self._compressor(), self.state
+        if state.config.decode_budget is not None or self.window is not None:
+            self._append_query_window(query)
+            query = self.window.query
         if self.ordinal == 0:
             state.shared_budget = compressor.new_shared_budget()
-        budget, inputs = state.shared_budget, (self.window.query, key, value, output, logits)
+        budget, inputs = state.shared_budget, (query.detach(), key, value, output, logits)
         found = compressor.compress(*inputs, valid=valid, image=state.images.of_prompt, shared_budget=budget)
         self.rows, self.statistics, self.remote = found.rows, found.statistics, found.remote
         if budget is not None:
