@@ -1,4 +1,4 @@
-// Operations that copy rows: append, compact, move_rows, evict.
+// Operations that copy rows: append, compact, gather, move_rows, evict.
 #include "rows.h"
 
 #include <algorithm>
@@ -144,6 +144,50 @@ static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_bu
   });
 }
 
+// Zeros, so that a masked read of spare rows never meets a nan.
+static void clear_rows(const Tensor& key, const Tensor& value, const Tensor& position, int64_t first, int64_t count) {
+  const int64_t key_bytes = key.size(1) * key.element_size(), value_bytes = value.size(1) * value.element_size();
+  std::memset(data<char>(key) + first * key_bytes, 0, count * key_bytes);
+  std::memset(data<char>(value) + first * value_bytes, 0, count * value_bytes);
+  std::memset(data<int32_t>(position) + first, 0, count * sizeof(int32_t));
+}
+
+static int64_t spare_of(int64_t total, int64_t sequences, int64_t least, double share) {
+  STD_TORCH_CHECK(sequences > 0 && least >= 0 && share >= 0.0, "there must be sequences, and no negative spare rows");
+  return std::max(least, int64_t(double(total) / double(sequences) * share));
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather(Tensor key, Tensor value, Tensor positions, Tensor counts,
+                                                                 int64_t spare_rows, double spare_share) {
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "key and value must be [B, Hkv, n, size]");
+  const int64_t sequences = key.size(0) * key.size(1);
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == sequences,
+                  "counts must be contiguous int64 with an entry for every sequence");
+  check_ints(positions, -1, "positions");
+  Tensor starts = torch::stable::new_empty(positions, {sequences}, ScalarType::Int);
+  Tensor lengths = torch::stable::new_empty(positions, {sequences}, ScalarType::Int);
+  Tensor offsets = torch::stable::new_empty(positions, {sequences}, ScalarType::Int);
+  const int64_t total = positions.numel(), spare = spare_of(total, sequences, spare_rows, spare_share);
+  int64_t row = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t count = data<int64_t>(counts)[s];
+    STD_TORCH_CHECK(count >= 0 && row + count <= total, "counts must sum to the ", total, " positions");
+    data<int32_t>(starts)[s] = int32_t(row + s * spare);
+    data<int32_t>(lengths)[s] = int32_t(count);
+    data<int32_t>(offsets)[s] = int32_t(row);
+    row += count;
+  }
+  STD_TORCH_CHECK(row == total, "counts must sum to the ", total, " positions");
+  const int64_t rows = total + sequences * spare;
+  Tensor to_key = torch::stable::new_empty(key, {rows, key.size(3)}, key.scalar_type());
+  Tensor to_value = torch::stable::new_empty(value, {rows, value.size(3)}, value.scalar_type());
+  Tensor to_position = torch::stable::new_empty(positions, {rows}, ScalarType::Int);
+  compact(to_key, to_value, to_position, starts, lengths, offsets, key, value, positions);
+  for (int64_t s = 0; s < sequences; ++s)
+    clear_rows(to_key, to_value, to_position, data<int32_t>(starts)[s] + data<int32_t>(lengths)[s], spare);
+  return {to_key, to_value, to_position, starts, lengths};
+}
+
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer,
                                                                         Tensor starts, Tensor lengths, Tensor ranks, Tensor quota,
                                                                         int64_t tail, int64_t spare_rows, double spare_share) {
@@ -152,7 +196,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor k
   check_ints(ranks, -1, "ranks");
   STD_TORCH_CHECK(quota.dim() == 1 && quota.scalar_type() == ScalarType::Long && quota.is_contiguous() && quota.numel() == store.sequences,
                   "quota must be a contiguous int64 vector with an entry for every sequence");
-  STD_TORCH_CHECK(store.sequences > 0 && spare_rows >= 0 && spare_share >= 0.0, "there must be sequences, and no negative spare rows");
   const Extents from(store, starts, lengths);
   const int32_t* rank = data<int32_t>(ranks);
   const int64_t* most = data<int64_t>(quota);
@@ -171,7 +214,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor k
     to_lengths[s] = int32_t(count);
     total += count;
   }
-  const int64_t spare = std::max(spare_rows, int64_t(double(total) / double(store.sequences) * spare_share));
+  const int64_t spare = spare_of(total, store.sequences, spare_rows, spare_share);
   const int64_t rows = total + store.sequences * spare;
   Tensor key = torch::stable::new_empty(key_buffer, {rows, store.size}, key_buffer.scalar_type());
   Tensor value = torch::stable::new_empty(value_buffer, {rows, store.value_size}, value_buffer.scalar_type());
@@ -196,10 +239,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor k
       std::memcpy(to_value + row * value_bytes, old_value + (first + n) * value_bytes, value_bytes);
       to_position[row++] = old_position[first + n];
     }
-    // Zeros, so that a masked read of spare rows never meets a nan.
-    std::memset(to_key + row * key_bytes, 0, spare * key_bytes);
-    std::memset(to_value + row * value_bytes, 0, spare * value_bytes);
-    std::memset(to_position + row, 0, spare * sizeof(int32_t));
+    clear_rows(key, value, position, row, spare);
     row += spare;
   }
   return {key, value, position, new_starts, new_lengths, left};
@@ -211,5 +251,6 @@ STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("append", TORCH_BOX(&mixkv::cpu::append));
   m.impl("compact", TORCH_BOX(&mixkv::cpu::compact));
   m.impl("move_rows", TORCH_BOX(&mixkv::cpu::move_rows));
+  m.impl("gather", TORCH_BOX(&mixkv::cpu::gather));
   m.impl("evict", TORCH_BOX(&mixkv::cpu::evict));
 }

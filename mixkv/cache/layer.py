@@ -303,6 +303,8 @@ class MixKVLayer(CacheLayerMixin):
 
     def evict(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`RaggedStore.evict` down to ``rows`` [B, all heads of the layer]."""
+        if self.remote is None:
+            return self.store.evict(ranks, rows.flatten())
         compressor = self._compressor()
         left = self.store.evict(ranks, compressor.shard.own(rows).flatten())
         self.remote = compressor.remote_heads(rows, self.device)

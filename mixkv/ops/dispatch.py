@@ -169,9 +169,11 @@ def fetch_chunks(
     (native if compiled else reference).fetch_chunks(buffers, from_buffers, from_rows, to_rows, rows, chunk=chunk)
 
 
-def compact(backend: str, buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
-    """`reference.compact`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows]."""
-    _rows(backend).compact(buffers, key, value, positions)
+def gather(
+    backend: str, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor
+) -> RaggedBuffers:
+    """`selection_reference.gather`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows], ``counts`` int64 [B, Hkv]."""
+    return (native if backend == "native" else selection_reference).gather(key, value, positions, counts)
 
 
 def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:
@@ -217,6 +219,24 @@ def match(backend: str, raw: torch.Tensor, reference: torch.Tensor, valid: torch
     """`score_reference.match`: compiled for float32."""
     alike = raw.dtype == reference.dtype == torch.float32 and raw.shape == reference.shape
     return (_scores(backend, raw) if alike else score_reference).match(raw, reference, valid)
+
+
+def mix(
+    backend: str,
+    importance: torch.Tensor,
+    similarity: torch.Tensor,
+    value_norm: torch.Tensor,
+    share: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    """`score_reference.mix`."""
+    return _scores(backend, importance).mix(importance, similarity, value_norm, share, valid)
+
+
+def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
+    """`score_reference.normalized`, compiled where the library has been loaded."""
+    compiled = importance.device.type == "cpu" and native.status("cpu", load=False).available
+    return (native if compiled else score_reference).normalized(importance, exponent)
 
 
 def pool(backend: str, attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:

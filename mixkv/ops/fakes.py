@@ -26,6 +26,11 @@ def register() -> None:
         buffers = (part.new_empty(rows, *part.shape[1:]) for part in (key, value, position))
         return (*buffers, starts.new_empty(starts.shape), lengths.new_empty(lengths.shape), *chosen(ranks, 1))
 
+    def gathered(key, value, positions, counts, *rest):
+        rows = torch.library.get_ctx().new_dynamic_size()
+        sequences = [positions.new_empty(counts.numel()) for _ in range(2)]
+        return (key.new_empty(rows, key.shape[3]), value.new_empty(rows, value.shape[3]), positions.new_empty(rows), *sequences)
+
     def merged(value, owner, importance, within, totals, owners):
         kept, batch = torch.library.get_ctx().new_dynamic_size(), value.shape[0]
         numbers = (totals.new_empty(batch, owners), totals.new_empty(importance.shape[:2]))
@@ -57,6 +62,9 @@ def register() -> None:
         "match": lambda raw, reference, valid: raw.new_empty(raw.shape),
         "take": lambda ranks, entries, window, width: (*chosen(ranks, 2), entries.new_empty(entries.shape)),
         "mean_cosine": lambda mean, count: count.new_empty(count.shape),
+        "mix": lambda importance, *rest: importance.new_empty(importance.shape),
+        "normalized": lambda importance, exponent: importance.new_empty(importance.shape),
+        "gather": gathered,
         "pool": lambda attention, kernel_size, largest: attention.new_empty(attention.shape),
         "merge_largest": merged,
         "evict": evicted,

@@ -195,6 +195,23 @@ def redundancy(found: Directions) -> torch.Tensor:
     return _ops().mean_cosine.default(found.mean, found.count)
 
 
+def mix(
+    importance: torch.Tensor,
+    similarity: torch.Tensor,
+    value_norm: torch.Tensor,
+    share: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    """`score_reference.mix` on the CPU."""
+    valid = None if valid is None else valid.expand_as(importance)
+    return _ops().mix.default(importance, similarity, value_norm, share, valid)
+
+
+def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
+    """`score_reference.normalized` of float32 on the CPU."""
+    return _ops().normalized.default(importance, exponent)
+
+
 def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
     """`score_reference.pool` on the CPU."""
     return _ops().pool.default(attention, kernel_size, pooling == "max")
@@ -215,6 +232,18 @@ def take(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`selection_reference.take` on the CPU."""
     return _ops().take.default(ranks, entries, None if window is None else window.expand(*ranks.shape[:2], width), width)
+
+
+def gather(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> RaggedBuffers:
+    """`selection_reference.gather`: on the CPU in one pass."""
+    if not key.is_cuda:
+        spare = (layout.SPARE_ROWS, layout.SPARE_SHARE)
+        return RaggedBuffers(*_ops().gather.default(key, value, positions, counts, *spare))
+    total = positions.numel()
+    spare = layout.spare_per_sequence(total, counts.numel())
+    buffers = layout.empty_buffers(counts.flatten(), total, spare, (key, value))
+    compact(buffers, key, value, positions)
+    return buffers
 
 
 def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:

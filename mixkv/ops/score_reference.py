@@ -168,6 +168,37 @@ def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None
     return scaled * torch.where(mean > 0, target / mean, 0.0)
 
 
+def mix(
+    importance: torch.Tensor,
+    similarity: torch.Tensor,
+    value_norm: torch.Tensor,
+    share: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    """``share * diversity + (1 - share) * (importance + value norm)`` (MixKV, arXiv 2510.20707, equation 7).
+
+    Diversity is minus the similarity; it and the value norm are brought to the scale of importance by `match`.
+
+    Args:
+        importance, similarity, value_norm: [B, Hkv, M].
+        share: [B, Hkv].
+        valid: bool, broadcasts to [B, Hkv, M]; None: all are valid.
+
+    Returns: [B, Hkv, M].
+    """
+    share = share.unsqueeze(-1)
+    diversity = match(-similarity, importance, valid)
+    return share * diversity + (1 - share) * (importance + match(value_norm, importance, valid))
+
+
+def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Importance [B, Hkv, M] divided by the largest of its batch row to the power of ``exponent``; where that is not positive, as is."""
+    if importance.shape[-1] == 0:
+        return importance
+    largest = importance.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(largest > 0, importance / largest**exponent, importance)
+
+
 def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
     """1-D pooling over neighbouring candidates, same length; the zeros beyond both ends count in the average.
 

@@ -6,7 +6,7 @@ import torch
 
 from .arguments import RaggedBuffers
 from .layout import empty_buffers, spare_per_sequence
-from .reference import flat_rows
+from .reference import compact, flat_rows
 
 
 def take(
@@ -29,6 +29,20 @@ def take(
     whole = torch.cat([ranks, torch.full_like(fixed, -1, dtype=torch.int32)], dim=-1)
     keep = torch.cat([ranks < entries.unsqueeze(-1), fixed], dim=-1)
     return keep.nonzero()[:, 2].to(torch.int32), whole[keep], keep.sum(dim=-1)
+
+
+def gather(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> RaggedBuffers:
+    """New buffers with the kept rows of full keys and values.
+
+    Args:
+        key, value: [B, Hkv, N, D], [B, Hkv, N, Dv].
+        positions: int32 [kept], the kept positions, sequence after sequence.
+        counts: int64 [B, Hkv], how many of each.
+    """
+    total = positions.numel()
+    buffers = empty_buffers(counts.flatten(), total, spare_per_sequence(total, counts.numel()), (key, value))
+    compact(buffers, key, value, positions)
+    return buffers
 
 
 def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:

@@ -272,13 +272,9 @@ class RaggedStore:
 
     def _compact(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """New buffers with ``counts`` [B, Hkv] rows of ``key`` [B, Hkv, N, D] and ``value``, at ``positions``."""
-        host_counts = counts.tolist()
-        total = sum(map(sum, host_counts))
-        spare = spare_per_sequence(total, counts.numel())
-        buffers = empty_buffers(counts.flatten(), total, spare, (key, value))
-        dispatch.compact(self.backend, buffers, key, value, positions)
-        self.buffers, self.spare, self.tail = buffers, spare, 0
-        self._measure(host_counts)
+        self.buffers, self.tail = dispatch.gather(self.backend, key, value, positions, counts), 0
+        self._measure(counts.tolist())
+        self.spare = self.spare_rows // counts.numel()
 
     def _measure(self, host_lengths: list[list[int]]) -> None:
         self.row_totals = [sum(row) for row in host_lengths]

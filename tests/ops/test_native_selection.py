@@ -60,7 +60,7 @@ def test_a_padded_prompt_has_the_numbers_it_has_alone():
     kind=st.sampled_from(["numbers", "constant", "nan", "infinite"]),
     seed=st.integers(0, 999),
 )
-def test_match(batch, heads, length, pad, kind, seed):
+def test_match_and_mix(batch, heads, length, pad, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     raw, reference = (
         torch.randn(batch, heads, length, generator=generator),
@@ -71,6 +71,21 @@ def test_match(batch, heads, length, pad, kind, seed):
     for valid in (left_padded(batch, heads, length, pad), left_padded(batch, 1, length, pad), None):
         mine, twin = native.match(raw, reference, valid), score_reference.match(raw, reference, valid)
         torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
+        share, size = torch.rand(batch, heads, generator=generator), torch.rand(batch, heads, length, generator=generator)
+        given = (reference, raw, size, share, valid)
+        mine, twin = native.mix(*given), score_reference.mix(*given)
+        torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_normalized(exponent):
+    torch.manual_seed(5)
+    importance = torch.rand(3, 2, 40) * torch.tensor([1e-6, 1.0, 0.0]).view(3, 1, 1)
+    importance[:, :, :7] = -torch.inf
+    mine = native.normalized(importance, exponent)
+    torch.testing.assert_close(mine, score_reference.normalized(importance, exponent), rtol=1e-6, atol=0)
+    assert native.normalized(importance[..., :0], exponent).shape == (3, 2, 0)
 
 
 @needs_library
@@ -108,6 +123,19 @@ def test_evict(dtype, lengths, tail, seed):
         selection_reference.evict(store, ranks, quota, tail),
     )
     assert torch.equal(left, expected)
+    for name, one, other in zip(mine._fields, mine, twin, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", [[[3, 0, 200], [7, 1, 40]], [[0, 0, 0], [0, 0, 0]]], ids=str)
+def test_gather(dtype, counts):
+    counts = torch.tensor(counts)
+    key, value = strided(2, 3, 300, 64, dtype), strided(2, 3, 300, 80, dtype)
+    kept = [torch.randperm(300)[:count].sort().values for count in counts.flatten().tolist()]
+    positions = torch.cat(kept).to(torch.int32)
+    mine, twin = native.gather(key, value, positions, counts), selection_reference.gather(key, value, positions, counts)
     for name, one, other in zip(mine._fields, mine, twin, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
 
@@ -162,6 +190,9 @@ def test_wrong_arguments_are_refused():
         lambda: native.directions(torch.zeros(1, 2, 5, 64).double(), None),
         lambda: native.match(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4), None),
         lambda: native.take(torch.zeros(1, 2, 5, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64), None, 3),
+        lambda: native.mix(*(torch.zeros(1, 2, 5) for _ in range(3)), torch.zeros(1, 3), None),
+        lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks, torch.tensor([[3, 3]])),
+        lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks + 9, torch.tensor([[3, 4]])),
         lambda: native.evict(store, ranks[:5], torch.ones(2, dtype=torch.int64), 0),
         lambda: native.evict(store, ranks[:0], torch.ones(2, dtype=torch.int64), 4),
         lambda: native.evict(store, ranks, torch.ones(3, dtype=torch.int64), 0),
@@ -183,6 +214,9 @@ def test_opcheck():
         ("match", (torch.randn(1, 2, 9), torch.rand(1, 2, 9), left_padded(1, 2, 9, 3))),
         ("take", (ranks, torch.tensor([[3, 4]]), None, 2)),
         ("mean_cosine", (torch.randn(1, 2, 64), torch.ones(1, 2))),
+        ("mix", (*(torch.rand(1, 2, 9) for _ in range(3)), torch.rand(1, 2), None)),
+        ("normalized", (torch.rand(1, 2, 9), 0.5)),
+        ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), 16, 0.125)),
         ("pool", (torch.rand(1, 2, 9), 5, True)),
         ("evict", (*store, torch.arange(7, dtype=torch.int32), torch.tensor([2, 5]), 0, 16, 0.125)),
         (
