@@ -27,6 +27,14 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) -> Tensor");
   m.def("match(Tensor raw, Tensor reference, Tensor? valid) -> Tensor");
   m.def("take(Tensor ranks, Tensor entries, Tensor? window, int width) -> (Tensor, Tensor, Tensor)");
-  m.def("rows_below(Tensor starts, Tensor lengths, Tensor ranks, Tensor quota, int tail) -> (Tensor, Tensor, Tensor)");
-  m.def("largest(Tensor value, Tensor counts) -> Tensor");
+  m.def("mean_cosine(Tensor mean, Tensor count) -> Tensor");
+  m.def("mix(Tensor importance, Tensor similarity, Tensor value_norm, Tensor share, Tensor? valid) -> Tensor");
+  m.def("normalized(Tensor importance, float exponent) -> Tensor");
+  m.def("gather(Tensor key, Tensor value, Tensor positions, Tensor counts, int spare_rows, float spare_share) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("pool(Tensor attention, int kernel_size, bool largest) -> Tensor");
+  m.def("merge_largest(Tensor value, Tensor owner, Tensor importance, Tensor within, Tensor totals, int owners) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor ranks, "
+        "Tensor quota, int tail, int spare_rows, float spare_share) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

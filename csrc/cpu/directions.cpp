@@ -1,4 +1,4 @@
-// row_norms, mean_directions, row_cosines: the length of rows and where they point to, head by head.
+// row_norms, mean_directions, mean_cosine, row_cosines: the length of rows and where they point to, head by head.
 #include <algorithm>
 #include <tuple>
 
@@ -89,6 +89,24 @@ static std::tuple<Tensor, Tensor, Tensor> mean_directions(Tensor key, std::optio
   return {inverse_norm, mean, counts};
 }
 
+static Tensor mean_cosine(Tensor mean, Tensor count) {
+  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && mean.is_contiguous() && mean.dim() == 3,
+                  "mean must be a contiguous float32 [B, Hkv, D] tensor");
+  STD_TORCH_CHECK(count.scalar_type() == ScalarType::Float && count.is_contiguous() && count.dim() == 2 &&
+                      count.size(0) == mean.size(0) && count.size(1) == mean.size(1),
+                  "count must be a contiguous float32 [B, Hkv] tensor");
+  Tensor out = torch::stable::new_empty(mean, {mean.size(0), mean.size(1)}, ScalarType::Float);
+  const int64_t size = mean.size(2);
+  const float *means = data<float>(mean), *counts = data<float>(count);
+  for (int64_t s = 0; s < out.numel(); ++s) {
+    float squares = 0.0f;
+    for (int64_t d = 0; d < size; ++d) squares += means[s * size + d] * means[s * size + d];
+    const float cosine = (counts[s] * squares - 1.0f) / std::max(counts[s] - 1.0f, 1.0f);
+    data<float>(out)[s] = std::min(std::max(cosine, 0.0f), 1.0f);
+  }
+  return out;
+}
+
 static Tensor row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) {
   key = row_dense(key);
   const Sequences all(key);
@@ -119,5 +137,6 @@ static Tensor row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) {
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("row_norms", TORCH_BOX(&mixkv::cpu::row_norms));
   m.impl("mean_directions", TORCH_BOX(&mixkv::cpu::mean_directions));
+  m.impl("mean_cosine", TORCH_BOX(&mixkv::cpu::mean_cosine));
   m.impl("row_cosines", TORCH_BOX(&mixkv::cpu::row_cosines));
 }

@@ -1,7 +1,9 @@
-// Operations that copy rows: append, compact, move_rows.
+// Operations that copy rows: append, compact, gather, move_rows, evict.
 #include "rows.h"
 
+#include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "store.h"
 
@@ -142,10 +144,113 @@ static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_bu
   });
 }
 
+// Zeros, so that a masked read of spare rows never meets a nan.
+static void clear_rows(const Tensor& key, const Tensor& value, const Tensor& position, int64_t first, int64_t count) {
+  const int64_t key_bytes = key.size(1) * key.element_size(), value_bytes = value.size(1) * value.element_size();
+  std::memset(data<char>(key) + first * key_bytes, 0, count * key_bytes);
+  std::memset(data<char>(value) + first * value_bytes, 0, count * value_bytes);
+  std::memset(data<int32_t>(position) + first, 0, count * sizeof(int32_t));
+}
+
+static int64_t spare_of(int64_t total, int64_t sequences, int64_t least, double share) {
+  STD_TORCH_CHECK(sequences > 0 && least >= 0 && share >= 0.0, "there must be sequences, and no negative spare rows");
+  return std::max(least, int64_t(double(total) / double(sequences) * share));
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather(Tensor key, Tensor value, Tensor positions, Tensor counts,
+                                                                 int64_t spare_rows, double spare_share) {
+  STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "key and value must be [B, Hkv, n, size]");
+  const int64_t sequences = key.size(0) * key.size(1);
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == sequences,
+                  "counts must be contiguous int64 with an entry for every sequence");
+  check_ints(positions, -1, "positions");
+  Tensor starts = torch::stable::new_empty(positions, {sequences}, ScalarType::Int);
+  Tensor lengths = torch::stable::new_empty(positions, {sequences}, ScalarType::Int);
+  Tensor offsets = torch::stable::new_empty(positions, {sequences}, ScalarType::Int);
+  const int64_t total = positions.numel(), spare = spare_of(total, sequences, spare_rows, spare_share);
+  int64_t row = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t count = data<int64_t>(counts)[s];
+    STD_TORCH_CHECK(count >= 0 && row + count <= total, "counts must sum to the ", total, " positions");
+    data<int32_t>(starts)[s] = int32_t(row + s * spare);
+    data<int32_t>(lengths)[s] = int32_t(count);
+    data<int32_t>(offsets)[s] = int32_t(row);
+    row += count;
+  }
+  STD_TORCH_CHECK(row == total, "counts must sum to the ", total, " positions");
+  const int64_t rows = total + sequences * spare;
+  Tensor to_key = torch::stable::new_empty(key, {rows, key.size(3)}, key.scalar_type());
+  Tensor to_value = torch::stable::new_empty(value, {rows, value.size(3)}, value.scalar_type());
+  Tensor to_position = torch::stable::new_empty(positions, {rows}, ScalarType::Int);
+  compact(to_key, to_value, to_position, starts, lengths, offsets, key, value, positions);
+  for (int64_t s = 0; s < sequences; ++s)
+    clear_rows(to_key, to_value, to_position, data<int32_t>(starts)[s] + data<int32_t>(lengths)[s], spare);
+  return {to_key, to_value, to_position, starts, lengths};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer,
+                                                                        Tensor starts, Tensor lengths, Tensor ranks, Tensor quota,
+                                                                        int64_t tail, int64_t spare_rows, double spare_share) {
+  const Store store(key_buffer, value_buffer, starts, lengths);
+  check_positions(store, position_buffer);
+  check_ints(ranks, -1, "ranks");
+  STD_TORCH_CHECK(quota.dim() == 1 && quota.scalar_type() == ScalarType::Long && quota.is_contiguous() && quota.numel() == store.sequences,
+                  "quota must be a contiguous int64 vector with an entry for every sequence");
+  const Extents from(store, starts, lengths);
+  const int32_t* rank = data<int32_t>(ranks);
+  const int64_t* most = data<int64_t>(quota);
+  for (int64_t s = 0; s < store.sequences; ++s)
+    STD_TORCH_CHECK(tail >= 0 && from.lengths[s] >= tail, "sequence ", s, " has ", from.lengths[s], " rows, fewer than the tail of ", tail);
+  STD_TORCH_CHECK(from.total - store.sequences * tail == ranks.numel(), "there are ", ranks.numel(), " ranks for ",
+                  from.total - store.sequences * tail, " selected rows");
+
+  Tensor new_starts = torch::stable::new_empty(starts, {store.sequences}, ScalarType::Int);
+  Tensor new_lengths = torch::stable::new_empty(starts, {store.sequences}, ScalarType::Int);
+  int32_t *to_starts = data<int32_t>(new_starts), *to_lengths = data<int32_t>(new_lengths);
+  int64_t total = 0;
+  for (int64_t s = 0, i = 0; s < store.sequences; ++s) {
+    int64_t count = tail;
+    for (int64_t n = tail; n < from.lengths[s]; ++n, ++i) count += rank[i] < most[s];
+    to_lengths[s] = int32_t(count);
+    total += count;
+  }
+  const int64_t spare = spare_of(total, store.sequences, spare_rows, spare_share);
+  const int64_t rows = total + store.sequences * spare;
+  Tensor key = torch::stable::new_empty(key_buffer, {rows, store.size}, key_buffer.scalar_type());
+  Tensor value = torch::stable::new_empty(value_buffer, {rows, store.value_size}, value_buffer.scalar_type());
+  Tensor position = torch::stable::new_empty(starts, {rows}, ScalarType::Int);
+  Tensor left = torch::stable::new_empty(ranks, {total - store.sequences * tail}, ScalarType::Int);
+  const int64_t bytes = key_buffer.element_size(), key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
+  const char *old_key = data<char>(key_buffer), *old_value = data<char>(value_buffer);
+  const int32_t* old_position = data<int32_t>(position_buffer);
+  char *to_key = data<char>(key), *to_value = data<char>(value);
+  int32_t *to_position = data<int32_t>(position), *to_rank = data<int32_t>(left);
+  int64_t row = 0;
+  for (int64_t s = 0; s < store.sequences; ++s) {
+    to_starts[s] = int32_t(row);
+    const int64_t first = from.starts[s], selected = from.lengths[s] - tail;
+    for (int64_t n = 0; n < from.lengths[s]; ++n) {
+      if (n < selected) {
+        const int32_t place = *rank++;
+        if (place >= most[s]) continue;
+        *to_rank++ = place;
+      }
+      std::memcpy(to_key + row * key_bytes, old_key + (first + n) * key_bytes, key_bytes);
+      std::memcpy(to_value + row * value_bytes, old_value + (first + n) * value_bytes, value_bytes);
+      to_position[row++] = old_position[first + n];
+    }
+    clear_rows(key, value, position, row, spare);
+    row += spare;
+  }
+  return {key, value, position, new_starts, new_lengths, left};
+}
+
 }  // namespace mixkv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("append", TORCH_BOX(&mixkv::cpu::append));
   m.impl("compact", TORCH_BOX(&mixkv::cpu::compact));
   m.impl("move_rows", TORCH_BOX(&mixkv::cpu::move_rows));
+  m.impl("gather", TORCH_BOX(&mixkv::cpu::gather));
+  m.impl("evict", TORCH_BOX(&mixkv::cpu::evict));
 }

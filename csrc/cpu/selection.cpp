@@ -1,5 +1,6 @@
-// Numbers become choices: match (scores on one scale), take and rows_below (what a head keeps, by rank), largest.
+// Numbers become choices: match, mix, normalized and pool (scores), take (what a head keeps), merge_largest (what heads of all layers keep).
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <limits>
 #include <tuple>
@@ -15,45 +16,104 @@ static void check_mask(const Tensor& mask, int64_t batch, int64_t heads, int64_t
                   name, " must be a bool [B, Hkv, tokens] tensor");
 }
 
+// Scores of one head; null `valid`: all candidates are.
+struct Candidates {
+  int64_t tokens;
+  const uint8_t* valid;
+  int64_t stride;
+
+  bool counts(int64_t n) const { return valid == nullptr || valid[n * stride]; }
+};
+
+static Candidates candidates_of(const std::optional<Tensor>& valid, int64_t s, int64_t heads, int64_t tokens) {
+  if (!valid) return {tokens, nullptr, 0};
+  return {tokens, data<uint8_t>(*valid) + s / heads * valid->stride(0) + s % heads * valid->stride(1), valid->stride(2)};
+}
+
+static double mean_of(const Candidates& all, const float* from) {
+  double sum = 0.0;
+  int64_t count = 0;
+  for (int64_t n = 0; n < all.tokens; ++n) {
+    if (!all.counts(n)) continue;
+    sum += from[n];
+    ++count;
+  }
+  return sum / double(std::max<int64_t>(count, 1));
+}
+
+// Writes sign * from, min-max scaled, with the mean `target`.
+static void match_head(const Candidates& all, const float* from, float sign, double target, float* to) {
+  // A number that is not one stays in the bounds, as in torch.
+  float low = std::numeric_limits<float>::infinity(), high = -low;
+  for (int64_t n = 0; n < all.tokens; ++n) {
+    if (!all.counts(n)) continue;
+    const float x = sign * from[n];
+    low = x < low || x != x ? x : low;
+    high = x > high || x != x ? x : high;
+  }
+  const bool varies = high > low;
+  const float range = high - low;
+  for (int64_t n = 0; n < all.tokens; ++n) to[n] = varies && all.counts(n) ? (sign * from[n] - low) / range : 0.0f;
+  const float mean = float(mean_of(all, to)), factor = mean > 0.0f ? float(target) / mean : 0.0f;
+  for (int64_t n = 0; n < all.tokens; ++n) to[n] *= factor;
+}
+
+static void check_alike(const Tensor& one, const Tensor& other, const char* names) {
+  STD_TORCH_CHECK(one.dim() == 3 && other.dim() == 3 && one.scalar_type() == ScalarType::Float && other.scalar_type() == ScalarType::Float &&
+                      one.size(0) == other.size(0) && one.size(1) == other.size(1) && one.size(2) == other.size(2),
+                  names, " must be float32 [B, Hkv, M] of one shape");
+}
+
 static Tensor match(Tensor raw, Tensor reference, std::optional<Tensor> valid) {
-  STD_TORCH_CHECK(raw.dim() == 3 && raw.scalar_type() == ScalarType::Float && reference.scalar_type() == ScalarType::Float,
-                  "raw and reference must be float32 [B, Hkv, M]");
+  check_alike(raw, reference, "raw and reference");
   raw = torch::stable::contiguous(raw);
   reference = torch::stable::contiguous(reference);
   const int64_t batch = raw.size(0), heads = raw.size(1), tokens = raw.size(2);
-  STD_TORCH_CHECK(reference.dim() == 3 && reference.size(0) == batch && reference.size(1) == heads && reference.size(2) == tokens,
-                  "raw and reference must have one shape");
   if (valid) check_mask(*valid, batch, heads, tokens, "valid");
   Tensor out = torch::stable::new_empty(raw, {batch, heads, tokens}, ScalarType::Float);
-  const float *from = data<float>(raw), *like = data<float>(reference);
-  float* to = data<float>(out);
-  for (int64_t s = 0; s < batch * heads; ++s, from += tokens, like += tokens, to += tokens) {
-    const uint8_t* real = valid ? data<uint8_t>(*valid) + s / heads * valid->stride(0) + s % heads * valid->stride(1) : nullptr;
-    const int64_t stride = valid ? valid->stride(2) : 0;
-    const auto counts = [&](int64_t n) { return real == nullptr || real[n * stride]; };
-    // A number that is not one stays in the bounds, as in torch.
-    float low = std::numeric_limits<float>::infinity(), high = -low;
-    int64_t count = 0;
-    for (int64_t n = 0; n < tokens; ++n) {
-      if (!counts(n)) continue;
-      const float x = from[n];
-      low = x < low || x != x ? x : low;
-      high = x > high || x != x ? x : high;
-      ++count;
-    }
-    const bool varies = high > low;
-    const float range = high - low;
-    double sum = 0.0, target = 0.0;
-    for (int64_t n = 0; n < tokens; ++n) {
-      const bool here = counts(n);
-      to[n] = here && varies ? (from[n] - low) / range : 0.0f;
-      if (!here) continue;
-      sum += to[n];
-      target += like[n];
-    }
-    const double divisor = double(std::max<int64_t>(count, 1));
-    const float mean = float(sum / divisor), factor = mean > 0.0f ? float(target / divisor) / mean : 0.0f;
-    for (int64_t n = 0; n < tokens; ++n) to[n] *= factor;
+  for (int64_t s = 0; s < batch * heads; ++s) {
+    const Candidates all = candidates_of(valid, s, heads, tokens);
+    const double target = mean_of(all, data<float>(reference) + s * tokens);
+    match_head(all, data<float>(raw) + s * tokens, 1.0f, target, data<float>(out) + s * tokens);
+  }
+  return out;
+}
+
+static Tensor mix(Tensor importance, Tensor similarity, Tensor value_norm, Tensor share, std::optional<Tensor> valid) {
+  check_alike(importance, similarity, "importance and similarity");
+  check_alike(importance, value_norm, "importance and value_norm");
+  const int64_t batch = importance.size(0), heads = importance.size(1), tokens = importance.size(2);
+  STD_TORCH_CHECK(share.dim() == 2 && share.scalar_type() == ScalarType::Float && share.size(0) == batch && share.size(1) == heads,
+                  "share must be float32 [B, Hkv]");
+  if (valid) check_mask(*valid, batch, heads, tokens, "valid");
+  for (Tensor* tensor : {&importance, &similarity, &value_norm, &share}) *tensor = torch::stable::contiguous(*tensor);
+  Tensor out = torch::stable::new_empty(importance, {batch, heads, tokens}, ScalarType::Float);
+  std::vector<float> size(tokens);
+  for (int64_t s = 0; s < batch * heads; ++s) {
+    const Candidates all = candidates_of(valid, s, heads, tokens);
+    const float* from = data<float>(importance) + s * tokens;
+    const float part = data<float>(share)[s], rest = 1.0f - part;
+    const double target = mean_of(all, from);
+    float* to = data<float>(out) + s * tokens;
+    match_head(all, data<float>(similarity) + s * tokens, -1.0f, target, to);
+    match_head(all, data<float>(value_norm) + s * tokens, 1.0f, target, size.data());
+    for (int64_t n = 0; n < tokens; ++n) to[n] = part * to[n] + rest * (from[n] + size[n]);
+  }
+  return out;
+}
+
+static Tensor normalized(Tensor importance, double exponent) {
+  STD_TORCH_CHECK(importance.dim() == 3 && importance.scalar_type() == ScalarType::Float, "importance must be float32 [B, Hkv, M]");
+  importance = torch::stable::contiguous(importance);
+  const int64_t batch = importance.size(0), count = importance.size(1) * importance.size(2);
+  Tensor out = torch::stable::new_empty(importance, {batch, importance.size(1), importance.size(2)}, ScalarType::Float);
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* from = data<float>(importance) + b * count;
+    float* to = data<float>(out) + b * count;
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t n = 0; n < count; ++n) largest = from[n] > largest || from[n] != from[n] ? from[n] : largest;
+    const float divisor = largest > 0.0f ? std::pow(largest, float(exponent)) : 1.0f;
+    for (int64_t n = 0; n < count; ++n) to[n] = from[n] / divisor;
   }
   return out;
 }
@@ -102,82 +162,119 @@ static std::tuple<Tensor, Tensor, Tensor> take(Tensor ranks, Tensor entries, std
   return {positions, taken, lengths};
 }
 
-static std::tuple<Tensor, Tensor, Tensor> rows_below(Tensor starts, Tensor lengths, Tensor ranks, Tensor quota, int64_t tail) {
-  check_ints(starts, -1, "starts");
-  const int64_t sequences = starts.numel(), selected = ranks.numel();
-  check_ints(lengths, sequences, "lengths");
-  check_ints(ranks, -1, "ranks");
-  STD_TORCH_CHECK(quota.dim() == 1 && quota.scalar_type() == ScalarType::Long && quota.is_contiguous() && quota.numel() == sequences,
-                  "quota must be a contiguous int64 vector with an entry for every sequence");
-  const int32_t *first = data<int32_t>(starts), *held = data<int32_t>(lengths), *rank = data<int32_t>(ranks);
-  const int64_t* most = data<int64_t>(quota);
-  int64_t candidates = 0;
-  for (int64_t s = 0; s < sequences; ++s) {
-    STD_TORCH_CHECK(tail >= 0 && held[s] >= tail, "sequence ", s, " has ", held[s], " rows, fewer than the tail of ", tail);
-    candidates += held[s] - tail;
-  }
-  STD_TORCH_CHECK(candidates == selected, "there are ", selected, " ranks for ", candidates, " selected rows");
-  Tensor counts = torch::stable::new_empty(quota, {sequences}, ScalarType::Long);
-  int64_t* count = data<int64_t>(counts);
-  int64_t left = 0;
-  for (int64_t s = 0, i = 0; s < sequences; ++s) {
-    int64_t found = 0;
-    for (int64_t n = 0; n < held[s] - tail; ++n, ++i) found += rank[i] < most[s];
-    count[s] = found + tail;
-    left += found;
-  }
-  Tensor rows = torch::stable::new_empty(ranks, {left + sequences * tail}, ScalarType::Int);
-  Tensor remaining = torch::stable::new_empty(ranks, {left}, ScalarType::Int);
-  int32_t *row = data<int32_t>(rows), *place = data<int32_t>(remaining);
-  for (int64_t s = 0, i = 0; s < sequences; ++s) {
-    const int64_t chosen = held[s] - tail;
-    for (int64_t n = 0; n < chosen; ++n, ++i) {
-      if (rank[i] >= most[s]) continue;
-      *row++ = int32_t(first[s] + n);
-      *place++ = rank[i];
+static Tensor pool(Tensor attention, int64_t kernel_size, bool largest) {
+  STD_TORCH_CHECK(attention.dim() == 3 && attention.scalar_type() == ScalarType::Float, "attention must be float32 [B, Hkv, M]");
+  STD_TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1, "the kernel size must be odd, is ", kernel_size);
+  attention = torch::stable::contiguous(attention);
+  const int64_t sequences = attention.size(0) * attention.size(1), tokens = attention.size(2), reach = kernel_size / 2;
+  Tensor out = torch::stable::new_empty(attention, {attention.size(0), attention.size(1), tokens}, ScalarType::Float);
+  const float* from = data<float>(attention);
+  float* to = data<float>(out);
+  for (int64_t s = 0; s < sequences; ++s, from += tokens, to += tokens) {
+    // One neighbour of all tokens after the other: as many additions at once as a vector has lanes.
+    std::fill_n(to, tokens, largest ? -std::numeric_limits<float>::infinity() : 0.0f);
+    for (int64_t shift = -reach; shift <= reach; ++shift) {
+      const int64_t begin = std::max<int64_t>(0, -shift), end = std::min(tokens, tokens - shift);
+      if (largest)
+        for (int64_t n = begin; n < end; ++n) to[n] = from[n + shift] > to[n] || from[n + shift] != from[n + shift] ? from[n + shift] : to[n];
+      else
+        for (int64_t n = begin; n < end; ++n) to[n] += from[n + shift];
     }
-    for (int64_t n = chosen; n < held[s]; ++n) *row++ = int32_t(first[s] + n);
-  }
-  return {rows, counts, remaining};
-}
-
-// The `counts` largest of each row; of equal ones, the first.
-static Tensor largest(Tensor value, Tensor counts) {
-  STD_TORCH_CHECK(value.dim() == 2 && value.scalar_type() == ScalarType::Float, "value must be float32 [B, n]");
-  const int64_t batch = value.size(0), size = value.size(1);
-  STD_TORCH_CHECK(counts.dim() == 1 && counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == batch,
-                  "counts must be a contiguous int64 [B] tensor");
-  value = torch::stable::contiguous(value);
-  Tensor out = torch::stable::new_empty(value, {batch, size}, ScalarType::Bool);
-  const float* from = data<float>(value);
-  bool* to = data<bool>(out);
-  std::vector<float> ordered(size);
-  for (int64_t b = 0; b < batch; ++b, from += size, to += size) {
-    const int64_t wanted = data<int64_t>(counts)[b];
-    if (wanted >= size || wanted <= 0) {
-      std::fill_n(to, size, wanted > 0);
-      continue;
-    }
-    // Sorting needs an order, which nan has none in.
-    std::transform(from, from + size, ordered.begin(), [](float x) { return x != x ? std::numeric_limits<float>::infinity() : x; });
-    std::nth_element(ordered.begin(), ordered.begin() + (wanted - 1), ordered.end(), std::greater<float>());
-    const float bound = ordered[wanted - 1];
-    int64_t equal = wanted;
-    for (int64_t n = 0; n < size; ++n) equal -= from[n] > bound;
-    for (int64_t n = 0; n < size; ++n) {
-      const bool tied = from[n] == bound && equal > 0;
-      equal -= tied;
-      to[n] = from[n] > bound || tied;
-    }
+    if (!largest)
+      for (int64_t n = 0; n < tokens; ++n) to[n] /= float(kernel_size);
   }
   return out;
+}
+
+// Calls each(n) for the `wanted` largest of `size` numbers in order; of equal ones the first are taken.
+template <class Each>
+static void for_largest(const float* from, int64_t size, int64_t wanted, std::vector<float>& ordered, const Each& each) {
+  if (wanted >= size) {
+    for (int64_t n = 0; n < size; ++n) each(n);
+    return;
+  }
+  if (wanted <= 0) return;
+  ordered.resize(size);
+  // Sorting needs an order, which nan has none in.
+  std::transform(from, from + size, ordered.begin(), [](float x) { return x != x ? std::numeric_limits<float>::infinity() : x; });
+  std::nth_element(ordered.begin(), ordered.begin() + (wanted - 1), ordered.end(), std::greater<float>());
+  const float bound = ordered[wanted - 1];
+  int64_t equal = wanted;
+  for (int64_t n = 0; n < size; ++n) equal -= from[n] > bound;
+  for (int64_t n = 0; n < size; ++n) {
+    if (from[n] > bound) {
+      each(n);
+    } else if (from[n] == bound && equal > 0) {
+      --equal;
+      each(n);
+    }
+  }
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_largest(Tensor value, Tensor owner, Tensor importance, Tensor within,
+                                                                Tensor totals, int64_t owners) {
+  STD_TORCH_CHECK(importance.dim() == 3 && importance.scalar_type() == ScalarType::Float, "importance must be float32 [B, Hkv, M]");
+  const int64_t batch = importance.size(0), heads = importance.size(1), tokens = importance.size(2), added = heads * tokens;
+  STD_TORCH_CHECK(value.dim() == 2 && value.scalar_type() == ScalarType::Float && value.size(0) == batch && owner.dim() == 2 &&
+                      owner.scalar_type() == ScalarType::Int && owner.size(0) == batch && owner.size(1) == value.size(1),
+                  "value must be float32 and owner int32, both [B, n]");
+  for (const Tensor* counts : {&within, &totals})
+    STD_TORCH_CHECK(counts->dim() == 1 && counts->scalar_type() == ScalarType::Long && counts->is_contiguous() && counts->numel() == batch,
+                    "within and totals must be contiguous int64 [B] tensors");
+  STD_TORCH_CHECK(owners >= heads, "there are ", heads, " heads and only ", owners, " owners");
+  value = torch::stable::contiguous(value);
+  owner = torch::stable::contiguous(owner);
+  importance = torch::stable::contiguous(importance);
+  const int64_t before = value.size(1), size = before + added;
+  const int64_t *inside = data<int64_t>(within), *most = data<int64_t>(totals);
+  int64_t kept = 0;
+  for (int64_t b = 0; b < batch; ++b) kept = std::max(kept, most[b]);
+  kept = std::min(kept, size);
+  Tensor values = torch::stable::new_empty(value, {batch, kept}, ScalarType::Float);
+  Tensor found = torch::stable::new_empty(value, {batch, kept}, ScalarType::Int);
+  Tensor counts = torch::stable::new_empty(within, {batch, owners}, ScalarType::Long);
+  Tensor mine = torch::stable::new_empty(within, {batch, heads}, ScalarType::Long);
+  std::fill_n(data<int64_t>(counts), batch * owners, 0);
+  std::fill_n(data<int64_t>(mine), batch * heads, 0);
+  const float lowest = -std::numeric_limits<float>::infinity();
+  std::vector<float> all(size), ordered;
+  std::vector<int32_t> whose(size);
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* importances = data<float>(importance) + b * added;
+    int64_t* own = data<int64_t>(mine) + b * heads;
+    for_largest(importances, added, inside[b], ordered, [&](int64_t n) { own[n / tokens] += importances[n] != lowest; });
+    std::copy_n(data<float>(value) + b * before, before, all.begin());
+    std::copy_n(importances, added, all.begin() + before);
+    std::copy_n(data<int32_t>(owner) + b * before, before, whose.begin());
+    for (int64_t h = 0; h < heads; ++h) std::fill_n(whose.begin() + before + h * tokens, tokens, int32_t(owners - heads + h));
+    float* to = data<float>(values) + b * kept;
+    int32_t* to_owner = data<int32_t>(found) + b * kept;
+    int64_t filled = 0;
+    for_largest(all.data(), size, kept, ordered, [&](int64_t n) {
+      to[filled] = all[n];
+      to_owner[filled++] = whose[n];
+    });
+    // Where there is nan fewer are found.
+    for (; filled < kept; ++filled) {
+      to[filled] = lowest;
+      to_owner[filled] = int32_t(owners - 1);
+    }
+    int64_t* count = data<int64_t>(counts) + b * owners;
+    for_largest(to, kept, most[b], ordered, [&](int64_t n) {
+      STD_TORCH_CHECK(to_owner[n] >= 0 && to_owner[n] < owners, "owner ", to_owner[n], " is not below ", owners);
+      count[to_owner[n]] += to[n] != lowest;
+    });
+  }
+  return {values, found, counts, mine};
 }
 
 }  // namespace mixkv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("match", TORCH_BOX(&mixkv::cpu::match));
+  m.impl("mix", TORCH_BOX(&mixkv::cpu::mix));
+  m.impl("normalized", TORCH_BOX(&mixkv::cpu::normalized));
   m.impl("take", TORCH_BOX(&mixkv::cpu::take));
-  m.impl("rows_below", TORCH_BOX(&mixkv::cpu::rows_below));
-  m.impl("largest", TORCH_BOX(&mixkv::cpu::largest));
+  m.impl("pool", TORCH_BOX(&mixkv::cpu::pool));
+  m.impl("merge_largest", TORCH_BOX(&mixkv::cpu::merge_largest));
 }

@@ -212,12 +212,14 @@ class MixKVLayer(CacheLayerMixin):
         ``valid`` bool [B, N], False for padding.
         """
         self.state.storing = True
-        self._append_query_window(query)
         compressor, state = self._compressor(), self.state
+        if state.config.decode_budget is not None or self.window is not None:
+            self._append_query_window(query)
+            query = self.window.query
         if self.ordinal == 0:
             state.shared_budget = compressor.new_shared_budget()
-        budget, inputs = state.shared_budget, (self.window.query, key, value, output, logits)
-        found = compressor.compress(*inputs, valid=valid, image=state.images.of_prompt, shared_budget=budget)
+        budget, image = state.shared_budget, state.images.of_prompt
+        found = compressor.compress(query.detach(), key, value, output, logits, valid=valid, image=image, shared_budget=budget)
         self.rows, self.statistics, self.remote = found.rows, found.statistics, found.remote
         if budget is not None:
             budget.finish_layer(self, found.selection)
@@ -301,10 +303,11 @@ class MixKVLayer(CacheLayerMixin):
 
     def evict(self, ranks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`RaggedStore.evict` down to ``rows`` [B, all heads of the layer]."""
+        if self.remote is None:
+            return self.store.evict(ranks, rows.flatten())
         compressor = self._compressor()
-        left = self.store.evict(ranks, compressor.shard.own(rows).flatten())
         self.remote = compressor.remote_heads(rows, self.device)
-        return left
+        return self.store.evict(ranks, compressor.shard.own(rows).flatten())
 
     # What reports read.
 

@@ -169,9 +169,11 @@ def fetch_chunks(
     (native if compiled else reference).fetch_chunks(buffers, from_buffers, from_rows, to_rows, rows, chunk=chunk)
 
 
-def compact(backend: str, buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
-    """`reference.compact`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows]."""
-    _rows(backend).compact(buffers, key, value, positions)
+def gather(
+    backend: str, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor
+) -> RaggedBuffers:
+    """`selection_reference.gather`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows], ``counts`` int64 [B, Hkv]."""
+    return (native if backend == "native" else selection_reference).gather(key, value, positions, counts)
 
 
 def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:
@@ -183,56 +185,85 @@ def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, to
 
 
 def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor:
-    """`score_reference.window_attention` for a requested back end (``auto`` included): compiled where that can be used."""
-    compiled = choose(backend, key.device, key.dtype, key.shape[-1], key.shape[-1]) == "native" and query.dtype == key.dtype
+    """`score_reference.window_attention`: compiled where queries and keys have one dtype."""
+    compiled = backend == "native" and query.dtype == key.dtype
     return (native if compiled else score_reference).window_attention(query, key, valid, **options)
 
 
 def projected_norm(backend: str, value, factor) -> torch.Tensor:
-    """`score_reference.projected_norm` for a requested back end; compiled for the CPU only: a GPU multiplies matrices at full speed."""
+    """`score_reference.projected_norm`; as all that follows compiled for the CPU only: a GPU multiplies matrices at full speed."""
     return _scores(backend, value).projected_norm(value, factor)
 
 
 def norm(backend: str, rows: torch.Tensor) -> torch.Tensor:
-    """`score_reference.norm` for a requested back end; compiled for the CPU only, as the next three."""
+    """`score_reference.norm`."""
     return _scores(backend, rows).norm(rows)
 
 
 def directions(backend: str, key: torch.Tensor, valid: torch.Tensor | None) -> score_reference.Directions:
-    """`score_reference.directions` for a requested back end."""
+    """`score_reference.directions`."""
     return _scores(backend, key).directions(key, valid)
 
 
+def redundancy(backend: str, found: score_reference.Directions) -> torch.Tensor:
+    """`score_reference.redundancy`."""
+    return _scores(backend, found.mean).redundancy(found)
+
+
 def similarity(backend: str, key: torch.Tensor, found: score_reference.Directions) -> torch.Tensor:
-    """`score_reference.similarity` for a requested back end."""
+    """`score_reference.similarity`."""
     return _scores(backend, key).similarity(key, found)
 
 
-def match(
-    backend: str, key: torch.Tensor, raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None
-) -> torch.Tensor:
-    """`score_reference.match` for a requested back end, where ``key`` is what the scores are of."""
+def match(backend: str, raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """`score_reference.match`: compiled for float32."""
     alike = raw.dtype == reference.dtype == torch.float32 and raw.shape == reference.shape
-    return (_scores(backend, key) if alike else score_reference).match(raw, reference, valid)
+    return (_scores(backend, raw) if alike else score_reference).match(raw, reference, valid)
+
+
+def mix(
+    backend: str,
+    importance: torch.Tensor,
+    similarity: torch.Tensor,
+    value_norm: torch.Tensor,
+    share: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    """`score_reference.mix`."""
+    return _scores(backend, importance).mix(importance, similarity, value_norm, share, valid)
+
+
+def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
+    """`score_reference.normalized`, compiled where the library has been loaded."""
+    compiled = importance.device.type == "cpu" and native.status("cpu", load=False).available
+    return (native if compiled else score_reference).normalized(importance, exponent)
+
+
+def pool(backend: str, attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+    """`score_reference.pool`."""
+    return _scores(backend, attention).pool(attention, kernel_size, pooling)
+
+
+def evict(
+    backend: str, buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int
+) -> tuple[RaggedBuffers, torch.Tensor]:
+    """`selection_reference.evict`."""
+    compiled = backend == "native" and ranks.device.type == "cpu"
+    return (native if compiled else selection_reference).evict(buffers, ranks, quota, tail)
 
 
 def take(
     ranks: torch.Tensor, entries: torch.Tensor, window: torch.Tensor | None, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`selection_reference.take`; as the next two, compiled on the CPU where the library has been loaded: both give the same."""
+    """`selection_reference.take`, compiled where the library has been loaded: both give the same."""
     return _selection(ranks).take(ranks, entries, window, width)
 
 
-def rows_below(
-    starts: torch.Tensor, lengths: torch.Tensor, ranks: torch.Tensor, quota: torch.Tensor, tail: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`selection_reference.rows_below`."""
-    return _selection(ranks).rows_below(starts, lengths, ranks, quota, tail)
-
-
-def largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """`selection_reference.largest`."""
-    return _selection(value).largest(value, counts)
+def merge_largest(
+    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: list[int], totals: list[int], owners: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`selection_reference.merge_largest`, compiled where the library has been loaded: both give the same."""
+    return _selection(importance).merge_largest(value, owner, importance, within, totals, owners)
 
 
 def report() -> list[str]:
@@ -253,11 +284,8 @@ def _rows(backend: str):
     return native if backend == "native" else reference
 
 
-def _scores(backend: str, rows: torch.Tensor):
-    """What computes scores from ``rows`` [B, Hkv, N, D]."""
-    size = rows.shape[-1]
-    compiled = rows.device.type == "cpu" and choose(backend, rows.device, rows.dtype, size, size) == "native"
-    return native if compiled else score_reference
+def _scores(backend: str, tensor: torch.Tensor):
+    return native if backend == "native" and tensor.device.type == "cpu" else score_reference
 
 
 def _selection(tensor: torch.Tensor):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import build
+from . import build, fakes, layout
 from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
 from .score_reference import Directions
 
@@ -190,6 +190,33 @@ def directions(key: torch.Tensor, valid: torch.Tensor | None) -> Directions:
     return Directions(*_ops().mean_directions.default(key, None if valid is None else valid.expand(key.shape[:3])))
 
 
+def redundancy(found: Directions) -> torch.Tensor:
+    """`score_reference.redundancy` on the CPU."""
+    return _ops().mean_cosine.default(found.mean, found.count)
+
+
+def mix(
+    importance: torch.Tensor,
+    similarity: torch.Tensor,
+    value_norm: torch.Tensor,
+    share: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    """`score_reference.mix` on the CPU."""
+    valid = None if valid is None else valid.expand_as(importance)
+    return _ops().mix.default(importance, similarity, value_norm, share, valid)
+
+
+def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
+    """`score_reference.normalized` of float32 on the CPU."""
+    return _ops().normalized.default(importance, exponent)
+
+
+def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+    """`score_reference.pool` on the CPU."""
+    return _ops().pool.default(attention, kernel_size, pooling == "max")
+
+
 def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
     """`score_reference.similarity` on the CPU."""
     return _ops().row_cosines.default(key, found.inverse_norm, found.mean)
@@ -207,16 +234,28 @@ def take(
     return _ops().take.default(ranks, entries, None if window is None else window.expand(*ranks.shape[:2], width), width)
 
 
-def rows_below(
-    starts: torch.Tensor, lengths: torch.Tensor, ranks: torch.Tensor, quota: torch.Tensor, tail: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`selection_reference.rows_below` on the CPU."""
-    return _ops().rows_below.default(starts, lengths, ranks, quota, tail)
+def gather(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> RaggedBuffers:
+    """`selection_reference.gather`: on the CPU in one pass."""
+    if not key.is_cuda:
+        return RaggedBuffers(*_ops().gather.default(key, value, positions, counts, layout.SPARE_ROWS, layout.SPARE_SHARE))
+    total = positions.numel()
+    spare = layout.spare_per_sequence(total, counts.numel())
+    buffers = layout.empty_buffers(counts.flatten(), total, spare, (key, value))
+    compact(buffers, key, value, positions)
+    return buffers
 
 
-def largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """`selection_reference.largest` on the CPU."""
-    return _ops().largest.default(value, torch.tensor(counts))
+def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:
+    """`selection_reference.evict` on the CPU, in one pass."""
+    *new, left = _ops().evict.default(*buffers, ranks, quota, tail, layout.SPARE_ROWS, layout.SPARE_SHARE)
+    return RaggedBuffers(*new), left
+
+
+def merge_largest(
+    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: list[int], totals: list[int], owners: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`selection_reference.merge_largest` on the CPU."""
+    return _ops().merge_largest.default(value, owner, importance, torch.tensor(within), torch.tensor(totals), owners)
 
 
 def _load(device: str) -> Status:
@@ -240,7 +279,7 @@ def _load(device: str) -> Status:
         torch.ops.load_library(str(path))
         detail = _detail(path) if device == "cpu" else None
         if device == "cpu":
-            _register_fakes()
+            fakes.register()
     except Exception as error:
         warnings.warn(f"mixkv: {path} cannot be loaded, plain torch is used instead: {error}", stacklevel=2)
         return Status(False, path, built, f"cannot be loaded: {error}")
@@ -271,55 +310,3 @@ def _logits(options: LogitOptions) -> tuple[float, float, torch.Tensor | None]:
 
 def _sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
     return None if sinks is None else sinks.detach().float().contiguous()
-
-
-def _register_fakes() -> None:
-    """Shapes and dtypes of the results, for tracing."""
-
-    def decode(query, value_buffer):
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value_buffer.shape[1])
-
-    def nothing(*args):
-        return None
-
-    def numbers(rows):
-        return rows.new_empty(rows.shape[:3], dtype=torch.float32)
-
-    def chosen(ranks, count):
-        size = torch.library.get_ctx().new_dynamic_size()
-        return [ranks.new_empty(size) for _ in range(count)]
-
-    fakes = {
-        "append": nothing,
-        "compact": nothing,
-        "move_rows": nothing,
-        "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
-        "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
-        "attend_extend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
-        "chunk_scores": lambda query, codes, grid, starts, counts, longest: query.new_empty(
-            starts.numel(), longest, dtype=torch.float32
-        ),
-        "attend_chunks": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
-        "fetch_chunks": nothing,
-        "window_scores": lambda query, key, *rest: key.new_empty(
-            key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32
-        ),
-        "projected_norm": lambda value, factor: numbers(value),
-        "row_norms": numbers,
-        "mean_directions": lambda key, valid: (
-            numbers(key),
-            key.new_empty(*key.shape[:2], key.shape[3], dtype=torch.float32),
-            key.new_empty(key.shape[:2], dtype=torch.float32),
-        ),
-        "row_cosines": lambda key, inverse_norm, mean: numbers(key),
-        "match": lambda raw, reference, valid: raw.new_empty(raw.shape),
-        "take": lambda ranks, entries, window, width: (*chosen(ranks, 2), entries.new_empty(entries.shape)),
-        "rows_below": lambda starts, lengths, ranks, quota, tail: (
-            *chosen(ranks, 1),
-            quota.new_empty(quota.shape),
-            *chosen(ranks, 1),
-        ),
-        "largest": lambda value, counts: value.new_empty(value.shape, dtype=torch.bool),
-    }
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"mixkv::{name}", fake)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 # Numbers of a head that a block may take whatever the prompt's length: a short prompt is one block.
 _NUMBERS = 1 << 16
@@ -122,6 +123,17 @@ def directions(key: torch.Tensor, valid: torch.Tensor | None) -> Directions:
     return Directions(inverse_norm, total.squeeze(2) / count.clamp(min=1).unsqueeze(-1), count)
 
 
+def redundancy(found: Directions) -> torch.Tensor:
+    """Mean cosine between different keys of a head, clamped to [0, 1] (MixKV, arXiv 2510.20707, equation 6), in O(N D).
+
+    With unit keys u_i and their mean m it equals ``(N |m|^2 - 1) / (N - 1)``.
+
+    Returns: [B, Hkv] float32; 0 where there is a single key.
+    """
+    numerator = found.count * found.mean.square().sum(dim=-1) - 1
+    return (numerator / (found.count - 1).clamp(min=1)).clamp(0, 1)
+
+
 def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
     """Cosine of each key with what the head's keys have in common: <u_i, mean u>, not re-normalised (KeyDiff, 2504.15364).
 
@@ -154,6 +166,51 @@ def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None
     mean = scaled.sum(dim=-1, keepdim=True) / count
     target = reference.masked_fill(~valid, 0.0).sum(dim=-1, keepdim=True) / count
     return scaled * torch.where(mean > 0, target / mean, 0.0)
+
+
+def mix(
+    importance: torch.Tensor,
+    similarity: torch.Tensor,
+    value_norm: torch.Tensor,
+    share: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    """``share * diversity + (1 - share) * (importance + value norm)`` (MixKV, arXiv 2510.20707, equation 7).
+
+    Diversity is minus the similarity; it and the value norm are brought to the scale of importance by `match`.
+
+    Args:
+        importance, similarity, value_norm: [B, Hkv, M].
+        share: [B, Hkv].
+        valid: bool, broadcasts to [B, Hkv, M]; None: all are valid.
+
+    Returns: [B, Hkv, M].
+    """
+    share = share.unsqueeze(-1)
+    diversity = match(-similarity, importance, valid)
+    return share * diversity + (1 - share) * (importance + match(value_norm, importance, valid))
+
+
+def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Importance [B, Hkv, M] divided by the largest of its batch row to the power of ``exponent``; where that is not positive, as is."""
+    if importance.shape[-1] == 0:
+        return importance
+    largest = importance.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(largest > 0, importance / largest**exponent, importance)
+
+
+def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+    """1-D pooling over neighbouring candidates, same length; the zeros beyond both ends count in the average.
+
+    Args:
+        attention: [B, Hkv, M], non-negative.
+
+    Returns: [B, Hkv, M].
+    """
+    if attention.shape[-1] == 0:
+        return attention
+    operation = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return operation(attention, kernel_size, stride=1, padding=kernel_size // 2)
 
 
 def norm(rows: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .reference import flat_rows
+from .arguments import RaggedBuffers
+from .layout import empty_buffers, spare_per_sequence
+from .reference import compact, flat_rows
 
 
 def take(
@@ -29,19 +31,31 @@ def take(
     return keep.nonzero()[:, 2].to(torch.int32), whole[keep], keep.sum(dim=-1)
 
 
-def rows_below(
-    starts: torch.Tensor, lengths: torch.Tensor, ranks: torch.Tensor, quota: torch.Tensor, tail: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of a store whose rank is below their sequence's quota, and the last ``tail`` rows of every sequence.
+def gather(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> RaggedBuffers:
+    """New buffers with the kept rows of full keys and values.
 
     Args:
-        starts, lengths: int32 [S], where the sequences lie.
+        key, value: [B, Hkv, N, D], [B, Hkv, N, Dv].
+        positions: int32 [kept], the kept positions, sequence after sequence.
+        counts: int64 [B, Hkv], how many of each.
+    """
+    total = positions.numel()
+    buffers = empty_buffers(counts.flatten(), total, spare_per_sequence(total, counts.numel()), (key, value))
+    compact(buffers, key, value, positions)
+    return buffers
+
+
+def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:
+    """Keeps the rows whose rank is below their sequence's quota, and the last ``tail`` rows of every sequence.
+
+    Args:
+        buffers: not changed.
         ranks: int32 [rows without tails], sequence after sequence.
         quota: int64 [S].
 
-    Returns: rows int32 [kept], sequence after sequence; int64 [S], how many of each; and the ranks that were below, int32.
+    Returns: new buffers, and the ranks that were below, int32.
     """
-    lengths = lengths.long()
+    lengths = buffers.lengths.long()
     below = ranks < quota.repeat_interleave(lengths - tail, output_size=ranks.numel())
     keep, ends, total = below, lengths.cumsum(0), ranks.numel() + tail * lengths.numel()
     if tail:
@@ -49,8 +63,44 @@ def rows_below(
         keep = torch.ones(total, dtype=torch.bool, device=ranks.device)
         keep[place < (lengths - tail).repeat_interleave(lengths)] = below
     before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    rows = flat_rows(starts, lengths, total)[keep]
-    return rows.to(torch.int32), before[ends] - before[ends - lengths], ranks[below]
+    rows = flat_rows(buffers.starts, buffers.lengths, total)[keep]
+    left = rows.numel()
+    new = empty_buffers(before[ends] - before[ends - lengths], left, spare_per_sequence(left, lengths.numel()), buffers)
+    to_rows = flat_rows(new.starts, new.lengths, left)
+    for buffer, part in zip(new.rows, buffers.rows):
+        buffer.index_copy_(0, to_rows, part.index_select(0, rows))
+    return new, ranks[below]
+
+
+def merge_largest(
+    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: list[int], totals: list[int], owners: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest numbers of several layers, with those of one more; of equal ones, the first.
+
+    Args:
+        value: float32 [B, n], the largest so far.
+        owner: int32 [B, n], the head of each.
+        importance: float32 [B, Hkv, M], of one more layer; -inf does not count.
+        within: for every batch row, how many of the layer's own largest are counted.
+        totals: for every batch row, how many of the largest of all layers are counted.
+        owners: heads so far, those of this layer included: they are the last.
+
+    Returns: ``value`` and ``owner`` of the ``max(totals)`` largest, in order; int64 [B, owners], how many of the ``totals``
+        largest belong to each head; and int64 [B, Hkv], how many of the layer's ``within`` largest.
+    """
+    batch, heads, _ = importance.shape
+    new = torch.arange(owners - heads, owners, dtype=torch.int32, device=importance.device)
+    added = importance.flatten(1)
+    mine = (largest(added, within) & ~added.isneginf()).view_as(importance).sum(dim=-1)
+    value = torch.cat([value, added], dim=1)
+    owner = torch.cat([owner, new.view(1, heads, 1).expand_as(importance).flatten(1)], dim=1)
+    most = max(totals)
+    if most < value.shape[1]:
+        stay = largest(value, [most] * batch).flatten().nonzero().squeeze(-1)
+        value, owner = (part.flatten()[stay].view(batch, -1) for part in (value, owner))
+    counted = largest(value, totals) & ~value.isneginf()
+    counts = torch.zeros(batch, owners, dtype=torch.long, device=value.device)
+    return value, owner, counts.scatter_add_(1, owner.long(), counted.long()), mine
 
 
 def largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -8,6 +8,8 @@ import torch
 
 def to_host(*parts: torch.Tensor) -> list[np.ndarray]:
     """Integer tensors as int64 arrays on the host, in one transfer from their device."""
+    if all(part.device.type == "cpu" for part in parts):
+        return [part.long().numpy() for part in parts]
     flat = torch.cat([part.flatten().long() for part in parts]).cpu()
     return [piece.view(part.shape).numpy() for piece, part in zip(flat.split([part.numel() for part in parts]), parts)]
 

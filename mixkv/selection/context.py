@@ -18,8 +18,6 @@ from ..ops import dispatch
 from ..ops.score_reference import Directions
 from ..tensor_parallel import HeadShard
 from .apportion import apportion, to_device, to_host
-from .scores.diversity import redundancy
-from .scores.importance import output_importance, pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +97,12 @@ class ScoreContext:
         """Bool, broadcasts to [B, Hkv, N]: False for padding."""
         return torch.ones(1, 1, self.key.shape[2], dtype=torch.bool, device=self.key.device) if self.mask is None else self.mask
 
+    @cached_property
+    def backend(self) -> str:
+        """The back end that computes scores, from `mixkv.registry.BACKENDS`."""
+        key, value = self.key, self.value
+        return dispatch.choose(self.config.backend, key.device, key.dtype, key.shape[-1], value.shape[-1])
+
     @property
     def num_candidates(self) -> int:
         """M, padding included."""
@@ -116,7 +120,7 @@ class ScoreContext:
     def window_attention(self, statistic: str) -> torch.Tensor:
         """Float32 [B, Hkv, M], ``mean`` or ``rms`` of what the window's queries attend to, not pooled."""
         return dispatch.window_attention(
-            self.config.backend,
+            self.backend,
             self.query,
             self.key,
             self.mask,
@@ -130,19 +134,25 @@ class ScoreContext:
     @cached_property
     def attention(self) -> torch.Tensor:
         """Float32 [B, Hkv, M], mean window attention, pooled (SnapKV, arXiv 2404.14469); 0 for padding."""
-        pooled = pool(self.window_attention("mean"), self.config.kernel_size, self.config.pooling)
+        pooled = dispatch.pool(self.backend, self.window_attention("mean"), self.config.kernel_size, self.config.pooling)
         return self.without_padding(pooled, 0.0)
 
     @cached_property
     def output_importance(self) -> torch.Tensor:
-        """Float32 [B, Hkv, M], what the window takes out of each entry, in units of the residual stream; 0 for padding."""
+        """What the window takes out of each entry, in units of the residual stream: comparable across heads and layers.
+
+        The root mean square of its weights favours what *some* window query needs much over what all need a little; pooling
+        keeps the neighbours of a peak.
+
+        Returns: float32 [B, Hkv, M], 0 for padding.
+        """
         factor = self.output_factor() if callable(self.output_factor) else self.output_factor
         if factor is None:
-            norm = dispatch.norm(self.config.backend, self.value)
+            norm = dispatch.norm(self.backend, self.value)
         else:
-            norm = dispatch.projected_norm(self.config.backend, self.value, factor)
-        found = output_importance(self.window_attention("rms"), norm, self.config.output_kernel_size)
-        return self.without_padding(found, 0.0)
+            norm = dispatch.projected_norm(self.backend, self.value, factor)
+        taken = self.window_attention("rms") * norm[..., : self.num_candidates]
+        return self.without_padding(dispatch.pool(self.backend, taken, self.config.output_kernel_size, "max"), 0.0)
 
     @property
     def importance(self) -> torch.Tensor:
@@ -152,12 +162,12 @@ class ScoreContext:
     @cached_property
     def directions(self) -> Directions:
         """Of all valid keys, see `mixkv.ops.score_reference.directions`."""
-        return dispatch.directions(self.config.backend, self.key, self.mask)
+        return dispatch.directions(self.backend, self.key, self.mask)
 
     @property
     def similarity(self) -> torch.Tensor:
         """Float32 [B, Hkv, M], cosine of each key with the mean direction of the head's keys."""
-        return dispatch.similarity(self.config.backend, self.key, self.directions)[..., : self.num_candidates]
+        return dispatch.similarity(self.backend, self.key, self.directions)[..., : self.num_candidates]
 
     @cached_property
     def redundancy(self) -> torch.Tensor:
@@ -172,12 +182,12 @@ class ScoreContext:
     @property
     def value_norm(self) -> torch.Tensor:
         """Float32 [B, Hkv, M]."""
-        return dispatch.norm(self.config.backend, self.value[:, :, : self.num_candidates])
+        return dispatch.norm(self.backend, self.value[:, :, : self.num_candidates])
 
     @property
     def key_norm(self) -> torch.Tensor:
         """Float32 [B, Hkv, M]."""
-        return dispatch.norm(self.config.backend, self.key[:, :, : self.num_candidates])
+        return dispatch.norm(self.backend, self.key[:, :, : self.num_candidates])
 
     @property
     def key_float32(self) -> torch.Tensor:
@@ -187,11 +197,11 @@ class ScoreContext:
     def match(self, raw: torch.Tensor) -> torch.Tensor:
         """``raw`` [B, Hkv, M], scaled to be comparable with `importance`: see `mixkv.ops.score_reference.match`."""
         valid = None if self.mask is None else self.valid_candidates
-        return dispatch.match(self.config.backend, self.key, raw, self.importance, valid)
+        return dispatch.match(self.backend, raw, self.importance, valid)
 
     def _configured_redundancy(self) -> torch.Tensor:
         if self.config.redundancy == "online":
-            return redundancy(self.directions)
+            return dispatch.redundancy(self.backend, self.directions)
         heads = self.key.shape[1]
         shard = self.shard or HeadShard(heads, heads)
         table, layers = self.config.redundancy, self.num_layers

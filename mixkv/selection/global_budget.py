@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..config import MixKVConfig
+from ..ops import dispatch
 from .apportion import apportion, to_device, to_host
 from .global_topk import GlobalTopK
 from .ranking import Ranking, Selection
@@ -43,6 +44,8 @@ class GlobalBudget:
         self.total = self.slack = self.fixed = 0
         # (layer, ranks of its selected rows) in order.
         self.layers: list[tuple] = []
+        # The rows that each of them holds.
+        self.rows: list[int] = []
 
     @property
     def complete(self) -> bool:
@@ -66,19 +69,21 @@ class GlobalBudget:
         With the last layer, every layer gets its ``share``: for every batch row, its rows to those of the average layer.
         """
         self.layers.append((layer, selection.flat_ranks))
-        rows, most = sum(sum(layer.row_totals) for layer, _ in self.layers), self.total + self.slack
+        self.rows.append(sum(layer.row_totals))
+        rows, most = sum(self.rows), self.total + self.slack
         if not self.complete and (self.patient or rows <= most):
             return
         quota = self.counts.quota()
         needed = (quota.sum(axis=(0, 2)) + self.fixed).tolist()
-        spare = [sum(layer.row_totals) - count for (layer, _), count in zip(self.layers, needed)]
+        spare = [held - count for held, count in zip(self.rows, needed)]
         for index in sorted(range(len(spare)), key=spare.__getitem__, reverse=True):
             if spare[index] == 0 or (rows <= most and not self.complete):
                 break
             layer, ranks = self.layers[index]
-            before = sum(layer.row_totals)
             self.layers[index] = (layer, layer.evict(ranks, to_device(quota[:, index], ranks.device)))
-            rows += sum(layer.row_totals) - before
+            held = sum(layer.row_totals)
+            rows += held - self.rows[index]
+            self.rows[index] = held
         if self.complete:
             totals = [sum(row) for row in zip(*(layer.row_totals for layer, _ in self.layers))]
             for layer, _ in self.layers:
@@ -135,10 +140,7 @@ def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     prompt's last queries look for does not show how much a later question will need of a layer: at 0 too few rows are left to
     some.
     """
-    if importance.shape[-1] == 0:
-        return importance
-    largest = importance.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(largest > 0, importance / largest**exponent, importance)
+    return dispatch.normalized(importance, exponent)
 
 
 def allocate_chunks(equal: torch.Tensor, rows: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class GlobalTopK:
         self.floor, self.layers = floor, 0
         self.value: torch.Tensor | None = None
         self.owner: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
         self._quota: np.ndarray | None = None
         # How many of each layer's own most important rows belong to each head: on the host, and not yet there.
         self.within: list[np.ndarray] = []
@@ -51,27 +52,20 @@ class GlobalTopK:
             means, self.candidates = to_host(base, candidates)
             self.base = np.minimum(means, self.candidates.max(axis=-1))
             self.total = (self.base * heads * num_layers).tolist()
+            self.value = importance.new_empty(batch, 0)
+            self.owner = importance.new_empty(batch, 0, dtype=torch.int32)
         elif heads != self.heads:
             raise ValueError(
                 f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
                 f"needs the same number in all layers. Use method='adakv'"
             )
-        owner = torch.arange(self.layers * heads, (self.layers + 1) * heads, dtype=torch.int32, device=importance.device)
-        owner = owner.view(1, heads, 1).expand_as(importance).flatten(1)
-        value = importance.flatten(1)
-        mine = dispatch.largest(value, [total // num_layers for total in self.total]) & ~value.isneginf()
-        self._arrived.append(mine.view_as(importance).sum(dim=-1))
-        if self.layers > 0:
-            # The layers of a model may lie on several devices.
-            value = torch.cat([self.value.to(value.device), value], dim=1)
-            owner = torch.cat([self.owner.to(owner.device), owner], dim=1)
-        most = max(self.total)
-        if most < value.shape[1]:
-            # As many in every row, whatever its total: what is too many there `quota` leaves out.
-            stay = dispatch.largest(value, [most] * batch).flatten().nonzero().squeeze(-1)
-            value, owner = (part.flatten()[stay].view(batch, -1) for part in (value, owner))
-        self.value, self.owner = value, owner
         self.layers += 1
+        # The layers of a model may lie on several devices.
+        so_far = (self.value.to(importance.device), self.owner.to(importance.device))
+        within = [total // num_layers for total in self.total]
+        merged = dispatch.merge_largest(*so_far, importance, within, self.total, self.layers * heads)
+        self.value, self.owner, self._counts, mine = merged
+        self._arrived.append(mine)
         self._quota = None
 
     def quota(self) -> np.ndarray:
@@ -82,12 +76,7 @@ class GlobalTopK:
 
     def _allocate(self) -> np.ndarray:
         batch, device = self.value.shape[0], self.value.device
-        counted = ~self.value.isneginf()
-        if min(self.total) < self.value.shape[1]:
-            counted &= dispatch.largest(self.value, self.total)
-        counts = torch.zeros(batch, self.layers * self.heads, dtype=torch.long, device=device)
-        counts.scatter_add_(1, self.owner.long(), counted.long())
-        counts, *arrived = to_host(counts, *(layer.to(device) for layer in self._arrived))
+        counts, *arrived = to_host(self._counts, *(layer.to(device) for layer in self._arrived))
         self.within, self._arrived = self.within + arrived, []
         base, within = self.base[:, None], np.concatenate(self.within, axis=1)
         most = self.candidates.max(axis=-1, keepdims=True)

@@ -108,6 +108,7 @@ def rank(
     batch, heads, length, _ = key.shape
     mask = None if attention_mask is None else _valid(attention_mask, key)
     window = min(config.window, length)
+    unequal = mask is not None or longest is not None
     score = registry.score(config.score)
     context = ScoreContext(
         query[:, :, query.shape[2] - window :],
@@ -128,20 +129,23 @@ def rank(
     scores = context.without_padding(_compute(score, context), -torch.inf)
     competes = registry.method(config.method).uses_output_importance
     importance = context.without_padding(context.output_importance if competes else context.importance, -torch.inf)
-    measured = context.redundancy
+    valid, measured = context.valid if unequal else None, context.redundancy
     # What the context has computed is not needed while candidates are sorted.
     del context
-    if mask is None:
-        real = torch.full((batch, heads), length, device=key.device)
+    if not unequal:
+        real, choosable = (torch.full((batch, heads), count, device=key.device) for count in (length, length - window))
+        base, padding = base_entries(config, real[:, 0]), [0] * batch
     else:
-        real = mask.expand(batch, heads, length).sum(dim=-1)
-    longest = real.amax(dim=-1) if longest is None else longest
+        real = valid.expand(batch, heads, length).sum(dim=-1)
+        choosable = (real - window).clamp(min=0)
+        longest = real.amax(dim=-1) if longest is None else longest
+        base, padding = base_entries(config, longest), (length - longest).tolist()
     return Ranking(
-        ranks=_ranks(scores, (length - longest).tolist() if mask is not None else [0] * batch),
+        ranks=_ranks(scores, padding),
         importance=importance,
-        base=base_entries(config, longest),
+        base=base,
         real=real,
-        choosable=(real - window).clamp(min=0),
+        choosable=choosable,
         window=None if mask is None else mask[..., length - window :],
         width=window,
         redundancy=measured,
@@ -163,15 +167,14 @@ def allocate(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: 
 
 
 def base_entries(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
-    """Candidates kept per head on average, window left out, for prompts of ``length`` [B] real tokens."""
-    return (entries_per_head(config.budget, length) - config.window).clamp(min=0)
+    """Candidates kept per head on average, window left out, for prompts of ``length`` [B] real tokens.
 
-
-def entries_per_head(budget: int | float, length: torch.Tensor) -> torch.Tensor:
-    """The budget in KV entries for prompts of ``length`` [B] real tokens; a float is a share, rounded to the nearest entry."""
-    if isinstance(budget, float):
-        return torch.tensor([round(tokens * budget) for tokens in length.tolist()], device=length.device)
-    return torch.full_like(length, budget)
+    A budget that is a share of the prompt is rounded to the nearest entry.
+    """
+    if isinstance(config.budget, float):
+        entries = [round(tokens * config.budget) - config.window for tokens in length.tolist()]
+        return torch.tensor(entries, device=length.device).clamp(min=0)
+    return torch.full_like(length, max(config.budget - config.window, 0))
 
 
 def _compute(score: registry.Score, context: ScoreContext) -> torch.Tensor:

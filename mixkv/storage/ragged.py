@@ -8,12 +8,8 @@ import torch
 
 from ..ops import dispatch, reference
 from ..ops.arguments import LogitOptions, RaggedBuffers
+from ..ops.layout import empty_buffers, spare_per_sequence
 from ..selection.ranking import Selection, split_positions
-
-# Spare rows a sequence gets whenever the buffers are laid out: a share of its mean length, and at least so many. A layout
-# copies every row once, so a decode step copies at most 1 / share rows per sequence on average, however long it runs.
-_SPARE_SHARE = 1 / 8
-_SPARE_ROWS = 16
 
 
 class RaggedStore:
@@ -93,8 +89,8 @@ class RaggedStore:
         chosen = dispatch.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1])
         store = cls(lengths.shape[0], lengths.shape[1], chosen)
         store._measure(lengths.tolist())
-        store.spare = _spare(store.total, lengths.numel())
-        store.buffers = _empty(lengths.flatten(), store.total, store.spare, rows)
+        store.spare = spare_per_sequence(store.total, lengths.numel())
+        store.buffers = empty_buffers(lengths.flatten(), store.total, store.spare, rows)
         store.tail = tail
         if bound is not None:
             store.max_length, store.even = max(store.max_length, bound), False
@@ -207,10 +203,9 @@ class RaggedStore:
 
         Returns: the ranks of the selected rows that stay.
         """
-        tail, quota = self.tail, quota.to(ranks.device)
-        rows, counts, left = dispatch.rows_below(self.buffers.starts, self.lengths, ranks, quota, tail)
-        self._keep_rows(rows, counts.view(self.batch, self.heads))
-        self.tail = tail
+        self.buffers, left = dispatch.evict(self.backend, self.buffers, ranks, quota.to(ranks.device), self.tail)
+        self._measure(self.lengths.view(self.batch, self.heads).tolist())
+        self.spare = self.spare_rows // self.lengths.numel()
         return left
 
     def padded(self, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -267,8 +262,8 @@ class RaggedStore:
     def _move(self, starts: torch.Tensor, lengths: torch.Tensor, row_totals: list[int], new: int = 0) -> None:
         """Copies the rows that ``starts``, ``lengths`` name in the present buffers into new ones."""
         total = sum(row_totals)
-        spare = _spare(total, lengths.numel(), new)
-        buffers = _empty(lengths, total, spare, self.buffers)
+        spare = spare_per_sequence(total, lengths.numel(), new)
+        buffers = empty_buffers(lengths, total, spare, self.buffers)
         source = self.buffers._replace(starts=starts)
         dispatch.move_rows(self.backend, buffers, source, total=total, max_length=self.max_length)
         self.buffers, self.spare, self.row_totals, self.batch = buffers, spare, row_totals, len(row_totals)
@@ -283,31 +278,11 @@ class RaggedStore:
 
     def _compact(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """New buffers with ``counts`` [B, Hkv] rows of ``key`` [B, Hkv, N, D] and ``value``, at ``positions``."""
-        host_counts = counts.tolist()
-        total = sum(map(sum, host_counts))
-        spare = _spare(total, counts.numel())
-        buffers = _empty(counts.flatten(), total, spare, (key, value))
-        dispatch.compact(self.backend, buffers, key, value, positions)
-        self.buffers, self.spare, self.tail = buffers, spare, 0
-        self._measure(host_counts)
+        self.buffers, self.tail = dispatch.gather(self.backend, key, value, positions, counts), 0
+        self._measure(counts.tolist())
+        self.spare = self.spare_rows // counts.numel()
 
     def _measure(self, host_lengths: list[list[int]]) -> None:
         self.row_totals = [sum(row) for row in host_lengths]
         self.max_length = max(max(row) for row in host_lengths)
         self.even = all(length == self.max_length for row in host_lengths for length in row)
-
-
-def _spare(total: int, sequences: int, new: int = 0) -> int:
-    """Spare rows of each sequence in a new layout, room for ``new`` included."""
-    return new + max(_SPARE_ROWS, int(total / sequences * _SPARE_SHARE))
-
-
-def _empty(lengths: torch.Tensor, total: int, spare: int, like: tuple[torch.Tensor, ...]) -> RaggedBuffers:
-    """Buffers for ``total`` rows in sequences of ``lengths`` [S], each with ``spare`` rows, in the dtypes and widths of ``like``."""
-    lengths = lengths.to(torch.int32, copy=True)
-    order = torch.arange(lengths.numel(), dtype=torch.int32, device=lengths.device)
-    starts = (lengths.cumsum(0, dtype=torch.int32) - lengths + spare * order).contiguous()
-    rows = total + lengths.numel() * spare
-    # Zeros, so that a masked read of spare rows never meets a NaN.
-    key, value = (part.new_zeros(rows, part.shape[-1]) for part in like[:2])
-    return RaggedBuffers(key, value, torch.zeros(rows, dtype=torch.int32, device=lengths.device), starts, lengths)

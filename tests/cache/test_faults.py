@@ -274,7 +274,7 @@ def test_an_interrupted_prompt_can_be_read_again(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mixkv.ops.dispatch, "compact", interrupted)
+        patch.setattr(mixkv.ops.dispatch, "gather", interrupted)
         forward(model, cache, **prompts)
     assert cache.get_seq_length() == 0 and not cache and cache.stats()["bytes"] == 0
     assert torch.equal(forward(model, cache, **prompts), expected)

@@ -32,6 +32,7 @@ def test_directions_and_norms(dtype, length, size, pad):
         torch.testing.assert_close(getattr(mine, name), getattr(twin, name), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine.mean.double(), exact, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(native.similarity(key, twin), score_reference.similarity(key, twin), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(native.redundancy(twin), score_reference.redundancy(twin), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(native.norm(key), score_reference.norm(key), rtol=1e-6, atol=1e-6)
     assert native.norm(key).dtype == torch.float32
 
@@ -59,7 +60,7 @@ def test_a_padded_prompt_has_the_numbers_it_has_alone():
     kind=st.sampled_from(["numbers", "constant", "nan", "infinite"]),
     seed=st.integers(0, 999),
 )
-def test_match(batch, heads, length, pad, kind, seed):
+def test_match_and_mix(batch, heads, length, pad, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     raw, reference = (
         torch.randn(batch, heads, length, generator=generator),
@@ -70,6 +71,21 @@ def test_match(batch, heads, length, pad, kind, seed):
     for valid in (left_padded(batch, heads, length, pad), left_padded(batch, 1, length, pad), None):
         mine, twin = native.match(raw, reference, valid), score_reference.match(raw, reference, valid)
         torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
+        share, size = torch.rand(batch, heads, generator=generator), torch.rand(batch, heads, length, generator=generator)
+        given = (reference, raw, size, share, valid)
+        mine, twin = native.mix(*given), score_reference.mix(*given)
+        torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_normalized(exponent):
+    torch.manual_seed(5)
+    importance = torch.rand(3, 2, 40) * torch.tensor([1e-6, 1.0, 0.0]).view(3, 1, 1)
+    importance[:, :, :7] = -torch.inf
+    mine = native.normalized(importance, exponent)
+    torch.testing.assert_close(mine, score_reference.normalized(importance, exponent), rtol=1e-6, atol=0)
+    assert native.normalized(importance[..., :0], exponent).shape == (3, 2, 0)
 
 
 @needs_library
@@ -94,31 +110,75 @@ def test_take(batch, heads, length, width, padded, seed):
 
 
 @needs_library
-@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=30, deadline=None)
 @given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=6), tail=st.integers(0, 4), seed=st.integers(0, 999))
-def test_rows_below(lengths, tail, seed):
+def test_evict(dtype, lengths, tail, seed):
     generator = torch.Generator().manual_seed(seed)
-    selected = torch.tensor(lengths, dtype=torch.int32)
-    held = selected + tail
-    starts = held.cumsum(0, dtype=torch.int32) - held + 7 * torch.arange(len(lengths), dtype=torch.int32)
+    store = make_store([length + tail for length in lengths], 64, 80, dtype)
     ranks = torch.cat([torch.randperm(length, generator=generator) - 1 for length in lengths]).to(torch.int32)
     quota = torch.randint(0, 20, (len(lengths),), generator=generator)
-    given = (starts, held, ranks, quota, tail)
-    for mine, twin in zip(native.rows_below(*given), selection_reference.rows_below(*given), strict=True):
-        assert mine.dtype == twin.dtype and torch.equal(mine, twin)
+    (mine, left), (twin, expected) = (
+        native.evict(store, ranks, quota, tail),
+        selection_reference.evict(store, ranks, quota, tail),
+    )
+    assert torch.equal(left, expected)
+    for name, one, other in zip(mine._fields, mine, twin, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", [[[3, 0, 200], [7, 1, 40]], [[0, 0, 0], [0, 0, 0]]], ids=str)
+def test_gather(dtype, counts):
+    counts = torch.tensor(counts)
+    key, value = strided(2, 3, 300, 64, dtype), strided(2, 3, 300, 80, dtype)
+    kept = [torch.randperm(300)[:count].sort().values for count in counts.flatten().tolist()]
+    positions = torch.cat(kept).to(torch.int32)
+    mine, twin = native.gather(key, value, positions, counts), selection_reference.gather(key, value, positions, counts)
+    for name, one, other in zip(mine._fields, mine, twin, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
 @needs_library
 @settings(max_examples=80, deadline=None)
-@given(batch=st.integers(1, 3), size=st.integers(1, 40), levels=st.integers(1, 40), seed=st.integers(0, 999))
-def test_largest(batch, size, levels, seed):
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    layers=st.integers(1, 4),
+    size=st.integers(0, 20),
+    levels=st.integers(2, 40),
+    seed=st.integers(0, 999),
+)
+def test_merge_largest(batch, heads, layers, size, levels, seed):
     generator = torch.Generator().manual_seed(seed)
-    value = torch.randint(0, levels, (batch, size), generator=generator).float()
-    value[value == 0] = -torch.inf
-    counts = torch.randint(0, size + 2, (batch,), generator=generator).tolist()
-    mine = native.largest(value, counts)
-    assert torch.equal(mine, selection_reference.largest(value, counts))
-    assert mine.sum(dim=-1).tolist() == [min(count, size) for count in counts]
+    totals = torch.randint(0, heads * size + 2, (batch,), generator=generator).tolist()
+    within = torch.randint(0, heads * size + 2, (batch,), generator=generator).tolist()
+    mine = twin = (torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int32))
+    for layer in range(1, layers + 1):
+        importance = torch.randint(0, levels, (batch, heads, size), generator=generator).float()
+        importance[importance == 0] = -torch.inf
+        mine = native.merge_largest(*mine[:2], importance, within, totals, layer * heads)
+        twin = selection_reference.merge_largest(*twin[:2], importance, within, totals, layer * heads)
+        for one, other in zip(mine, twin, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@needs_library
+@settings(max_examples=80, deadline=None)
+@given(
+    length=st.integers(0, 30),
+    kernel=st.sampled_from([1, 3, 7, 41]),
+    pooling=st.sampled_from(["avg", "max"]),
+    with_nan=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_pool(length, kernel, pooling, with_nan, seed):
+    attention = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(seed))
+    if with_nan:
+        attention[0, 0, length // 2 :] = torch.nan
+    mine, twin = native.pool(attention, kernel, pooling), score_reference.pool(attention, kernel, pooling)
+    assert torch.equal(mine.nan_to_num(-1.0), twin.nan_to_num(-1.0))
 
 
 @needs_library
@@ -130,9 +190,14 @@ def test_wrong_arguments_are_refused():
         lambda: native.directions(torch.zeros(1, 2, 5, 64).double(), None),
         lambda: native.match(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4), None),
         lambda: native.take(torch.zeros(1, 2, 5, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64), None, 3),
-        lambda: native.rows_below(store.starts, store.lengths, ranks[:5], torch.ones(2, dtype=torch.int64), 0),
-        lambda: native.rows_below(store.starts, store.lengths, ranks[:0], torch.ones(2, dtype=torch.int64), 4),
-        lambda: native.largest(torch.zeros(2, 3), [1]),
+        lambda: native.mix(*(torch.zeros(1, 2, 5) for _ in range(3)), torch.zeros(1, 3), None),
+        lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks, torch.tensor([[3, 3]])),
+        lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks + 9, torch.tensor([[3, 4]])),
+        lambda: native.evict(store, ranks[:5], torch.ones(2, dtype=torch.int64), 0),
+        lambda: native.evict(store, ranks[:0], torch.ones(2, dtype=torch.int64), 4),
+        lambda: native.evict(store, ranks, torch.ones(3, dtype=torch.int64), 0),
+        lambda: native.merge_largest(torch.zeros(1, 2), ranks[:2].view(1, 2) + 9, torch.zeros(1, 2, 3), [1], [8], 4),
+        lambda: native.pool(torch.zeros(1, 2, 5), 4, "avg"),
     ):
         with pytest.raises(RuntimeError):
             wrong()
@@ -148,7 +213,22 @@ def test_opcheck():
         ("row_cosines", (key, torch.ones(1, 2, 9), torch.randn(1, 2, 64))),
         ("match", (torch.randn(1, 2, 9), torch.rand(1, 2, 9), left_padded(1, 2, 9, 3))),
         ("take", (ranks, torch.tensor([[3, 4]]), None, 2)),
-        ("rows_below", (store.starts, store.lengths, torch.arange(7, dtype=torch.int32), torch.tensor([2, 5]), 0)),
-        ("largest", (torch.randn(2, 5), torch.tensor([2, 3]))),
+        ("mean_cosine", (torch.randn(1, 2, 64), torch.ones(1, 2))),
+        ("mix", (*(torch.rand(1, 2, 9) for _ in range(3)), torch.rand(1, 2), None)),
+        ("normalized", (torch.rand(1, 2, 9), 0.5)),
+        ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), 16, 0.125)),
+        ("pool", (torch.rand(1, 2, 9), 5, True)),
+        ("evict", (*store, torch.arange(7, dtype=torch.int32), torch.tensor([2, 5]), 0, 16, 0.125)),
+        (
+            "merge_largest",
+            (
+                torch.randn(2, 3),
+                torch.zeros(2, 3, dtype=torch.int32),
+                torch.randn(2, 2, 4),
+                torch.tensor([2, 3]),
+                torch.tensor([5, 6]),
+                4,
+            ),
+        ),
     ):
         torch.library.opcheck(getattr(torch.ops.mixkv, name).default, arguments)

@@ -12,7 +12,6 @@ from . import keydiff
 from . import output
 
 from .diversity import Directions, directions, modal_redundancy, redundancy, similarity
-from .importance import output_importance, pool
-from ...ops.score_reference import match
+from ...ops.score_reference import match, pool
 
-__all__ = ["Directions", "directions", "match", "modal_redundancy", "output_importance", "pool", "redundancy", "similarity"]
+__all__ = ["Directions", "directions", "match", "modal_redundancy", "pool", "redundancy", "similarity"]

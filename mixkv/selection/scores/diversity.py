@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ...ops.score_reference import Directions, directions, similarity, unit_sums
+from ...ops.score_reference import Directions, directions, redundancy, similarity, unit_sums
 
 __all__ = ["Directions", "directions", "modal_redundancy", "redundancy", "similarity"]
-
-
-def redundancy(found: Directions) -> torch.Tensor:
-    """Mean cosine between different keys of a head, clamped to [0, 1] (MixKV, arXiv 2510.20707, equation 6), in O(N D).
-
-    With unit keys u_i and their mean m it equals ``(N |m|^2 - 1) / (N - 1)``.
-
-    Returns: [B, Hkv] float32; 0 where there is a single key.
-    """
-    numerator = found.count * found.mean.square().sum(dim=-1) - 1
-    return (numerator / (found.count - 1).clamp(min=1)).clamp(0, 1)
 
 
 def modal_redundancy(key: torch.Tensor, image: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...ops import dispatch
 from ...registry import Score, add
 
 if TYPE_CHECKING:
@@ -14,9 +15,8 @@ if TYPE_CHECKING:
 
 def mix(context: ScoreContext) -> torch.Tensor:
     """``r * diversity + (1 - r) * (importance + value norm)`` with the head's redundancy r (equation 7), [B, Hkv, M]."""
-    share = context.redundancy.unsqueeze(-1)
-    diversity = context.match(-context.similarity)
-    return share * diversity + (1 - share) * (context.importance + context.match(context.value_norm))
+    valid = None if context.mask is None else context.valid_candidates
+    return dispatch.mix(context.backend, context.importance, context.similarity, context.value_norm, context.redundancy, valid)
 
 
 def mix_fixed(context: ScoreContext) -> torch.Tensor:

@@ -1,0 +1,73 @@
+"""What the compiled operations return, for tracing: shapes and dtypes without numbers."""
+
+from __future__ import annotations
+
+import torch
+
+
+def register() -> None:
+    """Shapes and dtypes of the results, for tracing."""
+
+    def decode(query, value_buffer):
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value_buffer.shape[1])
+
+    def nothing(*args):
+        return None
+
+    def numbers(rows):
+        return rows.new_empty(rows.shape[:3], dtype=torch.float32)
+
+    def chosen(ranks, count):
+        size = torch.library.get_ctx().new_dynamic_size()
+        return [ranks.new_empty(size) for _ in range(count)]
+
+    def evicted(key, value, position, starts, lengths, ranks, *rest):
+        rows = torch.library.get_ctx().new_dynamic_size()
+        buffers = (part.new_empty(rows, *part.shape[1:]) for part in (key, value, position))
+        return (*buffers, starts.new_empty(starts.shape), lengths.new_empty(lengths.shape), *chosen(ranks, 1))
+
+    def gathered(key, value, positions, counts, *rest):
+        rows = torch.library.get_ctx().new_dynamic_size()
+        sequences = [positions.new_empty(counts.numel()) for _ in range(2)]
+        return (key.new_empty(rows, key.shape[3]), value.new_empty(rows, value.shape[3]), positions.new_empty(rows), *sequences)
+
+    def merged(value, owner, importance, within, totals, owners):
+        kept, batch = torch.library.get_ctx().new_dynamic_size(), value.shape[0]
+        numbers = (totals.new_empty(batch, owners), totals.new_empty(importance.shape[:2]))
+        return (value.new_empty(batch, kept), owner.new_empty(batch, kept), *numbers)
+
+    fakes = {
+        "append": nothing,
+        "compact": nothing,
+        "move_rows": nothing,
+        "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "attend_extend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "chunk_scores": lambda query, codes, grid, starts, counts, longest: query.new_empty(
+            starts.numel(), longest, dtype=torch.float32
+        ),
+        "attend_chunks": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "fetch_chunks": nothing,
+        "window_scores": lambda query, key, *rest: key.new_empty(
+            key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32
+        ),
+        "projected_norm": lambda value, factor: numbers(value),
+        "row_norms": numbers,
+        "mean_directions": lambda key, valid: (
+            numbers(key),
+            key.new_empty(*key.shape[:2], key.shape[3], dtype=torch.float32),
+            key.new_empty(key.shape[:2], dtype=torch.float32),
+        ),
+        "row_cosines": lambda key, inverse_norm, mean: numbers(key),
+        "match": lambda raw, reference, valid: raw.new_empty(raw.shape),
+        "take": lambda ranks, entries, window, width: (*chosen(ranks, 2), entries.new_empty(entries.shape)),
+        "mean_cosine": lambda mean, count: count.new_empty(count.shape),
+        "mix": lambda importance, *rest: importance.new_empty(importance.shape),
+        "normalized": lambda importance, exponent: importance.new_empty(importance.shape),
+        "gather": gathered,
+        "pool": lambda attention, kernel_size, largest: attention.new_empty(attention.shape),
+        "merge_largest": merged,
+        "evict": evicted,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"mixkv::{name}", fake)
