@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("mean_directions(Tensor key, Tensor? valid) -> (Tensor, Tensor, Tensor)");
   m.def("row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) -> Tensor");
   m.def("match(Tensor raw, Tensor reference, Tensor? valid) -> Tensor");
+  m.def("places(Tensor order) -> Tensor");
+  m.def("ada_counts(Tensor importance, Tensor base, Tensor totals) -> Tensor");
   m.def("take(Tensor ranks, Tensor entries, Tensor? window, int width) -> (Tensor, Tensor, Tensor)");
   m.def("mean_cosine(Tensor mean, Tensor count) -> Tensor");
   m.def("mix(Tensor importance, Tensor similarity, Tensor value_norm, Tensor share, Tensor? valid) -> Tensor");

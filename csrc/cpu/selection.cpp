@@ -268,12 +268,58 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_largest(Tensor value, Te
   return {values, found, counts, mine};
 }
 
+// How many of the `totals` most important candidates of a batch row belong to each head, each weighted by the share of importance
+// in its head's `base` most important.
+static Tensor ada_counts(Tensor importance, Tensor base, Tensor totals) {
+  STD_TORCH_CHECK(importance.dim() == 3 && importance.scalar_type() == ScalarType::Float, "importance must be float32 [B, Hkv, M]");
+  const int64_t batch = importance.size(0), heads = importance.size(1), tokens = importance.size(2);
+  for (const Tensor* counts : {&base, &totals})
+    STD_TORCH_CHECK(counts->dim() == 1 && counts->scalar_type() == ScalarType::Long && counts->is_contiguous() && counts->numel() == batch,
+                    "base and totals must be contiguous int64 [B] tensors");
+  importance = torch::stable::contiguous(importance);
+  Tensor out = torch::stable::new_empty(base, {batch, heads}, ScalarType::Long);
+  std::fill_n(data<int64_t>(out), batch * heads, 0);
+  std::vector<float> weighted(heads * tokens), ordered;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const float* from = data<float>(importance) + (b * heads + h) * tokens;
+      float* to = weighted.data() + h * tokens;
+      double whole = 0.0, top = 0.0;
+      for (int64_t n = 0; n < tokens; ++n) whole += to[n] = from[n] < 0.0f ? 0.0f : from[n];
+      for_largest(to, tokens, data<int64_t>(base)[b], ordered, [&](int64_t n) { top += to[n]; });
+      const float concentration = float(top / std::max(whole, 1e-30));
+      for (int64_t n = 0; n < tokens; ++n) to[n] = std::isinf(from[n]) && from[n] < 0.0f ? -1.0f : to[n] * concentration;
+    }
+    int64_t* count = data<int64_t>(out) + b * heads;
+    for_largest(weighted.data(), heads * tokens, data<int64_t>(totals)[b], ordered, [&](int64_t n) { ++count[n / tokens]; });
+  }
+  return out;
+}
+
+static Tensor places(Tensor order) {
+  STD_TORCH_CHECK(order.dim() == 3 && order.scalar_type() == ScalarType::Long, "order must be int64 [B, Hkv, M]");
+  order = torch::stable::contiguous(order);
+  const int64_t sequences = order.size(0) * order.size(1), tokens = order.size(2);
+  Tensor out = torch::stable::new_empty(order, {order.size(0), order.size(1), tokens}, ScalarType::Int);
+  const int64_t* from = data<int64_t>(order);
+  int32_t* to = data<int32_t>(out);
+  for (int64_t s = 0; s < sequences; ++s, from += tokens, to += tokens) {
+    for (int64_t n = 0; n < tokens; ++n) {
+      STD_TORCH_CHECK(from[n] >= 0 && from[n] < tokens, "index ", from[n], " is not below ", tokens);
+      to[from[n]] = int32_t(n);
+    }
+  }
+  return out;
+}
+
 }  // namespace mixkv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("match", TORCH_BOX(&mixkv::cpu::match));
   m.impl("mix", TORCH_BOX(&mixkv::cpu::mix));
   m.impl("normalized", TORCH_BOX(&mixkv::cpu::normalized));
+  m.impl("places", TORCH_BOX(&mixkv::cpu::places));
+  m.impl("ada_counts", TORCH_BOX(&mixkv::cpu::ada_counts));
   m.impl("take", TORCH_BOX(&mixkv::cpu::take));
   m.impl("pool", TORCH_BOX(&mixkv::cpu::pool));
   m.impl("merge_largest", TORCH_BOX(&mixkv::cpu::merge_largest));

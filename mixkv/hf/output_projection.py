@@ -89,9 +89,11 @@ def projected_output(module: nn.Module, output: torch.Tensor, shard: HeadShard |
     Returns: float32 [B, n, hidden], of which the sum over the processes is meant; None where there is no such norm, or the
         projection cannot be read.
     """
+    if module not in _norms:
+        return None
     output = output.flatten(2)
     weight = _projection(module, output.shape[2], shard)
-    if module not in _norms or weight is None:
+    if weight is None:
         return None
     columns = weight.shape[1]
     if columns < output.shape[2]:

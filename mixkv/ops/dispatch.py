@@ -36,7 +36,9 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: i
     if requested not in BACKENDS:
         raise ValueError(f"unknown MIXKV_BACKEND={requested!r}; choose from {', '.join(BACKENDS)}")
     if requested == "auto":
-        names = BACKENDS[1:] if device.type == "cpu" else _UNASKED_ON_GPU
+        if device.type == "cpu":
+            return "torch" if native.why_not(device, dtype, key_size, value_size) else "native"
+        names = _UNASKED_ON_GPU
         return next(name for name in names if why_not(name, device, dtype, key_size, value_size) is None)
     reason = why_not(requested, device, dtype, key_size, value_size)
     if reason is not None:
@@ -252,17 +254,27 @@ def evict(
     return (native if compiled else selection_reference).evict(buffers, ranks, quota, tail)
 
 
+def places(order: torch.Tensor) -> torch.Tensor:
+    """`selection_reference.places`; as all that follows compiled where the library has been loaded: both give the same."""
+    return _selection(order).places(order)
+
+
+def ada_counts(importance: torch.Tensor, base: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    """`selection_reference.ada_counts`."""
+    return _selection(importance).ada_counts(importance, base, totals)
+
+
 def take(
     ranks: torch.Tensor, entries: torch.Tensor, window: torch.Tensor | None, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`selection_reference.take`, compiled where the library has been loaded: both give the same."""
+    """`selection_reference.take`."""
     return _selection(ranks).take(ranks, entries, window, width)
 
 
 def merge_largest(
     value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: list[int], totals: list[int], owners: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`selection_reference.merge_largest`, compiled where the library has been loaded: both give the same."""
+    """`selection_reference.merge_largest`."""
     return _selection(importance).merge_largest(value, owner, importance, within, totals, owners)
 
 

@@ -60,6 +60,8 @@ def register() -> None:
         ),
         "row_cosines": lambda key, inverse_norm, mean: numbers(key),
         "match": lambda raw, reference, valid: raw.new_empty(raw.shape),
+        "places": lambda order: order.new_empty(order.shape, dtype=torch.int32),
+        "ada_counts": lambda importance, base, totals: base.new_empty(importance.shape[:2]),
         "take": lambda ranks, entries, window, width: (*chosen(ranks, 2), entries.new_empty(entries.shape)),
         "mean_cosine": lambda mean, count: count.new_empty(count.shape),
         "mix": lambda importance, *rest: importance.new_empty(importance.shape),

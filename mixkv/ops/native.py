@@ -68,7 +68,7 @@ def why_not(device: torch.device, dtype: torch.dtype, key_size: int, value_size:
         return f"there are compiled operations for CPU and CUDA, not for {device.type}"
     if dtype not in _DTYPES:
         return f"they take float32, float16 and bfloat16, not {dtype}"
-    if any(size % 16 or not 0 < size <= 256 for size in (key_size, value_size)):
+    if key_size % 16 or value_size % 16 or not (0 < key_size <= 256 and 0 < value_size <= 256):
         return f"head sizes must be multiples of 16 up to 256, not {key_size} and {value_size}"
     found = status(device.type)
     return None if found.available else found.reason
@@ -225,6 +225,16 @@ def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
 def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """`score_reference.match` of float32 tensors on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
     return _ops().match.default(raw, reference, None if valid is None else valid.expand_as(raw))
+
+
+def places(order: torch.Tensor) -> torch.Tensor:
+    """`selection_reference.places` on the CPU."""
+    return _ops().places.default(order)
+
+
+def ada_counts(importance: torch.Tensor, base: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    """`selection_reference.ada_counts` on the CPU."""
+    return _ops().ada_counts.default(importance, base, totals)
 
 
 def take(

@@ -9,6 +9,37 @@ from .layout import empty_buffers, spare_per_sequence
 from .reference import compact, flat_rows
 
 
+def places(order: torch.Tensor) -> torch.Tensor:
+    """Int32 [B, Hkv, M]: where each index stands in ``order`` int64 [B, Hkv, M], which holds each once per head."""
+    numbers = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device).expand_as(order)
+    return torch.empty(order.shape, dtype=torch.int32, device=order.device).scatter_(-1, order, numbers)
+
+
+def ada_counts(importance: torch.Tensor, base: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    """How many of the most important candidates of all heads belong to each (AdaKV, arXiv 2407.11550, algorithm 1).
+
+    Each candidate is weighted by the share of importance in its head's ``base`` most important.
+
+    Args:
+        importance: float32 [B, Hkv, M], -inf for padding.
+        base: int64 [B].
+        totals: int64 [B], how many candidates are counted.
+
+    Returns: int64 [B, Hkv].
+    """
+    batch, heads, length = importance.shape
+    device = importance.device
+    real = importance.clamp(min=0)
+    top = real.topk(min(int(base.max()), length), dim=-1).values
+    in_top = torch.arange(top.shape[-1], device=device) < base.to(device).view(-1, 1, 1)
+    concentration = (top * in_top).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1e-30)
+    weighted = (real * concentration).masked_fill(importance.isneginf(), -1.0)
+    most = min(int(totals.max()), heads * length)
+    owners = weighted.flatten(1).topk(most, dim=-1).indices // length
+    counted = (torch.arange(most, device=device) < totals.to(device)[:, None]).long()
+    return torch.zeros(batch, heads, dtype=torch.long, device=device).scatter_add_(1, owners, counted)
+
+
 def take(
     ranks: torch.Tensor, entries: torch.Tensor, window: torch.Tensor | None, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -30,8 +30,8 @@ class GlobalTopK:
         self.owner: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
         self._quota: np.ndarray | None = None
-        # How many of each layer's own most important rows belong to each head: on the host, and not yet there.
-        self.within: list[np.ndarray] = []
+        # How many of each layer's own most important rows belong to each head [B, L * Hkv]: on the host, and not yet there.
+        self.within: np.ndarray | None = None
         self._arrived: list[torch.Tensor] = []
 
     def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
@@ -52,6 +52,8 @@ class GlobalTopK:
             means, self.candidates = to_host(base, candidates)
             self.base = np.minimum(means, self.candidates.max(axis=-1))
             self.total = (self.base * heads * num_layers).tolist()
+            self.limit = np.tile(self.candidates, (1, num_layers))
+            self.within = np.zeros_like(self.limit)
             self.value = importance.new_empty(batch, 0)
             self.owner = importance.new_empty(batch, 0, dtype=torch.int32)
         elif heads != self.heads:
@@ -77,16 +79,18 @@ class GlobalTopK:
     def _allocate(self) -> np.ndarray:
         batch, device = self.value.shape[0], self.value.device
         counts, *arrived = to_host(self._counts, *(layer.to(device) for layer in self._arrived))
-        self.within, self._arrived = self.within + arrived, []
-        base, within = self.base[:, None], np.concatenate(self.within, axis=1)
+        heads = self.layers * self.heads
+        if arrived:
+            self.within[:, heads - len(arrived) * self.heads : heads] = np.concatenate(arrived, axis=1)
+            self._arrived = []
+        base, within, limit = self.base[:, None], self.within[:, :heads], self.limit[:, :heads]
         most = self.candidates.max(axis=-1, keepdims=True)
         # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
         counts = ((most - base) * counts + base * within) / most.clip(min=1)
         shares = (1 - self.floor) * counts + self.floor * base
-        limit = np.tile(self.candidates, (1, self.layers))
         if self.layers == self.num_layers:
             rows = apportion(shares, np.array(self.total), limit)
         else:
             # `apportion` rounds up by at most one.
-            rows = np.minimum(np.floor(shares + 1e-6).astype(np.int64) + 1, limit)
+            rows = np.minimum((shares + 1e-6).astype(np.int64) + 1, limit)
         return rows.reshape(batch, self.layers, self.heads)

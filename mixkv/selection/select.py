@@ -8,6 +8,7 @@ import torch
 
 from .. import registry
 from ..config import MixKVConfig, checked_config
+from ..ops import dispatch
 from ..tensor_parallel import HeadShard
 from .context import AllocationContext, ScoreContext
 from .ranking import Ranking, Selection
@@ -225,9 +226,7 @@ def _ranks(score: torch.Tensor, padding: list[int]) -> torch.Tensor:
 
 def _places(score: torch.Tensor) -> torch.Tensor:
     """Int32 [B, Hkv, M]: places by ``score`` within each head."""
-    order = score.sort(dim=-1, descending=True).indices
-    places = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device).expand_as(order)
-    return torch.empty(order.shape, dtype=torch.int32, device=order.device).scatter_(-1, order, places)
+    return dispatch.places(score.sort(dim=-1, descending=True).indices)
 
 
 def _forced(lengths: torch.Tensor, real: torch.Tensor, window: int) -> torch.Tensor:

@@ -167,6 +167,29 @@ def test_merge_largest(batch, heads, layers, size, levels, seed):
 @needs_library
 @settings(max_examples=80, deadline=None)
 @given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 30),
+    pad=st.integers(0, 31),
+    seed=st.integers(0, 999),
+)
+def test_ada_counts_and_places(batch, heads, length, pad, seed):
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.rand(batch, heads, length, generator=generator).masked_fill(
+        ~left_padded(batch, heads, length, pad), -torch.inf
+    )
+    base = torch.randint(0, length + 1, (batch,), generator=generator)
+    totals = (base * heads).minimum((importance >= 0).sum(dim=(1, 2)))
+    mine, twin = (ops.ada_counts(importance, base, totals) for ops in (native, selection_reference))
+    assert torch.equal(mine, twin) and torch.equal(mine.sum(dim=-1), totals)
+    order = importance.argsort(dim=-1)
+    assert torch.equal(native.places(order), order.argsort(dim=-1).to(torch.int32))
+    assert torch.equal(native.places(order), selection_reference.places(order))
+
+
+@needs_library
+@settings(max_examples=80, deadline=None)
+@given(
     length=st.integers(0, 30),
     kernel=st.sampled_from([1, 3, 7, 41]),
     pooling=st.sampled_from(["avg", "max"]),
@@ -193,6 +216,8 @@ def test_wrong_arguments_are_refused():
         lambda: native.mix(*(torch.zeros(1, 2, 5) for _ in range(3)), torch.zeros(1, 3), None),
         lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks, torch.tensor([[3, 3]])),
         lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks + 9, torch.tensor([[3, 4]])),
+        lambda: native.places(torch.tensor([[[0, 7, 1]]])),
+        lambda: native.ada_counts(torch.zeros(1, 2, 5), torch.tensor([1, 2]), torch.tensor([2])),
         lambda: native.evict(store, ranks[:5], torch.ones(2, dtype=torch.int64), 0),
         lambda: native.evict(store, ranks[:0], torch.ones(2, dtype=torch.int64), 4),
         lambda: native.evict(store, ranks, torch.ones(3, dtype=torch.int64), 0),
@@ -217,6 +242,8 @@ def test_opcheck():
         ("mix", (*(torch.rand(1, 2, 9) for _ in range(3)), torch.rand(1, 2), None)),
         ("normalized", (torch.rand(1, 2, 9), 0.5)),
         ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), 16, 0.125)),
+        ("places", (torch.tensor([[[2, 0, 1]]]),)),
+        ("ada_counts", (torch.rand(1, 2, 9), torch.tensor([2]), torch.tensor([4]))),
         ("pool", (torch.rand(1, 2, 9), 5, True)),
         ("evict", (*store, torch.arange(7, dtype=torch.int32), torch.tensor([2, 5]), 0, 16, 0.125)),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...ops import dispatch
 from ...registry import Method, add
 from ..apportion import apportion, to_device, to_host, total_rows
 from ..context import AllocationContext
@@ -20,20 +21,12 @@ def ada(base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, 
         candidates: [B, Hkv] int, candidates to choose from.
         importance: [B, Hkv, M] float32, such as pooled window attention; 0 or -inf for padding.
     """
-    batch, heads, length = importance.shape
+    heads, length = importance.shape[1:]
     if length == 0:
         return candidates.clone()
     means, limits = to_host(base, candidates)
     totals = total_rows(means, limits)
-    real = importance.clamp(min=0)
-    top = real.topk(min(int(means.max()), length), dim=-1).values
-    in_top = torch.arange(top.shape[-1], device=real.device) < base.to(real.device).view(-1, 1, 1)
-    concentration = (top * in_top).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1e-30)
-    weighted = (real * concentration).masked_fill(importance.isneginf(), -1.0)
-    largest = min(int(totals.max()), heads * length)
-    owners = weighted.flatten(1).topk(largest, dim=-1).indices // length
-    counted = (torch.arange(largest, device=real.device) < to_device(totals, real.device)[:, None]).long()
-    counts = torch.zeros(batch, heads, dtype=torch.long, device=real.device).scatter_add_(1, owners, counted)
+    counts = dispatch.ada_counts(importance, base, to_device(totals, base.device))
     shares = (1 - floor) * counts.cpu().numpy() + floor * totals[:, None] / heads
     return to_device(apportion(shares, totals, limits), candidates.device)
 
