@@ -81,6 +81,8 @@ class Score:
         paper: arXiv number; None: not published.
         uses_output_importance: whether importance, for the score and for methods such as ``adakv``, is window attention times
             what an entry adds to the layer's output, in place of window attention.
+        comparable: whether the scores, all >= 0, of different heads and layers can be compared as they are. Methods that allocate by importance
+            then use the scores in its place, ``global`` without normalising layers.
         built_in: False for the user's.
     """
 
@@ -89,6 +91,7 @@ class Score:
     description: str = ""
     paper: str | None = None
     uses_output_importance: bool = False
+    comparable: bool = False
     built_in: bool = True
 
 
@@ -155,7 +158,9 @@ def register_method(name: str, function: Callable[[Any], Any], *, uses_output_im
     add(Method(name, function, uses_importance=True, uses_output_importance=uses_output_importance, built_in=False))
 
 
-def register_score(name: str, function: Callable[..., Any], *, uses_output_importance: bool = False) -> None:
+def register_score(
+    name: str, function: Callable[..., Any], *, uses_output_importance: bool = False, comparable: bool = False
+) -> None:
     """Makes ``MixKVConfig(score=name)`` keep the entries for which ``function`` is highest.
 
     A cache refers to its score by name: register it in every process that uses, loads or unpickles such a cache.
@@ -168,6 +173,8 @@ def register_score(name: str, function: Callable[..., Any], *, uses_output_impor
             ``context.key_float32``, ``context.value`` and ``context.redundancy``.
         uses_output_importance: whether ``context.importance``, by which heads compete under ``adakv``, is
             ``context.output_importance`` in place of ``context.attention``.
+        comparable: whether ``function``'s numbers can be compared between heads and layers as they are: methods such as
+            ``adakv`` and ``global`` then allocate by them.
 
     Raises:
         ValueError: the name is a built-in score's or no name, or ``function`` cannot be called so.
@@ -183,7 +190,7 @@ def register_score(name: str, function: Callable[..., Any], *, uses_output_impor
         def compute(context):
             return function(context.attention, context.key_float32, context.value, context.redundancy)
 
-    add(Score(name, compute, uses_output_importance=uses_output_importance, built_in=False))
+    add(Score(name, compute, uses_output_importance=uses_output_importance, comparable=comparable, built_in=False))
 
 
 def _find(kind: str, entries: dict[str, Any], name: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ class Compressor:
 
     def __init__(self, config: MixKVConfig, layer_idx: int, num_layers: int, module: nn.Module | None, heads: int):
         self.config, self.module, self.num_layers = config, module, num_layers
-        self.layer_position = {"layer_idx": layer_idx, "num_layers": num_layers}
+        self.layer_position: dict[str, Any] = {"layer_idx": layer_idx, "num_layers": num_layers}
         self.method = registry.method(config.method)
         self.shard = tensor_parallel.shard_of(module, heads)
         self.weighs_output: bool | None = None
@@ -103,8 +104,9 @@ class Compressor:
         if shared_budget is None:
             entries = allocate(config, self.gather_heads(ranking)[0], **self.layer_position)
         else:
-            last = output[:, -config.window :].detach()
-            projected = None if self.module is None else projected_output(self.module, last, self.shard)
+            projected = None
+            if self.module is not None and not registry.score(config.score).comparable:
+                projected = projected_output(self.module, output[:, -config.window :].detach(), self.shard)
             whole, projected = self.gather_heads(ranking, projected)
             entries = shared_budget.add_layer(whole, None if projected is None else output_scale(projected))
         chunks = sparsity = dynamic = remote = None

@@ -10,27 +10,22 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..hf.attention import MARK
 from ..ops.arguments import LogitOptions
-from ..storage.chunks import ChunkStore
-from ..storage.ragged import RaggedStore
-from ..storage.rows import Rows
 from .attention_call import AttentionCall
 from .compress import Compressor, row_totals
-from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, from_earlier
+from .held import HeldEntries
+from .parts import PARTS, Part, PromptSoFar, QueryWindow, from_earlier
 from .state import CacheState
 
 
-class MixKVLayer(CacheLayerMixin):
+class MixKVLayer(HeldEntries, CacheLayerMixin):
     """The KV entries of one attention layer: all of them while its prompt is being read in chunks, then those kept.
 
     Attributes:
         state: what the layers of a cache share.
         ordinal: which of the compressed layers this is.
         module: the attention module it belongs to, once known.
-        shape: KV heads, key size, value size; None before the first forward.
-        seen: tokens seen, padding included.
         arrived: tokens that came with the last forward.
         logits: how the model computes its logits, once the prompt has been read.
-        prompt, rows, remote, window, statistics: the parts of `parts.PARTS`, None where there is nothing.
     """
 
     is_sliding = False
@@ -39,12 +34,6 @@ class MixKVLayer(CacheLayerMixin):
     supports_early_init = False
     compressor_class = Compressor
 
-    prompt: PromptSoFar | None
-    rows: Rows | None
-    remote: RemoteHeads | None
-    window: QueryWindow | None
-    statistics: PromptStatistics | None
-
     def __init__(self, state: CacheState, ordinal: int):
         self.state, self.ordinal = state, ordinal
         self.reset()
@@ -52,7 +41,7 @@ class MixKVLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.is_initialized = False
         self.seen = self.arrived = 0
-        self.shape: tuple[int, int, int] | None = None
+        self.shape = None
         self.module: weakref.ref | None = None
         self.logits: LogitOptions | None = None
         for name in PARTS:
@@ -67,21 +56,6 @@ class MixKVLayer(CacheLayerMixin):
             options = state.pop("options")
             state = {**state, "state": state.pop("shared"), "logits": LogitOptions(**options) if options else None}
         self.__dict__.update(from_earlier(state) if "query_tail" in state else state)
-
-    @property
-    def parts(self) -> list[Part]:
-        """What the layer holds."""
-        return [part for part in map(self.__dict__.get, PARTS) if part is not None]
-
-    @property
-    def store(self) -> RaggedStore | None:
-        """The rows that every query attends to; None until the prompt has been read."""
-        return None if self.rows is None else self.rows.resident
-
-    @property
-    def chunks(self) -> ChunkStore | None:
-        """The rows of ``hybridkv``'s dynamic heads."""
-        return None if self.rows is None else self.rows.chunks
 
     # The transformers protocol.
 
@@ -308,43 +282,3 @@ class MixKVLayer(CacheLayerMixin):
         compressor = self._compressor()
         self.remote = compressor.remote_heads(rows, self.device)
         return self.store.evict(ranks, compressor.shard.own(rows).flatten())
-
-    # What reports read.
-
-    @property
-    def batch(self) -> int:
-        if self.store is not None:
-            return self.store.batch
-        return 0 if self.prompt is None else self.prompt.key.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by this layer, spare capacity and bookkeeping included."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def nbytes_outside(self) -> int:
-        """Bytes of them that are not resident: chunks of dynamic heads under ``offload``."""
-        outside = self.chunks is not None and self.state.config.offload and self.chunks.pool.key.device.type == "cpu"
-        return self.chunks.pool.nbytes if outside else 0
-
-    @property
-    def nbytes_full(self) -> int:
-        """Bytes an uncompressed cache holds after the same tokens."""
-        if not self.is_initialized:
-            return 0
-        heads, key_size, value_size = self.shape
-        return self.batch * heads * self.seen * (key_size + value_size) * self.dtype.itemsize
-
-    def lengths(self) -> torch.Tensor:
-        """Rows resident, those of slots for chunks included: int64 [B, Hkv], on the CPU."""
-        if self.rows is not None:
-            return self.rows.lengths()
-        return torch.full((self.batch, self.shape[0] if self.shape else 0), self.seen)
-
-    def kept(self) -> list[list[torch.Tensor]]:
-        """[B][Hkv] ascending positions held, those in chunks included."""
-        if self.rows is not None:
-            return self.rows.positions()
-        heads = self.shape[0] if self.shape else 0
-        return [[torch.arange(self.seen, dtype=torch.int32) for _ in range(heads)] for _ in range(self.batch)]

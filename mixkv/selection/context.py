@@ -61,6 +61,18 @@ class AllocationContext:
 
 
 @dataclass(frozen=True, eq=False)
+class Measured:
+    """What was measured on a prompt beside its queries, keys and values.
+
+    Attributes:
+        replay: float32 [B, Hkv, N], the largest attention weight that each token gets while the prompt is repeated; None: it was
+            not.
+    """
+
+    replay: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class ScoreContext:
     """What a score is computed from; properties are computed when they are read.
 
@@ -75,6 +87,7 @@ class ScoreContext:
         given_redundancy: [Hkv] or [B, Hkv], in place of what ``config.redundancy`` says; None: that decides.
         shard: which heads of the layer these are, under tensor parallelism; None: all.
         scaling, softcap, sinks: as in the model.
+        measured: what else was measured on the prompt.
     """
 
     query: torch.Tensor
@@ -91,6 +104,7 @@ class ScoreContext:
     scaling: float | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    measured: Measured = Measured()
 
     @cached_property
     def valid(self) -> torch.Tensor:

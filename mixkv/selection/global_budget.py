@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .. import registry
 from ..config import MixKVConfig
 from ..ops import dispatch
 from .apportion import apportion, to_device, to_host
@@ -126,6 +127,11 @@ class ChunkBudget:
         for index, store in enumerate(stores):
             if store is not None:
                 store.set_slots(shared[:, index].flatten())
+
+
+def layer_exponent(config: MixKVConfig) -> float:
+    """The configured layer normalisation exponent; 0 for a score whose numbers can be compared between layers as they are."""
+    return 0.0 if registry.score(config.score).comparable else config.layer_exponent
 
 
 def _add(counts: GlobalTopK, ranking: Ranking, scale: torch.Tensor | None, num_layers: int, exponent: float) -> None:

@@ -10,7 +10,7 @@ from .. import registry
 from ..config import MixKVConfig, checked_config
 from ..ops import dispatch
 from ..tensor_parallel import HeadShard
-from .context import AllocationContext, ScoreContext
+from .context import AllocationContext, Measured, ScoreContext
 from .ranking import Ranking, Selection
 
 
@@ -92,6 +92,7 @@ def rank(
     sinks: torch.Tensor | None = None,
     shard: HeadShard | None = None,
     longest: torch.Tensor | None = None,
+    measured: Measured | None = None,
 ) -> Ranking:
     """Puts the candidates of each head in order, by ``config.score``.
 
@@ -100,6 +101,7 @@ def rank(
         output_factor: as in `select`, or a function that returns it, called if it is needed.
         shard: which heads of the layer these are, where other processes have others; None: all.
         longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
+        measured: what else was measured on the prompt.
 
     Raises:
         ValueError: shapes that do not fit together, padding on the right, or a registered score that returned no numbers.
@@ -126,10 +128,14 @@ def rank(
         scaling=scaling,
         softcap=softcap,
         sinks=sinks,
+        measured=measured or Measured(),
     )
     scores = context.without_padding(_compute(score, context), -torch.inf)
-    competes = registry.method(config.method).uses_output_importance
-    importance = context.without_padding(context.output_importance if competes else context.importance, -torch.inf)
+    if score.comparable:
+        importance = scores
+    else:
+        competes = registry.method(config.method).uses_output_importance
+        importance = context.without_padding(context.output_importance if competes else context.importance, -torch.inf)
     valid, measured = context.valid if unequal else None, context.redundancy
     # What the context has computed is not needed while candidates are sorted.
     del context

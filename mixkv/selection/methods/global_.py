@@ -7,7 +7,7 @@ import torch
 from ...config import MixKVConfig
 from ...registry import Method, add
 from ..context import AllocationContext
-from ..global_budget import GlobalBudget
+from ..global_budget import GlobalBudget, layer_exponent
 from .adakv import ada
 
 
@@ -18,7 +18,7 @@ def allocate(context: AllocationContext) -> torch.Tensor:
 
 def new_budget(config: MixKVConfig, num_layers: int, patient: bool = False) -> GlobalBudget:
     """The budget that the layers of one prompt share."""
-    return GlobalBudget(num_layers, config.global_floor, config.layer_exponent, patient=patient)
+    return GlobalBudget(num_layers, config.global_floor, layer_exponent(config), patient=patient)
 
 
 add(

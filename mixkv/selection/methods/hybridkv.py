@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ...config import MixKVConfig
 from ...registry import Method, add
-from ..global_budget import ChunkBudget
+from ..global_budget import ChunkBudget, layer_exponent
 from ..hybrid import plan
 
 
 def new_budget(config: MixKVConfig, num_layers: int, patient: bool = False) -> ChunkBudget:
     """The chunks a step that the layers of one prompt share; entries are never evicted late, ``patient`` or not."""
-    return ChunkBudget(num_layers, config.hybrid_floor, config.layer_exponent)
+    return ChunkBudget(num_layers, config.hybrid_floor, layer_exponent(config))
 
 
 add(
