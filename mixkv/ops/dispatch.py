@@ -46,6 +46,16 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: i
     return requested
 
 
+def choose_again(former: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str:
+    """The back end for a store of another process or machine, which had chosen ``former``: that one if it can be used here.
+
+    Raises:
+        ValueError: it cannot, and the environment asks for one that cannot be used either.
+    """
+    place = (device, dtype, key_size, value_size)
+    return former if why_not(former, *place) is None else choose("auto", *place)
+
+
 def why_not(name: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
     """Why back end ``name`` cannot hold such a store; None if it can."""
     if name == "native":
