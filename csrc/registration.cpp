@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("normalized(Tensor importance, float exponent) -> Tensor");
   m.def("gather(Tensor key, Tensor value, Tensor positions, Tensor counts, int spare_rows, float spare_share) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("pool(Tensor attention, int kernel_size, bool largest) -> Tensor");
+  m.def("pool(Tensor attention, Tensor? norm, int kernel_size, bool largest) -> Tensor");
   m.def("merge_largest(Tensor value, Tensor owner, Tensor importance, Tensor within, Tensor totals, int owners) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
   m.def("evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor ranks, "

@@ -251,9 +251,11 @@ def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     return (native if compiled else score_reference).normalized(importance, exponent)
 
 
-def pool(backend: str, attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+def pool(
+    backend: str, attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None
+) -> torch.Tensor:
     """`score_reference.pool`."""
-    return _scores(backend, attention).pool(attention, kernel_size, pooling)
+    return _scores(backend, attention).pool(attention, kernel_size, pooling, norm)
 
 
 def evict(

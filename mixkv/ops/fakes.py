@@ -67,7 +67,7 @@ def register() -> None:
         "mix": lambda importance, *rest: importance.new_empty(importance.shape),
         "normalized": lambda importance, exponent: importance.new_empty(importance.shape),
         "gather": gathered,
-        "pool": lambda attention, kernel_size, largest: attention.new_empty(attention.shape),
+        "pool": lambda attention, *rest: attention.new_empty(attention.shape),
         "merge_largest": merged,
         "evict": evicted,
     }

@@ -212,9 +212,9 @@ def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     return _ops().normalized.default(importance, exponent)
 
 
-def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+def pool(attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None) -> torch.Tensor:
     """`score_reference.pool` on the CPU."""
-    return _ops().pool.default(attention, kernel_size, pooling == "max")
+    return _ops().pool.default(attention, norm, kernel_size, pooling == "max")
 
 
 def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:

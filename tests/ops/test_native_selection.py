@@ -200,8 +200,9 @@ def test_pool(length, kernel, pooling, with_nan, seed):
     attention = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(seed))
     if with_nan:
         attention[0, 0, length // 2 :] = torch.nan
-    mine, twin = native.pool(attention, kernel, pooling), score_reference.pool(attention, kernel, pooling)
-    assert torch.equal(mine.nan_to_num(-1.0), twin.nan_to_num(-1.0))
+    for norm in (None, torch.rand(2, 3, length + 4)):
+        mine, twin = (ops.pool(attention, kernel, pooling, norm) for ops in (native, score_reference))
+        assert torch.equal(mine.nan_to_num(-1.0), twin.nan_to_num(-1.0))
 
 
 @needs_library
@@ -223,6 +224,7 @@ def test_wrong_arguments_are_refused():
         lambda: native.evict(store, ranks, torch.ones(3, dtype=torch.int64), 0),
         lambda: native.merge_largest(torch.zeros(1, 2), ranks[:2].view(1, 2) + 9, torch.zeros(1, 2, 3), [1], [8], 4),
         lambda: native.pool(torch.zeros(1, 2, 5), 4, "avg"),
+        lambda: native.pool(torch.zeros(1, 2, 5), 3, "max", torch.zeros(1, 2, 4)),
     ):
         with pytest.raises(RuntimeError):
             wrong()
@@ -244,7 +246,7 @@ def test_opcheck():
         ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), 16, 0.125)),
         ("places", (torch.tensor([[[2, 0, 1]]]),)),
         ("ada_counts", (torch.rand(1, 2, 9), torch.tensor([2]), torch.tensor([4]))),
-        ("pool", (torch.rand(1, 2, 9), 5, True)),
+        ("pool", (torch.rand(1, 2, 9), torch.rand(1, 2, 11), 5, True)),
         ("evict", (*store, torch.arange(7, dtype=torch.int32), torch.tensor([2, 5]), 0, 16, 0.125)),
         (
             "merge_largest",
