@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("mean_directions(Tensor key, Tensor? valid) -> (Tensor, Tensor, Tensor)");
   m.def("row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) -> Tensor");
   m.def("match(Tensor raw, Tensor reference, Tensor? valid) -> Tensor");
-  m.def("places(Tensor order) -> Tensor");
+  m.def("places(Tensor score) -> (Tensor, Tensor)");
   m.def("ada_counts(Tensor importance, Tensor base, Tensor totals) -> Tensor");
   m.def("take(Tensor ranks, Tensor entries, Tensor? window, int width) -> (Tensor, Tensor, Tensor)");
   m.def("mean_cosine(Tensor mean, Tensor count) -> Tensor");

@@ -1,6 +1,7 @@
 // Numbers become choices: match, mix, normalized and pool (scores), take (what a head keeps), merge_largest (what heads of all layers keep).
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <tuple>
@@ -307,20 +308,58 @@ static Tensor ada_counts(Tensor importance, Tensor base, Tensor totals) {
   return out;
 }
 
-static Tensor places(Tensor order) {
-  STD_TORCH_CHECK(order.dim() == 3 && order.scalar_type() == ScalarType::Long, "order must be int64 [B, Hkv, M]");
-  order = torch::stable::contiguous(order);
-  const int64_t sequences = order.size(0) * order.size(1), tokens = order.size(2);
-  Tensor out = torch::stable::new_empty(order, {order.size(0), order.size(1), tokens}, ScalarType::Int);
-  const int64_t* from = data<int64_t>(order);
-  int32_t* to = data<int32_t>(out);
-  for (int64_t s = 0; s < sequences; ++s, from += tokens, to += tokens) {
-    for (int64_t n = 0; n < tokens; ++n) {
-      STD_TORCH_CHECK(from[n] >= 0 && from[n] < tokens, "index ", from[n], " is not below ", tokens);
-      to[from[n]] = int32_t(n);
-    }
+// Sorts by radix: 11 bits of the keys at a time. Returns whether two numbers are equal, or one is nan: then the order is not known.
+static bool places_of(const float* from, int64_t count, std::vector<uint32_t>& memory, int32_t* to) {
+  constexpr int kBits = 11, kPasses = 3, kBuckets = 1 << kBits;
+  memory.resize(4 * count + kPasses * kBuckets);
+  uint32_t *keys = memory.data(), *other = keys + 2 * count, *starts = other + 2 * count;
+  std::fill_n(starts, kPasses * kBuckets, 0u);
+  for (int64_t n = 0; n < count; ++n) {
+    if (from[n] != from[n]) return true;
+    // Adding zero makes a negative zero positive.
+    const float x = from[n] + 0.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    // Smaller keys for larger numbers.
+    bits = bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
+    keys[2 * n] = bits;
+    keys[2 * n + 1] = uint32_t(n);
+    for (int pass = 0; pass < kPasses; ++pass) ++starts[pass * kBuckets + (bits >> (pass * kBits)) % kBuckets];
   }
-  return out;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    uint32_t *start = starts + pass * kBuckets, before = 0;
+    for (int bucket = 0; bucket < kBuckets; ++bucket) {
+      const uint32_t size = start[bucket];
+      start[bucket] = before;
+      before += size;
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      const uint32_t at = start[(keys[2 * n] >> (pass * kBits)) % kBuckets]++;
+      other[2 * at] = keys[2 * n];
+      other[2 * at + 1] = keys[2 * n + 1];
+    }
+    std::swap(keys, other);
+  }
+  bool tied = false;
+  for (int64_t n = 0; n < count; ++n) {
+    to[keys[2 * n + 1]] = int32_t(n);
+    tied |= n > 0 && keys[2 * n] == keys[2 * n - 2];
+  }
+  return tied;
+}
+
+static std::tuple<Tensor, Tensor> places(Tensor score) {
+  STD_TORCH_CHECK(score.dim() == 3 && score.scalar_type() == ScalarType::Float, "score must be float32 [B, Hkv, M]");
+  score = torch::stable::contiguous(score);
+  const int64_t sequences = score.size(0) * score.size(1), tokens = score.size(2);
+  Tensor out = torch::stable::new_empty(score, {score.size(0), score.size(1), tokens}, ScalarType::Int);
+  Tensor tied = torch::stable::new_empty(score, {score.size(0), score.size(1)}, ScalarType::Bool);
+  torch::stable::parallel_for(0, sequences, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> memory;
+    for (int64_t s = begin; s < end; ++s)
+      data<bool>(tied)[s] = places_of(data<float>(score) + s * tokens, tokens, memory, data<int32_t>(out) + s * tokens);
+  });
+  return {out, tied};
 }
 
 }  // namespace mixkv::cpu

@@ -266,9 +266,9 @@ def evict(
     return (native if compiled else selection_reference).evict(buffers, ranks, quota, tail)
 
 
-def places(order: torch.Tensor) -> torch.Tensor:
+def places(score: torch.Tensor) -> torch.Tensor:
     """`selection_reference.places`; as all that follows compiled where the library has been loaded: both give the same."""
-    return _selection(order).places(order)
+    return _selection(score).places(score)
 
 
 def ada_counts(importance: torch.Tensor, base: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
@@ -284,7 +284,7 @@ def take(
 
 
 def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: list[int], totals: list[int], owners: int
+    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`selection_reference.merge_largest`."""
     return _selection(importance).merge_largest(value, owner, importance, within, totals, owners)

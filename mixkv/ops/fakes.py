@@ -60,7 +60,10 @@ def register() -> None:
         ),
         "row_cosines": lambda key, inverse_norm, mean: numbers(key),
         "match": lambda raw, reference, valid: raw.new_empty(raw.shape),
-        "places": lambda order: order.new_empty(order.shape, dtype=torch.int32),
+        "places": lambda score: (
+            score.new_empty(score.shape, dtype=torch.int32),
+            score.new_empty(score.shape[:2], dtype=torch.bool),
+        ),
         "ada_counts": lambda importance, base, totals: base.new_empty(importance.shape[:2]),
         "take": lambda ranks, entries, window, width: (*chosen(ranks, 2), entries.new_empty(entries.shape)),
         "mean_cosine": lambda mean, count: count.new_empty(count.shape),

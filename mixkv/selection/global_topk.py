@@ -52,6 +52,8 @@ class GlobalTopK:
             means, self.candidates = to_host(base, candidates)
             self.base = np.minimum(means, self.candidates.max(axis=-1))
             self.total = (self.base * heads * num_layers).tolist()
+            # Of how many of the most important rows each head's are counted: of one layer's, and of the whole model's.
+            self._counted = (torch.tensor([total // num_layers for total in self.total]), torch.tensor(self.total))
             self.limit = np.tile(self.candidates, (1, num_layers))
             self.within = np.zeros_like(self.limit)
             base, most = self.base[:, None], self.candidates.max(axis=-1, keepdims=True)
@@ -67,8 +69,7 @@ class GlobalTopK:
         self.layers += 1
         # The layers of a model may lie on several devices.
         so_far = (self.value.to(importance.device), self.owner.to(importance.device))
-        within = [total // num_layers for total in self.total]
-        merged = dispatch.merge_largest(*so_far, importance, within, self.total, self.layers * heads)
+        merged = dispatch.merge_largest(*so_far, importance, *self._counted, self.layers * heads)
         self.value, self.owner, self._counts, mine = merged
         self._arrived.append(mine)
         self._quota = None
