@@ -111,7 +111,7 @@ class Compressor:
             entries = shared_budget.add_layer(whole, None if projected is None else output_scale(projected))
         chunks = sparsity = dynamic = remote = None
         if self.method.keeps_chunks:
-            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, **vars(logits))
+            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, logits=logits)
             chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
             sparsity, dynamic = plan.sparsity, plan.dynamic
             selection = plan.ranking.take(plan.entries)
@@ -185,8 +185,8 @@ class Compressor:
             output_factor=partial(self._output_factor, value),
             shard=self.shard,
             longest=longest,
+            logits=logits,
             **self.layer_position,
-            **vars(logits),
         )
 
     def gather_heads(

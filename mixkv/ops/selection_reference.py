@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
 from .arguments import RaggedBuffers
@@ -107,36 +110,65 @@ def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail
     return new, ranks[below]
 
 
+class Largest(NamedTuple):
+    """The largest numbers of the layers so far, and what follows for their heads.
+
+    Attributes:
+        value: float32 [B, n], in order.
+        owner: int32 [B, n], the head of each.
+        counts: int64 [B, heads so far], how many belong to each head.
+        within: int64 [B, heads so far], how many of its own layer's largest do.
+        bound: int64 [B, heads so far] on the CPU, rows that each head gets at most.
+    """
+
+    value: torch.Tensor
+    owner: torch.Tensor
+    counts: torch.Tensor
+    within: torch.Tensor
+    bound: torch.Tensor
+
+
 def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    so_far: Largest,
+    importance: torch.Tensor,
+    own_totals: torch.Tensor,
+    totals: torch.Tensor,
+    base: torch.Tensor,
+    limit: torch.Tensor,
+    floor: float,
+) -> Largest:
     """The largest numbers of several layers, with those of one more; of equal ones, the first.
 
     Args:
-        value: float32 [B, n], the largest so far.
-        owner: int32 [B, n], the head of each.
+        so_far: of the layers before.
         importance: float32 [B, Hkv, M], of one more layer; -inf does not count.
-        within: int64 [B] on the CPU, for every batch row, how many of the layer's own largest are counted.
+        own_totals: int64 [B] on the CPU, for every batch row, how many of the layer's own largest are counted.
         totals: int64 [B] on the CPU, for every batch row, how many of the largest of all layers are counted.
-        owners: heads so far, those of this layer included: they are the last.
-
-    Returns: ``value`` and ``owner`` of the ``max(totals)`` largest, in order; int64 [B, owners], how many of the ``totals``
-        largest belong to each head; and int64 [B, Hkv], how many of the layer's ``within`` largest.
+        base: int64 [B] on the CPU, rows per head on average.
+        limit: int64 [B, Hkv] on the CPU. A head gets at most so many rows, and, with the largest limit m of the batch row, at most
+            ``int((1 - floor) * ((m - base) * counts + base * within) / m + floor * base + 2e-6) + 1``.
+        floor: see `mixkv.selection.global_topk.GlobalTopK`.
     """
     batch, heads, _ = importance.shape
-    within, totals = within.tolist(), totals.tolist()
-    new = torch.arange(owners - heads, owners, dtype=torch.int32, device=importance.device)
+    earlier, most = so_far.within.shape[1], int(totals.max())
+    new = torch.arange(earlier, earlier + heads, dtype=torch.int32, device=importance.device)
     added = importance.flatten(1)
-    mine = (largest(added, within) & ~added.isneginf()).view_as(importance).sum(dim=-1)
-    value = torch.cat([value, added], dim=1)
-    owner = torch.cat([owner, new.view(1, heads, 1).expand_as(importance).flatten(1)], dim=1)
-    most = max(totals)
+    mine = (largest(added, own_totals.tolist()) & ~added.isneginf()).view_as(importance).sum(dim=-1)
+    value = torch.cat([so_far.value, added], dim=1)
+    owner = torch.cat([so_far.owner, new.view(1, heads, 1).expand_as(importance).flatten(1)], dim=1)
     if most < value.shape[1]:
         stay = largest(value, [most] * batch).flatten().nonzero().squeeze(-1)
         value, owner = (part.flatten()[stay].view(batch, -1) for part in (value, owner))
-    counted = largest(value, totals) & ~value.isneginf()
-    counts = torch.zeros(batch, owners, dtype=torch.long, device=value.device)
-    return value, owner, counts.scatter_add_(1, owner.long(), counted.long()), mine
+    counted = largest(value, totals.tolist()) & ~value.isneginf()
+    counts = torch.zeros(batch, earlier + heads, dtype=torch.long, device=value.device)
+    counts = counts.scatter_add_(1, owner.long(), counted.long())
+    within = torch.cat([so_far.within, mine], dim=1)
+    of_all, of_own = torch.stack([counts, within]).cpu()
+    # In numpy: some devices have no float64.
+    mean, longest = base.unsqueeze(-1).numpy(), limit.amax(dim=-1, keepdim=True).numpy()
+    shares = ((longest - mean) * of_all.numpy() + mean * of_own.numpy()) * ((1 - floor) / longest.clip(min=1))
+    bound = torch.from_numpy((shares + floor * mean + 2e-6).astype(np.int64) + 1)
+    return Largest(value, owner, counts, within, bound.minimum(limit.repeat(1, bound.shape[1] // heads)))
 
 
 def largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..ops import dispatch
+from ..ops.selection_reference import Largest
 from .apportion import apportion, to_host
 
 
@@ -26,13 +27,8 @@ class GlobalTopK:
 
     def __init__(self, floor: float):
         self.floor, self.layers = floor, 0
-        self.value: torch.Tensor | None = None
-        self.owner: torch.Tensor | None = None
-        self._counts: torch.Tensor | None = None
-        self._quota: np.ndarray | None = None
-        # How many of each layer's own most important rows belong to each head [B, L * Hkv]: on the host, and not yet there.
-        self.within: np.ndarray | None = None
-        self._arrived: list[torch.Tensor] = []
+        self.largest: Largest | None = None
+        self._quota: torch.Tensor | None = None
 
     def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
         """The next layer.
@@ -52,15 +48,7 @@ class GlobalTopK:
             means, self.candidates = to_host(base, candidates)
             self.base = np.minimum(means, self.candidates.max(axis=-1))
             self.total = (self.base * heads * num_layers).tolist()
-            # Of how many of the most important rows each head's are counted: of one layer's, and of the whole model's.
-            self._counted = (torch.tensor([total // num_layers for total in self.total]), torch.tensor(self.total))
-            self.limit = np.tile(self.candidates, (1, num_layers))
-            self.within = np.zeros_like(self.limit)
-            base, most = self.base[:, None], self.candidates.max(axis=-1, keepdims=True)
-            share = (1 - self.floor) / most.clip(min=1)
-            self._weights = (share * (most - base), share * base, self.floor * base + 2e-6)
-            self.value = importance.new_empty(batch, 0)
-            self.owner = importance.new_empty(batch, 0, dtype=torch.int32)
+            self.largest, self._limits = self._start(importance)
         elif heads != self.heads:
             raise ValueError(
                 f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
@@ -68,34 +56,29 @@ class GlobalTopK:
             )
         self.layers += 1
         # The layers of a model may lie on several devices.
-        so_far = (self.value.to(importance.device), self.owner.to(importance.device))
-        merged = dispatch.merge_largest(*so_far, importance, *self._counted, self.layers * heads)
-        self.value, self.owner, self._counts, mine = merged
-        self._arrived.append(mine)
+        so_far = Largest._make(part.to(importance.device) for part in self.largest)
+        self.largest = dispatch.merge_largest(so_far, importance, *self._limits, floor=self.floor)
         self._quota = None
 
-    def quota(self) -> np.ndarray:
-        """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
+    def quota(self) -> torch.Tensor:
+        """Int64 [B, layers so far, Hkv] on the CPU: exact when all layers have come, until then no less than what they will get."""
         if self._quota is None:
-            self._quota = self._allocate()
+            rows = self._allocate() if self.layers == self.num_layers else self.largest.bound
+            self._quota = rows.view(rows.shape[0], self.layers, self.heads)
         return self._quota
 
-    def _allocate(self) -> np.ndarray:
-        batch, device = self.value.shape[0], self.value.device
-        counts, *arrived = to_host(self._counts, *(layer.to(device) for layer in self._arrived))
-        heads = self.layers * self.heads
-        if arrived:
-            first = heads - len(arrived) * self.heads
-            self.within[:, first:heads] = np.concatenate(arrived, axis=1)
-            self._arrived = []
-        within, limit = self.within[:, :heads], self.limit[:, :heads]
+    def _start(self, importance: torch.Tensor) -> tuple[Largest, tuple[torch.Tensor, ...]]:
+        """Before the first layer: nothing, and what `merge_largest` is given of every layer."""
+        own = [total // self.num_layers for total in self.total]
+        limits = tuple(torch.tensor(part) for part in (own, self.total, self.base, self.candidates))
+        batch, kinds = importance.shape[0], (torch.float32, torch.int32, torch.int64, torch.int64, torch.int64)
+        return Largest(*(torch.empty(batch, 0, dtype=kind, device=importance.device) for kind in kinds)), limits
+
+    def _allocate(self) -> torch.Tensor:
+        """Int64 [B, L * Hkv], of all layers: `Largest.bound` in exact numbers; what `apportion` adds is no more than one."""
+        counts, within = to_host(self.largest.counts, self.largest.within)
         base, most = self.base[:, None], self.candidates.max(axis=-1, keepdims=True)
-        if self.layers == self.num_layers:
-            # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
-            counts = ((most - base) * counts + base * within) / most.clip(min=1)
-            rows = apportion((1 - self.floor) * counts + self.floor * base, np.array(self.total), limit)
-        else:
-            # The same but for rounding, for which there is room: `apportion` rounds up by at most one.
-            of_model, of_layer, least = self._weights
-            rows = np.minimum((of_model * counts + of_layer * within + least).astype(np.int64) + 1, limit)
-        return rows.reshape(batch, self.layers, self.heads)
+        # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
+        counts = ((most - base) * counts + base * within) / most.clip(min=1)
+        shares = (1 - self.floor) * counts + self.floor * base
+        return torch.from_numpy(apportion(shares, np.array(self.total), np.tile(self.candidates, (1, self.num_layers))))
