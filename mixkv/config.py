@@ -64,6 +64,8 @@ class MixKVConfig:
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
+        replay_chunk: for the score ``replay``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
+            prompt's first four.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
 
@@ -95,6 +97,7 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
+    replay_chunk: int = 2048
 
     def __post_init__(self) -> None:
         registry.method(self.method)
@@ -107,7 +110,7 @@ class MixKVConfig:
             _positive_int(name, getattr(self, name))
             if getattr(self, name) % 2 == 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be odd, so that pooling keeps positions in place")
-        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last"):
+        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last", "replay_chunk"):
             _positive_int(name, getattr(self, name))
         if self.hybrid_first != 0:
             _positive_int("hybrid_first", self.hybrid_first)

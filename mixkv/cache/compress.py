@@ -15,6 +15,7 @@ from ..config import MixKVConfig
 from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
 from ..selection import scores
+from ..selection.context import Measured
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
@@ -86,6 +87,7 @@ class Compressor:
         valid: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         shared_budget: GlobalBudget | ChunkBudget | None = None,
+        measured: Measured | None = None,
     ) -> Compressed:
         """Keeps the selected entries of a whole prompt.
 
@@ -97,10 +99,11 @@ class Compressor:
             valid: bool [B, N], False for padding; None: there is none.
             image: bool [B, N], image tokens; None: none, or not known.
             shared_budget: what the layers of the prompt compete for, if the method is cross-layer.
+            measured: what else was measured on the prompt.
         """
         config, key, value = self.config, key.detach(), value.detach()
         image = None if image is None else image.to(key.device)
-        ranking = self.rank(query, key, value, logits, valid)
+        ranking = self.rank(query, key, value, logits, valid, measured=measured)
         if shared_budget is None:
             entries = allocate(config, self.gather_heads(ranking)[0], **self.layer_position)
         else:
@@ -174,6 +177,7 @@ class Compressor:
         logits: LogitOptions,
         valid: torch.Tensor | None,
         longest: torch.Tensor | None = None,
+        measured: Measured | None = None,
     ) -> Ranking:
         """The candidates in order; ``longest``: int64 [B], real tokens of the longest head, where that is in another process."""
         return rank(
@@ -185,6 +189,7 @@ class Compressor:
             output_factor=partial(self._output_factor, value),
             shard=self.shard,
             longest=longest,
+            measured=measured,
             **self.layer_position,
             **vars(logits),
         )
