@@ -141,6 +141,11 @@ class MixKVConfig:
                 f"decode_budget={self.decode_budget} does not go with method={self.method!r}, which keeps all that is generated: "
                 f"leave it out, or use another method"
             )
+        if self.decode_budget is not None and registry.score(self.score).needs_replay:
+            raise ValueError(
+                f"decode_budget={self.decode_budget} does not go with score={self.score!r}, which is known of the prompt alone: leave it "
+                f"out, or use another score"
+            )
         if self.decode_budget is not None:
             _positive_int("decode_budget", self.decode_budget)
             if self.decode_budget <= self.window:

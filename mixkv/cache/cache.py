@@ -70,6 +70,8 @@ class MixKVCache(TrackedCache):
         self._bound_to = binding.ModelReference(model)
         if self.layers:
             # A cache that was unpickled, or whose model was loaded again: only the binding is new.
+            if not self:
+                self._watch_decoder()
             return
         self._slots = slots
         self._state.num_layers = sum(slot is None for slot in self._slots)
@@ -142,6 +144,15 @@ class MixKVCache(TrackedCache):
         self._state.valid.clear()
         if layer.prompt is not None:
             return
+        if (
+            registry.score(self.config.score).needs_replay
+            and layer.seen == 0
+            and not (self._replayer and self._replayer.reading)
+        ):
+            raise RuntimeError(
+                f"score={self.config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it "
+                f"for the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
+            )
         tokens, images = key_states.shape[2], copy.copy(self._state.images)
         if layer.seen == 0:
             self._plan_prompt(tokens)
@@ -158,11 +169,11 @@ class MixKVCache(TrackedCache):
         else:
             state.prompt_length = state.expected_prompt
         drafts = state.prompt_length is not None and state.prompt_length < tokens
-        if drafts and not registry.method(self.config.method).drafts_with_prompt:
+        if drafts and self.reads_prompt_alone:
             raise RuntimeError(
                 f"a prompt of {state.prompt_length} tokens came in one forward with {tokens - state.prompt_length} more, which would "
-                f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
-                f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
+                f"be read beside rows that method={self.config.method!r}, score={self.config.score!r} has not chosen for all layers yet: "
+                f"read the prompt alone. In assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
             )
 
     def expect_prompt(self, length: int) -> None:
@@ -190,7 +201,8 @@ class MixKVCache(TrackedCache):
     @property
     def reads_prompt_alone(self) -> bool:
         """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
-        return not registry.method(self.config.method).drafts_with_prompt and not self
+        method, score = registry.method(self.config.method), registry.score(self.config.score)
+        return (score.needs_replay or not method.drafts_with_prompt) and not self
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""

@@ -59,6 +59,11 @@ class ReplayPart:
         return output
 
 
+def count_parts(length: int, size: int) -> int:
+    """The parts of at most ``size`` tokens in which so many tokens are repeated."""
+    return -(-length // size)
+
+
 def parts(batch: int, length: int, padding: torch.Tensor | None, size: int, prefix: int) -> Iterator[ReplayPart]:
     """A prompt [batch, length] in parts of at most ``size`` tokens, a batch row in the parts that it has alone.
 
@@ -135,6 +140,11 @@ class Replayer:
     def __init__(self, cache, decoder: nn.Module):
         self.cache, self.inputs = weakref.ref(cache), DecoderInputs()
         self.decoder, self._hook = weakref.ref(decoder), DecoderHook(decoder, self)
+
+    @property
+    def reading(self) -> bool:
+        """Whether the decoder has been given tokens of a prompt."""
+        return len(self.inputs) > 0
 
     def remove(self) -> None:
         """The next prompt is not repeated."""
