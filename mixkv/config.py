@@ -71,6 +71,8 @@ class MixKVConfig:
             later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
             ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
             turn being read and what was generated since the turn before.
+        replay_chunk: for the score ``replay``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
+            prompt's first four.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
 
@@ -102,6 +104,7 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
+    replay_chunk: int = 2048
     refit: bool = False
     turns: str = "first"
 
@@ -117,7 +120,7 @@ class MixKVConfig:
             _positive_int(name, getattr(self, name))
             if getattr(self, name) % 2 == 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be odd, so that pooling keeps positions in place")
-        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last"):
+        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last", "replay_chunk"):
             _positive_int(name, getattr(self, name))
         if self.hybrid_first != 0:
             _positive_int("hybrid_first", self.hybrid_first)
@@ -149,6 +152,11 @@ class MixKVConfig:
                 f"turns={self.turns!r} does not go with method={self.method!r}, which keeps later turns whole: leave it out, or use "
                 f"another method"
             )
+        if self.turns != "first" and registry.score(self.score).needs_replay:
+            raise ValueError(
+                f"turns={self.turns!r} does not go with score={self.score!r}, which is known of the prompt alone: leave it out, or use "
+                f"another score"
+            )
         if self.turns == "all" and isinstance(budget, float):
             raise ValueError(
                 f"budget={budget} is a share of a prompt, and turns='all' needs a bound on all that is held: give budget as an int"
@@ -157,6 +165,11 @@ class MixKVConfig:
             raise ValueError(
                 f"decode_budget={self.decode_budget} does not go with method={self.method!r}, which keeps all that is generated: "
                 f"leave it out, or use another method"
+            )
+        if self.decode_budget is not None and registry.score(self.score).needs_replay:
+            raise ValueError(
+                f"decode_budget={self.decode_budget} does not go with score={self.score!r}, which is known of the prompt alone: leave it "
+                f"out, or use another score"
             )
         if self.decode_budget is not None:
             _positive_int("decode_budget", self.decode_budget)

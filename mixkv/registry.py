@@ -85,6 +85,7 @@ class Score:
             what an entry adds to the layer's output, in place of window attention.
         comparable: whether the scores, all >= 0, of different heads and layers can be compared as they are. Methods that allocate by importance
             then use the scores in its place, ``global`` without normalising layers.
+        needs_replay: whether the score is computed from what a replay of the prompt measures.
         built_in: False for the user's.
     """
 
@@ -94,6 +95,7 @@ class Score:
     paper: str | None = None
     uses_output_importance: bool = False
     comparable: bool = False
+    needs_replay: bool = False
     built_in: bool = True
 
 

@@ -16,6 +16,7 @@ from ..config import MixKVConfig
 from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
 from ..selection import scores
+from ..selection.context import Measured
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
@@ -91,6 +92,7 @@ class Compressor:
         valid: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         shared_budget: GlobalBudget | ChunkBudget | None = None,
+        measured: Measured | None = None,
     ) -> Compressed:
         """Keeps the selected entries of a whole prompt.
 
@@ -102,10 +104,11 @@ class Compressor:
             valid: bool [B, N], False for padding; None: there is none.
             image: bool [B, N], image tokens; None: none, or not known.
             shared_budget: what the layers of the prompt compete for, if the method is cross-layer.
+            measured: what else was measured on the prompt.
         """
         config, key, value = self.config, key.detach(), value.detach()
         image = None if image is None else image.to(key.device)
-        ranking = self.rank(query, key, value, logits, valid)
+        ranking = self.rank(query, key, value, logits, valid, measured=measured)
         entries = self.allocate(ranking, output, shared_budget)[0]
         chunks = sparsity = dynamic = remote = None
         if self.method.keeps_chunks:
@@ -202,6 +205,7 @@ class Compressor:
         valid: torch.Tensor | None,
         longest: torch.Tensor | None = None,
         newest: torch.Tensor | None = None,
+        measured: Measured | None = None,
     ) -> Ranking:
         """The candidates in order; ``longest``, ``newest``: as `mixkv.selection.select.rank` takes them."""
         return rank(
@@ -214,6 +218,7 @@ class Compressor:
             shard=self.shard,
             longest=longest,
             newest=newest,
+            measured=measured,
             **self.layer_position,
             **vars(logits),
         )

@@ -64,13 +64,18 @@ def begin(state: CacheState, seen: int, tokens: int) -> Turn | None:
     return Turn(seen, seen + length) if length > (config.window if config.turns == "each" else 1) else None
 
 
+def take_drafts(config: MixKVConfig) -> bool:
+    """Whether drafts of assisted decoding may be read in the forward of the prompt or turn."""
+    return registry.method(config.method).drafts_with_prompt and not registry.score(config.score).needs_replay
+
+
 def check_drafts(config: MixKVConfig, length: int, tokens: int) -> None:
     """Raises a RuntimeError if the method cannot read the drafts that came with a prompt or turn of so many tokens."""
-    if not registry.method(config.method).drafts_with_prompt:
+    if not take_drafts(config):
         raise RuntimeError(
-            f"a prompt of {length} tokens came in one forward with {tokens - length} more, which would "
-            f"be read beside rows that method={config.method!r} has not chosen for all layers yet: read the prompt alone. In "
-            f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
+            f"a prompt of {length} tokens came in one forward with {tokens - length} more, which would be read beside rows that "
+            f"method={config.method!r}, score={config.score!r} has not chosen for all layers yet: read the prompt alone. In assisted "
+            f"decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
         )
 
 
