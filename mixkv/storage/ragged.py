@@ -38,6 +38,9 @@ class RaggedStore:
         if "buffers" not in state:
             state["buffers"] = RaggedBuffers(*(state.pop(name) for name in RaggedBuffers._fields))
         self.__dict__.update(state)
+        # Where it was pickled there may have been another back end than here.
+        key, value = self.key, self.value
+        self.backend = dispatch.choose_again(self.backend, key.device, key.dtype, key.shape[1], value.shape[1])
 
     @property
     def key(self) -> torch.Tensor:
