@@ -262,11 +262,13 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             self._append_query_window(query, valid)
         if in_turn and end < turn.end:
             return
+        finished = [self]
         if in_turn:
-            turns.compress(self, self._compressor(), query if self.window is None else self.window.query, output)
+            finished = turns.compress(self, self._compressor(), query if self.window is None else self.window.query, output)
             self.window = self.window if state.keeps_window else None
         if not state.rollback_enabled:
-            self._evict_to_decode_budget()
+            for layer in finished:
+                layer._evict_to_decode_budget()
 
     def _append_query_window(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Keeps the last window of queries; where tokens may be taken back, as many more as the forward brought."""

@@ -59,9 +59,11 @@ def begin(state: CacheState, seen: int, tokens: int) -> Turn | None:
         if length is None and state.rollback_enabled and not call_stack.in_generate():
             return None
     length = length or tokens
+    if length <= (config.window if config.turns == "each" else 1):
+        return None
     if length < tokens:
         check_drafts(config, length, tokens)
-    return Turn(seen, seen + length) if length > (config.window if config.turns == "each" else 1) else None
+    return Turn(seen, seen + length)
 
 
 def check_drafts(config: MixKVConfig, length: int, tokens: int) -> None:
@@ -74,19 +76,21 @@ def check_drafts(config: MixKVConfig, length: int, tokens: int) -> None:
         )
 
 
-def compress(layer: MixKVLayer, compressor: Compressor, query: torch.Tensor, output: torch.Tensor) -> None:
+def compress(layer: MixKVLayer, compressor: Compressor, query: torch.Tensor, output: torch.Tensor) -> list[MixKVLayer]:
     """Evicts from ``layer`` what the turn that it has just read to its end is not to leave.
 
     Args:
         compressor: of the layer.
         query: [B, Hq, n, D], the last ones: a window of them, or all that there were.
         output: attention's [B, n, Hq, Dv] for the last tokens.
+
+    Returns: the layers of which that is done: where layers share a budget, all of them with the last, and until then none.
     """
     state, store, turn = layer.state, layer.store, layer.state.turn
     config, remote = state.config, layer.remote
     newest = torch.tensor(turn.real, device=query.device) if config.turns == "each" else None
     if newest is not None and _is_kept_whole(config, turn):
-        return
+        return [layer]
     if layer.ordinal == 0:
         limits = _candidates(layer) if newest is None and compressor.method.cross_layer else None
         state.shared_budget = compressor.new_shared_budget(limits)
@@ -102,10 +106,13 @@ def compress(layer: MixKVLayer, compressor: Compressor, query: torch.Tensor, out
     selection = ranking.take(compressor.shard.own(entries))
     store.keep(selection, key.shape[2])
     layer.remote = compressor.remote_heads(entries, key.device, fixed)
-    if budget is not None:
-        budget.finish_layer(layer, selection)
-        if budget.complete:
-            state.shared_budget = None
+    if budget is None:
+        return [layer]
+    budget.finish_layer(layer, selection)
+    if not budget.complete:
+        return []
+    state.shared_budget = None
+    return [done for done, _ in budget.layers]
 
 
 def _candidates(first: MixKVLayer) -> np.ndarray:
