@@ -121,7 +121,7 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
 
 def _name(config: MixKVConfig) -> str:
     """A key that is equal for configs that differ only in the allocation of the budget."""
-    allocation = {"budget"}.union(*(method.options for method in registry.METHODS.values()))
+    allocation = {"budget", "refit"}.union(*(method.options for method in registry.METHODS.values()))
     importance = {"method": registry.method(config.method).uses_output_importance}
     return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 
@@ -148,8 +148,8 @@ class _ReplayLayer(MixKVLayer):
     known: dict[str, Ranking] | None = None
     name: str
 
-    def _compressor(self) -> Compressor:
-        compressor = cast(_ReplayCompressor, super()._compressor())
+    def compressor(self) -> Compressor:
+        compressor = cast(_ReplayCompressor, super().compressor())
         if self.known is not None:
             compressor.known, compressor.name = self.known, self.name
         return compressor

@@ -226,9 +226,8 @@ def test_a_turn_under_a_decode_budget(method, turns):
     model, prompts = zoo.build("llama"), zoo.inputs("llama", LENGTH, batch=2)
     cache = mixkv.MixKVCache(model, method=method, turns=turns, decode_budget=20, decode_slack=2, **SMALL)
     for generated in range(3):
-        turn = prompts if generated == 0 else after(prompts, tokens, text(2, TURN, generated))
-        tokens = model.generate(**turn, max_new_tokens=20, do_sample=False, past_key_values=cache)
-        prompts, tokens = {"input_ids": tokens}, tokens[:, :0]
+        turn = prompts if generated == 0 else after(prompts, prompts["input_ids"][:, :0], text(2, TURN, generated))
+        prompts = {"input_ids": model.generate(**turn, max_new_tokens=20, do_sample=False, past_key_values=cache)}
         assert torch.stack(cache.stats()["lengths"]).float().mean() <= 22
 
 
