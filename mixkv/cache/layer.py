@@ -140,7 +140,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             self.seen -= count
             if self.window is not None:
                 self.window.crop(count)
-        self._evict_to_decode_budget()
+        self.evict_to_decode_budget()
 
     def _tokens_to_remove(self, count: int) -> int:
         # transformers before 5.23 gives a tensor.
@@ -188,7 +188,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         """Holds a prompt whose end is still to come: key, value [B, Hkv, tokens so far, D], query [B, Hq, new tokens, D]."""
         self.state.storing = True
         self.prompt = PromptSoFar(key.detach(), value.detach())
-        self._append_query_window(query)
+        self.append_query_window(query)
 
     def compress(
         self,
@@ -206,9 +206,9 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         ``valid`` bool [B, N], False for padding; ``measured``: what was measured on the prompt beside them.
         """
         self.state.storing = True
-        compressor, state = self._compressor(), self.state
+        compressor, state = self.compressor(), self.state
         if state.keeps_window or self.window is not None:
-            self._append_query_window(query)
+            self.append_query_window(query)
             query = self.window.query
         if measured is None and registry.score(state.config.score).needs_replay:
             self._await_replay(query, key, value, output, valid, logits)
@@ -305,31 +305,21 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         ``query`` [B, Hq, n, D] and attention's ``output`` [B, n, Hq, Dv] are those of the new tokens, ``valid`` [B, n] of them
         real, up to position ``end`` (excluded).
         """
-        state, turn = self.state, self.state.turn
-        in_turn = turn is not None and end <= turn.end
-        if in_turn and self.ordinal == 0:
-            turn.count(query.shape[0], query.shape[2], valid)
-        if state.keeps_window or (in_turn and (end < turn.end or self.window is not None)):
-            self._append_query_window(query, valid)
-        if in_turn and end < turn.end:
-            return
-        if in_turn:
-            turns.compress(self, self._compressor(), query if self.window is None else self.window.query, output)
-            self.window = self.window if state.keeps_window else None
-        if not state.rollback_enabled:
-            self._evict_to_decode_budget()
+        turns.enforce_budgets(self, query, output, valid, end)
 
-    def _append_query_window(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+    def append_query_window(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Keeps the last window of queries; where tokens may be taken back, as many more as the forward brought."""
         self.window = self.window or QueryWindow()
         self.window.append(query, self.state.config.window + (self.arrived if self.state.rollback_enabled else 0), valid)
 
-    def _evict_to_decode_budget(self) -> None:
+    def evict_to_decode_budget(self) -> None:
+        """Evicts what exceeds the decode budget, by the last window of queries."""
         if self.state.config.decode_budget is not None and self.rows is not None:
             held = (self.window.query, self.store, self.logits, self.statistics.share, self.remote)
-            self.remote = self._compressor().enforce_decode_budget(*held)
+            self.remote = self.compressor().enforce_decode_budget(*held)
 
-    def _compressor(self) -> Compressor:
+    def compressor(self) -> Compressor:
+        """One that chooses what this layer keeps."""
         module = self.module and self.module()
         return self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
 
@@ -353,6 +343,6 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         """`RaggedStore.evict` down to ``rows`` [B, all heads of the layer]."""
         if self.remote is None:
             return self.store.evict(ranks, rows.flatten())
-        compressor = self._compressor()
+        compressor = self.compressor()
         self.remote = compressor.remote_heads(rows, self.device, self.remote.fixed)
         return self.store.evict(ranks, compressor.shard.own(rows).flatten())

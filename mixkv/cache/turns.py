@@ -14,7 +14,6 @@ from ..hf import call_stack
 from ..selection.select import base_entries
 
 if TYPE_CHECKING:
-    from .compress import Compressor
     from .layer import MixKVLayer
     from .state import CacheState
 
@@ -59,9 +58,11 @@ def begin(state: CacheState, seen: int, tokens: int) -> Turn | None:
         if length is None and state.rollback_enabled and not call_stack.in_generate():
             return None
     length = length or tokens
+    if length <= (config.window if config.turns == "each" else 1):
+        return None
     if length < tokens:
         check_drafts(config, length, tokens)
-    return Turn(seen, seen + length) if length > (config.window if config.turns == "each" else 1) else None
+    return Turn(seen, seen + length)
 
 
 def take_drafts(config: MixKVConfig) -> bool:
@@ -79,19 +80,48 @@ def check_drafts(config: MixKVConfig, length: int, tokens: int) -> None:
         )
 
 
-def compress(layer: MixKVLayer, compressor: Compressor, query: torch.Tensor, output: torch.Tensor) -> None:
+def enforce_budgets(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor, valid: torch.Tensor | None, end: int) -> None:
+    """Evicts what exceeds the turn's budget, if ``layer`` has just read its last token, and the decode budget.
+
+    Args:
+        query: [B, Hq, n, D], of the new tokens.
+        output: attention's [B, n, Hq, Dv] for them.
+        valid: bool [B, n], False for padding; None: there is none.
+        end: the position after the last of them.
+    """
+    state, turn = layer.state, layer.state.turn
+    if turn is None or end > turn.end:
+        if state.keeps_window:
+            layer.append_query_window(query, valid)
+        finished = [layer]
+    else:
+        if layer.ordinal == 0:
+            turn.count(query.shape[0], query.shape[2], valid)
+        if state.keeps_window or end < turn.end or layer.window is not None:
+            layer.append_query_window(query, valid)
+        if end < turn.end:
+            return
+        finished = compress(layer, query if layer.window is None else layer.window.query, output)
+        layer.window = layer.window if state.keeps_window else None
+    if not state.rollback_enabled:
+        for done in finished:
+            done.evict_to_decode_budget()
+
+
+def compress(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) -> list[MixKVLayer]:
     """Evicts from ``layer`` what the turn that it has just read to its end is not to leave.
 
     Args:
-        compressor: of the layer.
         query: [B, Hq, n, D], the last ones: a window of them, or all that there were.
         output: attention's [B, n, Hq, Dv] for the last tokens.
+
+    Returns: the layers of which that is done: where layers share a budget, all of them with the last, and until then none.
     """
     state, store, turn = layer.state, layer.store, layer.state.turn
-    config, remote = state.config, layer.remote
+    config, compressor, remote = state.config, layer.compressor(), layer.remote
     newest = torch.tensor(turn.real, device=query.device) if config.turns == "each" else None
     if newest is not None and _is_kept_whole(config, turn):
-        return
+        return [layer]
     if layer.ordinal == 0:
         limits = _candidates(layer) if newest is None and compressor.method.cross_layer else None
         state.shared_budget = compressor.new_shared_budget(limits)
@@ -107,10 +137,12 @@ def compress(layer: MixKVLayer, compressor: Compressor, query: torch.Tensor, out
     selection = ranking.take(compressor.shard.own(entries))
     store.keep(selection, key.shape[2])
     layer.remote = compressor.remote_heads(entries, key.device, fixed)
-    if budget is not None:
-        budget.finish_layer(layer, selection)
-        if budget.complete:
-            state.shared_budget = None
+    if budget is None:
+        return [layer]
+    budget.finish_layer(layer, selection)
+    if budget.complete:
+        state.shared_budget = None
+    return budget.finished
 
 
 def _candidates(first: MixKVLayer) -> np.ndarray:
