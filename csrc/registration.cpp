@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("gather(Tensor key, Tensor value, Tensor positions, Tensor counts, int spare_rows, float spare_share) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("merge_largest(Tensor value, Tensor owner, Tensor within, Tensor importance, Tensor own_totals, Tensor totals, Tensor base, "
-        "Tensor limit, float floor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "Tensor candidates, Tensor least, Tensor limit, float floor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor ranks, "
         "Tensor quota, int tail, int spare_rows, float spare_share) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

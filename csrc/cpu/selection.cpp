@@ -107,23 +107,27 @@ static void for_largest(const float* from, int64_t size, int64_t wanted, std::ve
   }
 }
 
+// `selection_reference.LEAST_UNIT`.
+constexpr double kLeastUnit = 1 << 20;
+
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_largest(Tensor value, Tensor owner, Tensor within, Tensor importance,
-                                                                        Tensor own_totals, Tensor totals, Tensor base, Tensor limit,
-                                                                        double floor) {
+                                                                        Tensor own_totals, Tensor totals, Tensor base, Tensor candidates,
+                                                                        Tensor least, Tensor limit, double floor) {
   STD_TORCH_CHECK(importance.dim() == 3 && importance.scalar_type() == ScalarType::Float, "importance must be float32 [B, Hkv, M]");
   const int64_t batch = importance.size(0), heads = importance.size(1), tokens = importance.size(2), added = heads * tokens;
   STD_TORCH_CHECK(value.dim() == 2 && value.scalar_type() == ScalarType::Float && value.size(0) == batch && owner.dim() == 2 &&
                       owner.scalar_type() == ScalarType::Int && owner.size(0) == batch && owner.size(1) == value.size(1),
                   "value must be float32 and owner int32, both [B, n]");
-  for (const Tensor* counts : {&own_totals, &totals, &base})
+  for (const Tensor* counts : {&own_totals, &totals, &base, &candidates})
     STD_TORCH_CHECK(counts->dim() == 1 && counts->scalar_type() == ScalarType::Long && counts->is_contiguous() && counts->numel() == batch,
-                    "own_totals, totals and base must be contiguous int64 [B] tensors");
+                    "own_totals, totals, base and candidates must be contiguous int64 [B] tensors");
   STD_TORCH_CHECK(within.dim() == 2 && within.scalar_type() == ScalarType::Long && within.is_contiguous() && within.size(0) == batch &&
                       heads > 0 && within.size(1) % heads == 0,
                   "within must be a contiguous int64 [B, heads before] tensor");
-  STD_TORCH_CHECK(limit.dim() == 2 && limit.scalar_type() == ScalarType::Long && limit.is_contiguous() && limit.size(0) == batch &&
-                      limit.size(1) == heads,
-                  "limit must be a contiguous int64 [B, Hkv] tensor");
+  for (const Tensor* shares : {&least, &limit})
+    STD_TORCH_CHECK(shares->dim() == 2 && shares->scalar_type() == ScalarType::Long && shares->is_contiguous() && shares->size(0) == batch &&
+                        shares->size(1) >= within.size(1) + heads,
+                    "least and limit must be contiguous int64 [B, heads of all layers] tensors");
   const int64_t earlier = within.size(1), owners = earlier + heads;
   value = torch::stable::contiguous(value);
   owner = torch::stable::contiguous(owner);
@@ -170,12 +174,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_largest(Tensor v
       STD_TORCH_CHECK(to_owner[n] >= 0 && to_owner[n] < owners, "owner ", to_owner[n], " is not below ", owners);
       count[to_owner[n]] += to[n] != lowest;
     });
-    const int64_t *least = data<int64_t>(limit) + b * heads, mean = data<int64_t>(base)[b];
-    const int64_t longest = *std::max_element(least, least + heads);
+    const int64_t mean = data<int64_t>(base)[b], longest = data<int64_t>(candidates)[b];
+    const int64_t *certain = data<int64_t>(least) + b * least.size(1), *most_rows = data<int64_t>(limit) + b * limit.size(1);
     const double scale = (1.0 - floor) / double(std::max<int64_t>(longest, 1));
     for (int64_t i = 0; i < owners; ++i) {
-      const double share = scale * double((longest - mean) * count[i] + mean * own[i]) + floor * double(mean) + 2e-6;
-      data<int64_t>(bounds)[b * owners + i] = std::min(int64_t(share) + 1, least[i % heads]);
+      const double share = scale * double((longest - mean) * count[i] + mean * own[i]) + double(certain[i]) / kLeastUnit + 2e-6;
+      data<int64_t>(bounds)[b * owners + i] = std::min(int64_t(share) + 1, most_rows[i]);
     }
   }
   return {values, found, counts, all_within, bounds};

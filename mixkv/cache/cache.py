@@ -15,9 +15,10 @@ from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageTokens
-from . import save, stats
+from . import save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
+from .replay import Replayer
 from .state import CacheState
 from .tracked import TrackedCache
 
@@ -54,6 +55,7 @@ class MixKVCache(TrackedCache):
         self.config = checked_config(config, **options)
         self._state = CacheState(self.config)
         self._batch: int | None = None
+        self._replayer: Replayer | None = None
         self._model: weakref.ref | None = None
         self._bound_to: binding.ModelReference | None = None
         super().__init__(layers=[])
@@ -68,28 +70,43 @@ class MixKVCache(TrackedCache):
         self._bound_to = binding.ModelReference(model)
         if self.layers:
             # A cache that was unpickled, or whose model was loaded again: only the binding is new.
+            if not self:
+                self._watch_decoder()
             return
         self._slots = slots
         self._state.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
+        self._watch_decoder()
+
+    def _watch_decoder(self) -> None:
+        """Where the score needs a replay, has the next prompt repeated when it has been read."""
+        model = self._bound_to and self._bound_to()
+        if self._replayer is not None:
+            self._replayer.remove()
+        if model and registry.score(self.config.score).needs_replay:
+            self._replayer = Replayer(self, model.get_decoder())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "_replayer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_shared" in state:  # pickled by version 0.1.0
             state = {**state, "_state": state["_shared"]}
             del state["_shared"]
-        self.__dict__.update({"_bound_to": None, **state})
+        self.__dict__.update({"_bound_to": None, "_replayer": None, **state})
         if self._state.progress is None:
             self._state.progress = self._new_progress()
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
+        if not self:
+            self._watch_decoder()
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if self._state.replay is not None:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._check_met()
         if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
@@ -124,15 +141,25 @@ class MixKVCache(TrackedCache):
 
     def _read_plan(self, layer: MixKVLayer, key_states: torch.Tensor) -> None:
         """What the first compressed layer finds out for all of them about the tokens of a forward."""
-        self._state.valid.clear()
-        if layer.prompt is not None:
+        state, tokens = self._state, key_states.shape[2]
+        state.valid.clear()
+        if layer.prompt is not None or state.reads_turn(layer.seen):
             return
-        tokens, images = key_states.shape[2], copy.copy(self._state.images)
+        replayed = registry.score(self.config.score).needs_replay and layer.seen == 0
+        if replayed and not (self._replayer and self._replayer.reading):
+            raise RuntimeError(
+                f"score={self.config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it "
+                f"for the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
+            )
+        images = copy.copy(state.images)
         if layer.seen == 0:
             self._plan_prompt(tokens)
-            tokens = self._state.prompt_length or tokens
-        self._state.images.read(layer.seen, tokens, key_states)
-        self._state.before.images = images
+            tokens = state.prompt_length or tokens
+        else:
+            state.turn = turns.begin(state, layer.seen, tokens)
+            tokens = tokens if state.turn is None else max(tokens, state.turn.end - layer.seen)
+        state.images.read(layer.seen, tokens, key_states)
+        state.before.images = images
 
     def _plan_prompt(self, tokens: int) -> None:
         """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
@@ -141,31 +168,28 @@ class MixKVCache(TrackedCache):
             state.prompt_length, assisted = call_stack.prompt_plan(tokens)
             state.rollback_enabled |= assisted
         else:
-            state.prompt_length = state.expected_prompt
-        drafts = state.prompt_length is not None and state.prompt_length < tokens
-        if drafts and not registry.method(self.config.method).drafts_with_prompt:
-            raise RuntimeError(
-                f"a prompt of {state.prompt_length} tokens came in one forward with {tokens - state.prompt_length} more, which would "
-                f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
-                f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
-            )
+            state.prompt_length, state.expected_prompt = state.expected_prompt, None
+        if state.prompt_length is not None and state.prompt_length < tokens:
+            turns.check_drafts(self.config, state.prompt_length, tokens)
 
     def expect_prompt(self, length: int) -> None:
         """Says how long the next prompt is, so that it is compressed when all of it has been read.
 
         Needed where you read a prompt in several forwards of your own; `generate` with ``prefill_chunk_size`` or assisted decoding
-        needs it only in a transformers that this library does not know.
+        needs it only in a transformers that this library does not know. Where later turns are compressed
+        (``MixKVConfig(turns=...)``), the same is true of them, between two turns.
 
         Args:
-            length: the length of the prompt in tokens, padding included, images as the tokens that stand for them.
+            length: the length of the prompt or turn in tokens, padding included, images as the tokens that stand for them.
 
         Raises:
             ValueError: it is not a positive int.
-            RuntimeError: something has been read already.
+            RuntimeError: something has been read already, and later turns are not compressed; or a prompt or turn has not been
+                read to its end.
         """
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"length={length!r} must be a positive int: the length of the prompt in tokens")
-        if self:
+        if self and (self.config.turns == "first" or not self._between_turns):
             raise RuntimeError(
                 f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
                 f"after cache.reset()"
@@ -173,9 +197,15 @@ class MixKVCache(TrackedCache):
         self._state.expected_prompt = length
 
     @property
+    def _between_turns(self) -> bool:
+        """Whether whatever was read has been read to its end."""
+        ours = [layer for layer in self.layers if isinstance(layer, MixKVLayer)]
+        return all(layer.prompt is None and not self._state.reads_turn(layer.seen) for layer in ours)
+
+    @property
     def reads_prompt_alone(self) -> bool:
         """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
-        return not registry.method(self.config.method).drafts_with_prompt and not self
+        return not turns.take_drafts(self.config) and (not self or self.config.turns != "first")
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -216,11 +246,12 @@ class MixKVCache(TrackedCache):
         state = self._state
         state.progress.change = "reset()"
         self._batch = state.prompt_length = state.expected_prompt = None
-        state.pending_layer = state.shared_budget = state.before = None
+        state.pending_layer = state.shared_budget = state.before = state.turn = None
         state.rollback_enabled = False
         state.images = ImageTokens()
         if self.layers:
             self._make_layers()
+            self._watch_decoder()
         else:
             state.progress = Progress()
 
@@ -260,6 +291,8 @@ class MixKVCache(TrackedCache):
                     here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
                     getattr(layer, stock_method)(here)
             self._state.images.take_rows(rows)
+            if self._state.turn is not None:
+                self._state.turn.take_rows(rows)
             if self._batch is not None:
                 self._batch = len(rows)
 

@@ -10,10 +10,15 @@ import torch
 
 from .. import tensor_parallel
 from ..config import MixKVConfig
+from ..ops.arguments import LogitOptions
+from ..selection.context import Measured
 from ..storage import rows as stored_rows
 
 Tensors = dict[str, torch.Tensor]
 Numbers = dict[str, Any]
+
+# The prompt's first tokens, which every query of a replay sees, and which are always kept by it.
+FIRST = 4
 
 
 class Part(Protocol):
@@ -55,6 +60,42 @@ class PromptSoFar:
     @classmethod
     def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> None:
         return None
+
+
+class WholePrompt(PromptSoFar):
+    """A prompt that has been read to its end and waits for its replay, with what compresses it then.
+
+    Attributes:
+        query: [B, Hq, n, D], output: [B, n, Hq, Dv], of the last tokens.
+        valid: bool [B, N], False for padding; None: there is none.
+        logits: how the model computes its logits.
+        replay: float32 [B, Hkv, N], the largest weight that each token has got in the replay so far.
+    """
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        valid: torch.Tensor | None,
+        logits: LogitOptions,
+    ):
+        super().__init__(key, value)
+        self.query, self.output, self.valid, self.logits = query, output, valid, logits
+        self.replay = torch.zeros(key.shape[:3], device=key.device)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + _bytes(self.query, self.output, self.replay)
+
+    def measured(self) -> Measured:
+        """What the replay measured; the prompt's first tokens, which are always needed, have the largest weight there is."""
+        start = torch.zeros(self.replay.shape[0], dtype=torch.long, device=self.replay.device)
+        if self.valid is not None:
+            start = (~self.valid).sum(dim=1).to(start)
+        position = torch.arange(self.replay.shape[2], device=start.device) - start[:, None]
+        return Measured(self.replay.masked_fill(((position >= 0) & (position < FIRST))[:, None], 1.0))
 
 
 class QueryWindow:
@@ -140,6 +181,12 @@ class RemoteHeads(tensor_parallel.RemoteLengths):
     """How many rows the heads of the layer have that other processes hold (tensor parallelism)."""
 
     nbytes = 0
+    fixed: torch.Tensor | int = 0
+
+    def __init__(self, shard: tensor_parallel.HeadShard, rows: torch.Tensor, fixed: torch.Tensor | int = 0):
+        """``rows`` [B, all heads] may still be evicted for other layers, ``fixed`` ones may not."""
+        super().__init__(shard, rows + fixed)
+        self.fixed = fixed
 
     def state(self) -> tuple[Tensors, Numbers]:
         raise ValueError("other processes hold heads of this layer: it cannot be saved")

@@ -13,6 +13,7 @@ from ..hf.attention import visible
 from ..hf.image_tokens import ImageTokens
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from .progress import Progress
+from .turns import Turn
 
 # Attributes in pickles of version 0.1.0.
 _FORMER = {"recording": "rollback_enabled", "waiting": "pending_layer", "contest": "shared_budget"}
@@ -29,6 +30,8 @@ class Before:
     batch: int | None
     prompt_length: int | None
     rollback_enabled: bool
+    expected_prompt: int | None = None
+    turn: Turn | None = None
     images: ImageTokens | None = None
 
 
@@ -37,7 +40,8 @@ class CacheState:
     """What the layers of one cache share.
 
     ``prompt_length``: tokens of a prompt that arrives in several forwards or with drafts attached; None: one forward.
-    ``expected_prompt``: the length of the next prompt, if the caller gave it.
+    ``expected_prompt``: the length of the next prompt or turn, if the caller gave it.
+    ``turn``: the later turn being read, or read last, if it is one that is compressed.
     ``rollback_enabled``: tokens may be taken back by `crop` after each forward (assisted decoding).
     ``pending_layer``: the layer whose keys have been handed out and not come to the attention function yet.
     ``shared_budget``: what the layers of a prompt compete for, if the method is cross-layer, until its last layer has come.
@@ -46,6 +50,7 @@ class CacheState:
     ``progress``: which layers the present forward has reached; None in a pickle of version 0.1.0, until its cache sets it.
     ``before``: what the present forward may change besides the layers, as it was.
     ``storing``: whether the present forward has begun to change what a layer holds.
+    ``replay``: the part of the prompt that the present forward repeats; None: it reads new tokens.
     ``cache``: whose layers these are, while a forward runs.
     """
 
@@ -53,6 +58,7 @@ class CacheState:
     num_layers: int = 0
     prompt_length: int | None = None
     expected_prompt: int | None = None
+    turn: Turn | None = None
     rollback_enabled: bool = False
     pending_layer: Any | None = None
     shared_budget: GlobalBudget | ChunkBudget | None = None
@@ -61,6 +67,7 @@ class CacheState:
     progress: Progress | None = field(default_factory=Progress, repr=False)
     before: Before | None = field(default=None, repr=False)
     storing: bool = False
+    replay: Any | None = None
     cache: weakref.ref | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +75,17 @@ class CacheState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         renamed = {_FORMER.get(name, name): value for name, value in state.items()}
-        self.__dict__.update({"progress": None, "before": None, "storing": False, "cache": None} | renamed)
+        missing = {"progress": None, "before": None, "storing": False, "replay": None, "cache": None, "turn": None}
+        self.__dict__.update(missing | renamed)
+
+    @property
+    def keeps_window(self) -> bool:
+        """Whether layers hold the last window of queries between forwards, to score what they hold."""
+        return self.config.decode_budget is not None or self.config.turns == "all"
+
+    def reads_turn(self, seen: int) -> bool:
+        """Whether, after so many tokens, a later turn has not been read to its end."""
+        return self.turn is not None and seen < self.turn.end
 
     def start_storing(self) -> None:
         """The present forward is about to change what a layer holds."""

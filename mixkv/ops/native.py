@@ -280,12 +280,15 @@ def merge_largest(
     own_totals: torch.Tensor,
     totals: torch.Tensor,
     base: torch.Tensor,
+    candidates: torch.Tensor,
+    least: torch.Tensor,
     limit: torch.Tensor,
     floor: float,
 ) -> Largest:
     """`selection_reference.merge_largest` on the CPU."""
     value, owner, _, within, _ = so_far
-    return Largest(*_ops().merge_largest.default(value, owner, within, importance, own_totals, totals, base, limit, floor))
+    shares = (own_totals, totals, base, candidates, least, limit, floor)
+    return Largest(*_ops().merge_largest.default(value, owner, within, importance, *shares))
 
 
 def _load(device: str) -> Status:

@@ -110,6 +110,10 @@ def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail
     return new, ranks[below]
 
 
+# Of `merge_largest`'s ``least``: parts of a row.
+LEAST_UNIT = 1 << 20
+
+
 class Largest(NamedTuple):
     """The largest numbers of the layers so far, and what follows for their heads.
 
@@ -134,6 +138,8 @@ def merge_largest(
     own_totals: torch.Tensor,
     totals: torch.Tensor,
     base: torch.Tensor,
+    candidates: torch.Tensor,
+    least: torch.Tensor,
     limit: torch.Tensor,
     floor: float,
 ) -> Largest:
@@ -145,8 +151,10 @@ def merge_largest(
         own_totals: int64 [B] on the CPU, for every batch row, how many of the layer's own largest are counted.
         totals: int64 [B] on the CPU, for every batch row, how many of the largest of all layers are counted.
         base: int64 [B] on the CPU, rows per head on average.
-        limit: int64 [B, Hkv] on the CPU. A head gets at most so many rows, and, with the largest limit m of the batch row, at most
-            ``int((1 - floor) * ((m - base) * counts + base * within) / m + floor * base + 2e-6) + 1``.
+        candidates: int64 [B] on the CPU, candidates per head on average.
+        least: int64 [B, heads of all layers] on the CPU, what each head gets for certain, in units of ``1 / LEAST_UNIT`` rows.
+        limit: int64 [B, heads of all layers] on the CPU. A head gets at most so many rows, and at most the whole rows of
+            ``(1 - floor) * ((candidates - base) * counts + base * within) / candidates + least`` and one more.
         floor: see `mixkv.selection.global_topk.GlobalTopK`.
     """
     batch, heads, _ = importance.shape
@@ -165,10 +173,11 @@ def merge_largest(
     within = torch.cat([so_far.within, mine], dim=1)
     of_all, of_own = torch.stack([counts, within]).cpu()
     # In numpy: some devices have no float64.
-    mean, longest = base.unsqueeze(-1).numpy(), limit.amax(dim=-1, keepdim=True).numpy()
+    mean, longest = base.unsqueeze(-1).numpy(), candidates.unsqueeze(-1).numpy()
     shares = ((longest - mean) * of_all.numpy() + mean * of_own.numpy()) * ((1 - floor) / longest.clip(min=1))
-    bound = torch.from_numpy((shares + floor * mean + 2e-6).astype(np.int64) + 1)
-    return Largest(value, owner, counts, within, bound.minimum(limit.repeat(1, bound.shape[1] // heads)))
+    certain = least[:, : earlier + heads].numpy() / LEAST_UNIT
+    bound = torch.from_numpy((shares + certain + 2e-6).astype(np.int64) + 1)
+    return Largest(value, owner, counts, within, bound.minimum(limit[:, : earlier + heads]))
 
 
 def largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:

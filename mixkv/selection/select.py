@@ -12,7 +12,7 @@ from ..ops import dispatch
 from ..ops.arguments import LogitOptions
 from ..tensor_parallel import HeadShard
 from .context import AllocationContext, Measured, ScoreContext
-from .ranking import Ranking, Selection
+from .ranking import KEPT, Ranking, Selection
 
 
 def select(
@@ -91,6 +91,7 @@ def rank(
     logits: LogitOptions | None = None,
     shard: HeadShard | None = None,
     longest: torch.Tensor | None = None,
+    newest: torch.Tensor | None = None,
     measured: Measured | None = None,
 ) -> Ranking:
     """Puts the candidates of each head in order, by ``config.score``.
@@ -101,6 +102,8 @@ def rank(
         logits: how the model computes its logits; None: with factor D ** -0.5 and nothing else.
         shard: which heads of the layer these are, where other processes have others; None: all.
         longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
+        newest: int64 [B], only so many of each head's last real tokens are candidates and window, the others are always kept;
+            None: all.
         measured: what else was measured on the prompt.
 
     Raises:
@@ -145,8 +148,15 @@ def rank(
         choosable = (real - window).clamp(min=0)
         longest = real.amax(dim=-1) if longest is None else longest
         base, padding = base_entries(config, longest), (length - longest).tolist()
+    if newest is None:
+        ranks = _ranks(scores, padding)
+    else:
+        earlier = torch.arange(length - window, device=key.device) < (length - newest).view(-1, 1, 1)
+        scores, importance = (numbers.masked_fill(earlier, -torch.inf) for numbers in (scores, importance))
+        ranks = _ranks(scores, padding).masked_fill(earlier & (valid[..., : length - window] if unequal else True), KEPT)
+        choosable, base = choosable.minimum((newest - window).clamp(min=0).unsqueeze(-1)), base_entries(config, newest)
     return Ranking(
-        ranks=_ranks(scores, padding),
+        ranks=ranks,
         importance=importance,
         base=base,
         real=real,

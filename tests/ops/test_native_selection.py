@@ -153,8 +153,9 @@ def test_merge_largest(batch, heads, layers, size, levels, seed):
     totals = torch.randint(0, heads * size + 2, (batch,), generator=generator)
     own_totals = torch.randint(0, heads * size + 2, (batch,), generator=generator)
     limits = (
-        torch.randint(0, size + 1, (batch,), generator=generator),
-        torch.randint(0, size + 1, (batch, heads), generator=generator),
+        *torch.randint(0, size + 1, (2, batch), generator=generator),
+        torch.randint(0, 5 << 20, (batch, layers * heads), generator=generator),
+        torch.randint(0, size + 1, (batch, layers * heads), generator=generator),
         0.3,
     )
     kinds = (torch.float32, torch.int32, torch.int64, torch.int64, torch.int64)
@@ -254,8 +255,9 @@ def test_wrong_arguments_are_refused():
     store = make_store([3, 4], 64, 64, torch.float32)
     ranks = torch.zeros(7, dtype=torch.int32)
     key, owners, counts = torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64)
+    both = torch.zeros(1, 4, dtype=torch.int64)
     largest = selection_reference.Largest(torch.zeros(1, 2), owners, counts, counts, counts)
-    limits = (torch.tensor([1]), torch.tensor([8]), torch.tensor([2]), counts, 0.2)
+    limits = (torch.tensor([1]), torch.tensor([8]), torch.tensor([2]), torch.tensor([5]), both, both, 0.2)
     for wrong in (
         lambda: native.norm(torch.zeros(1, 2, 5, 24)),
         lambda: native.diversity(torch.zeros(1, 2, 5, 64).double(), None),
@@ -305,7 +307,9 @@ def test_opcheck():
                 torch.tensor([2, 3]),
                 torch.tensor([5, 6]),
                 torch.tensor([2, 1]),
-                torch.ones(2, 2, dtype=torch.int64),
+                torch.tensor([4, 4]),
+                torch.ones(2, 4, dtype=torch.int64),
+                torch.ones(2, 4, dtype=torch.int64),
                 0.2,
             ),
         ),
