@@ -64,6 +64,8 @@ class MixKVConfig:
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
+        rows: how the kept keys and values are stored: ``full`` in the model's dtype, ``int8`` in 8 bits an element with a float16
+            scale for each key and each value. Scores are computed from the model's keys and values whatever the format.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
 
@@ -95,10 +97,17 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
+    rows: str = "full"
 
     def __post_init__(self) -> None:
         registry.method(self.method)
         registry.score(self.score)
+        registry.row_format(self.rows)
+        if self.rows != "full" and registry.method(self.method).keeps_chunks:
+            raise ValueError(
+                f"rows={self.rows!r} does not go with method={self.method!r}, whose chunks are in the model's dtype: leave rows "
+                f"out, or use another method"
+            )
         _one_of("backend", self.backend, registry.BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
@@ -168,7 +177,8 @@ class MixKVConfig:
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # Fields that came later have their defaults.
+        self.__dict__.update({field.name: field.default for field in dataclasses.fields(self)} | state)
         # A method or a score of the user's may not be registered in the process that unpickles.
         registry.method(self.method)
         registry.score(self.score)

@@ -23,7 +23,7 @@ from ..selection.ranking import Ranking
 from ..selection.select import base_entries
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
-from ..storage.rows import with_chunks
+from ..storage.rows import RaggedRows, with_chunks
 from .measure import bind, end_tokens, last_logits_only
 
 
@@ -110,9 +110,9 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
         parts = [cache.layers[index] for cache in caches]
         rows = tuple(torch.cat(part) for part in zip(*(part.store.held() for part in parts)))
         lengths = torch.cat([part.store.lengths.view(1, -1) for part in parts])
-        store = RaggedStore.from_rows(rows, lengths, layer.store.backend)
+        store = RaggedStore.from_rows(rows, lengths, layer.store.backend, dtype=layer.dtype)
         chunks = ChunkStore.joined([part.chunks for part in parts], [part.store.batch for part in parts])
-        layer.rows = with_chunks(store, chunks)
+        layer.rows = with_chunks(RaggedRows(store), chunks)
         layer.statistics = PromptStatistics(torch.cat([part.statistics.redundancy for part in parts]))
         layer.window = None
     together._batch = len(caches)

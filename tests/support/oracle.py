@@ -32,8 +32,11 @@ def keep_masks(cache, columns, batch):
 
 
 @contextmanager
-def masked(model, masks, prompt):
-    """Within, forwards that come after `prompt` columns do not see the entries that `masks` leave out."""
+def masked(model, masks, prompt, stored=None):
+    """Within, forwards that come after `prompt` columns do not see the entries that `masks` leave out.
+
+    `stored`: from rows of keys or values [..., D] to what a cache's format holds of them.
+    """
     base = model.get_decoder().config._attn_implementation
 
     def attention(module, query, key, value, attention_mask, **kwargs):
@@ -42,6 +45,8 @@ def masked(model, masks, prompt):
         if mask is None or past < prompt:
             function = model_eager if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
             return function(module, query, key, value, attention_mask, **kwargs)
+        if stored is not None:
+            key, value = stored(key), stored(value)
         return naive_attention(query, key, value, mask, past, kwargs), None
 
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
