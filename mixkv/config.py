@@ -60,6 +60,9 @@ class MixKVConfig:
             the model's device, and only what is read of them a step is saved.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a file with
             one, JSON or what ``mixkv calibrate`` writes; see `mixkv.head_profile`. Layers are those that attend to everything.
+        refit: whether the values of kept rows are changed by ridge regression so that the window's queries get what they got from
+            the whole prompt; see `mixkv.selection.refit`. Where nothing was evicted they stay as they are. Of ``hybridkv``
+            those of pruned heads are.
         decode_budget: bound for what generation adds: once a layer has more than ``decode_budget + decode_slack`` entries per
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
@@ -98,6 +101,7 @@ class MixKVConfig:
     hybrid_first: int = 4
     hybrid_last: int = 8
     rows: str = "full"
+    refit: bool = False
 
     def __post_init__(self) -> None:
         registry.method(self.method)
@@ -124,8 +128,9 @@ class MixKVConfig:
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
-        if not isinstance(self.offload, bool):
-            raise ValueError(f"offload={self.offload!r} must be True or False")
+        for name in ("offload", "refit"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         self._check_budget()
         self._check_tables()
 

@@ -14,6 +14,7 @@ from .attention_call import AttentionCall
 from .compress import Compressor, row_totals
 from .held import HeldEntries
 from .parts import PARTS, Part, PromptSoFar, QueryWindow, from_earlier
+from .refit import PendingRefit
 from .state import CacheState
 
 
@@ -26,7 +27,10 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         module: the attention module it belongs to, once known.
         arrived: tokens that came with the last forward.
         logits: how the model computes its logits, once the prompt has been read.
+        pending_refit: what values are refitted with once the budget of all layers has been allocated; None: nothing is.
     """
+
+    pending_refit: PendingRefit | None = None
 
     is_sliding = False
     is_compileable = False
@@ -44,6 +48,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         self.shape = None
         self.module: weakref.ref | None = None
         self.logits: LogitOptions | None = None
+        self.pending_refit = None
         for name in PARTS:
             setattr(self, name, None)
 
@@ -200,8 +205,17 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             if budget.complete:
                 state.shared_budget = None
         self.prompt, self.logits = None, logits
+        if state.config.refit:
+            self.pending_refit = PendingRefit.of_window(query, key, value, output, valid, logits, state.config.window)
+            for layer in [self] if budget is None else budget.finished:
+                layer.refit()
         if state.config.decode_budget is None:
             self.window = None
+
+    def refit(self) -> None:
+        """Refits the values of the rows, which are those that stay."""
+        self.pending_refit.apply(self.store, self.logits, self.statistics.dynamic)
+        self.pending_refit = None
 
     def fill(
         self,

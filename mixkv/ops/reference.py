@@ -57,14 +57,22 @@ def append(
 
 def write_rows(buffers: RaggedBuffers, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """Writes ``key`` [n, D] and ``value`` [n, Dv] to buffer rows ``rows`` int64 [n], in the buffers' format."""
-    if buffers.key_scale is None or buffers.value_scale is None:
-        buffers.key.index_copy_(0, rows, key)
-        buffers.value.index_copy_(0, rows, value)
+    _write(buffers.key, buffers.key_scale, rows, key)
+    write_values(buffers, rows, value)
+
+
+def write_values(buffers: RaggedBuffers, rows: torch.Tensor, value: torch.Tensor) -> None:
+    """`write_rows` of ``value`` [n, Dv] alone."""
+    _write(buffers.value, buffers.value_scale, rows, value)
+
+
+def _write(buffer: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor, part: torch.Tensor) -> None:
+    if scale is None:
+        buffer.index_copy_(0, rows, part)
         return
-    for codes, scale, part in ((buffers.key, buffers.key_scale, key), (buffers.value, buffers.value_scale, value)):
-        new_codes, new_scale = quantised(part)
-        codes.index_copy_(0, rows, new_codes)
-        scale.index_copy_(0, rows, new_scale)
+    codes, new_scale = quantised(part)
+    buffer.index_copy_(0, rows, codes)
+    scale.index_copy_(0, rows, new_scale)
 
 
 def attend(

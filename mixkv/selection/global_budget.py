@@ -52,6 +52,11 @@ class GlobalBudget:
     def complete(self) -> bool:
         return len(self.layers) == self.num_layers
 
+    @property
+    def finished(self) -> list:
+        """All layers, once no more of their rows is evicted; before that none."""
+        return [layer for layer, _ in self.layers] if self.complete else []
+
     def add_layer(self, ranking: Ranking, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Adds the next layer's candidates, those of all its heads; returns how many [B, Hkv] each may need.
 
@@ -105,6 +110,11 @@ class ChunkBudget:
     @property
     def complete(self) -> bool:
         return len(self.layers) == self.num_layers
+
+    @property
+    def finished(self) -> list:
+        """As of a `GlobalBudget`."""
+        return self.layers if self.complete else []
 
     def add_layer(self, ranking: Ranking, scale: torch.Tensor | None = None) -> None:
         """Adds the next layer's candidates and scale, as of a `GlobalBudget`."""

@@ -52,8 +52,13 @@ class GlobalTopK:
             means, self.candidates = to_host(base, candidates)
             self.base = np.minimum(means, self.candidates.max(axis=-1))
             self.total = (self.base * heads * num_layers).tolist()
+            # Of how many of the most important rows each head's are counted: of one layer's, and of the whole model's.
+            self._counted = (torch.tensor([total // num_layers for total in self.total]), torch.tensor(self.total))
             self.limit = np.tile(self.candidates, (1, num_layers))
             self.within = np.zeros_like(self.limit)
+            base, most = self.base[:, None], self.candidates.max(axis=-1, keepdims=True)
+            share = (1 - self.floor) / most.clip(min=1)
+            self._weights = (share * (most - base), share * base, self.floor * base + 2e-6)
             self.value = importance.new_empty(batch, 0)
             self.owner = importance.new_empty(batch, 0, dtype=torch.int32)
         elif heads != self.heads:
@@ -64,8 +69,7 @@ class GlobalTopK:
         self.layers += 1
         # The layers of a model may lie on several devices.
         so_far = (self.value.to(importance.device), self.owner.to(importance.device))
-        within = [total // num_layers for total in self.total]
-        merged = dispatch.merge_largest(*so_far, importance, within, self.total, self.layers * heads)
+        merged = dispatch.merge_largest(*so_far, importance, *self._counted, self.layers * heads)
         self.value, self.owner, self._counts, mine = merged
         self._arrived.append(mine)
         self._quota = None
@@ -81,16 +85,17 @@ class GlobalTopK:
         counts, *arrived = to_host(self._counts, *(layer.to(device) for layer in self._arrived))
         heads = self.layers * self.heads
         if arrived:
-            self.within[:, heads - len(arrived) * self.heads : heads] = np.concatenate(arrived, axis=1)
+            first = heads - len(arrived) * self.heads
+            self.within[:, first:heads] = np.concatenate(arrived, axis=1)
             self._arrived = []
-        base, within, limit = self.base[:, None], self.within[:, :heads], self.limit[:, :heads]
-        most = self.candidates.max(axis=-1, keepdims=True)
-        # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
-        counts = ((most - base) * counts + base * within) / most.clip(min=1)
-        shares = (1 - self.floor) * counts + self.floor * base
+        within, limit = self.within[:, :heads], self.limit[:, :heads]
+        base, most = self.base[:, None], self.candidates.max(axis=-1, keepdims=True)
         if self.layers == self.num_layers:
-            rows = apportion(shares, np.array(self.total), limit)
+            # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
+            counts = ((most - base) * counts + base * within) / most.clip(min=1)
+            rows = apportion((1 - self.floor) * counts + self.floor * base, np.array(self.total), limit)
         else:
-            # `apportion` rounds up by at most one.
-            rows = np.minimum((shares + 1e-6).astype(np.int64) + 1, limit)
+            # The same but for rounding, for which there is room: `apportion` rounds up by at most one.
+            of_model, of_layer, least = self._weights
+            rows = np.minimum((of_model * counts + of_layer * within + least).astype(np.int64) + 1, limit)
         return rows.reshape(batch, self.layers, self.heads)

@@ -223,16 +223,11 @@ def _ranks(score: torch.Tensor, padding: list[int]) -> torch.Tensor:
     order depends on the row's length, so padding is cut off for a padded row to keep what it would keep alone.
     """
     if not any(padding):
-        return _places(score)
+        return dispatch.places(score)
     ranks = torch.full(score.shape, score.shape[-1], dtype=torch.int32, device=score.device)
     for row, cut in enumerate(padding):
-        ranks[row, :, cut:] = _places(score[row : row + 1, :, cut:])[0]
+        ranks[row, :, cut:] = dispatch.places(score[row : row + 1, :, cut:])[0]
     return ranks
-
-
-def _places(score: torch.Tensor) -> torch.Tensor:
-    """Int32 [B, Hkv, M]: places by ``score`` within each head."""
-    return dispatch.places(score.sort(dim=-1, descending=True).indices)
 
 
 def _forced(lengths: torch.Tensor, real: torch.Tensor, window: int) -> torch.Tensor:

@@ -41,6 +41,10 @@ class RaggedStore:
             state["buffers"] = RaggedBuffers(*(state.pop(name) for name in RaggedBuffers._fields[:5]))
         state.setdefault("dtype", state["buffers"].key.dtype)
         self.__dict__.update(state)
+        # Where it was pickled there may have been another back end than here.
+        key, value = self.key, self.value
+        place = (key.device, self.dtype, key.shape[1], value.shape[1])
+        self.backend = dispatch.choose_again(self.backend, *place, codes=self.coded)
 
     @property
     def key(self) -> torch.Tensor:
@@ -235,14 +239,27 @@ class RaggedStore:
 
         N is ``length``, no less than the longest sequence; by default `max_length`.
         """
-        length = self.max_length if length is None else length
+        rows, valid = self._padded_rows(self.max_length if length is None else length)
+        key, value = reference.read_rows(self.buffers, rows.flatten(), self.dtype)
+        return key.view(*rows.shape, -1), value.view(*rows.shape, -1), valid
+
+    def padded_positions(self) -> torch.Tensor:
+        """The positions of `padded` rows: int32 [B, Hkv, N]."""
+        return self.buffers.position[self._padded_rows(self.max_length)[0]]
+
+    def replace_values(self, value: torch.Tensor, heads: torch.Tensor) -> None:
+        """Gives the rows the values [B, Hkv, N, Dv], in the order of `padded`, of the sequences that ``heads`` bool [B, Hkv] names."""
+        rows, valid = self._padded_rows(value.shape[2])
+        changed = valid & heads.unsqueeze(-1)
+        reference.write_values(self.buffers, rows[changed], value[changed])
+
+    def _padded_rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffer rows of all sequences aligned to the right, int64 [B, Hkv, length], and which of them are a sequence's own."""
         offsets = torch.arange(-length, 0, device=self.lengths.device)
         lengths = self.lengths.long().unsqueeze(1)
-        rows = (self.buffers.starts.long().unsqueeze(1) + lengths + offsets).clamp(min=0).flatten()
+        rows = (self.buffers.starts.long().unsqueeze(1) + lengths + offsets).clamp(min=0)
         shape = (self.batch, self.heads, length)
-        valid = (offsets >= -lengths).view(shape)
-        key, value = reference.read_rows(self.buffers, rows, self.dtype)
-        return key.view(*shape, -1), value.view(*shape, -1), valid
+        return rows.view(shape), (offsets >= -lengths).view(shape)
 
     def positions(self) -> list[list[torch.Tensor]]:
         """[B][Hkv] ascending int32 positions held."""

@@ -37,7 +37,7 @@ def check_oracle(name, attn, method, **options):
     tokens, logits = oracle.generate(model, prompts, STEPS, past_key_values=cache)
     masks = oracle.keep_masks(cache, columns, batch=2)
     mixkv.unpatch(model)
-    with oracle.masked(model, masks, columns, stored):
+    with oracle.masked(model, masks, columns, stored=stored):
         stored_tokens, stored_logits = oracle.generate(model, prompts, STEPS)
     assert (logits - stored_logits).abs().max() <= TOLERANCE
     assert torch.equal(tokens, stored_tokens)
