@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import registry
+from .byte_budget import parse_bytes
 from .head_profile import Profile, Table, as_profile, as_table
 from .head_profile import load as load_profile
 
@@ -31,8 +32,11 @@ class MixKVConfig:
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
             attention times what the entry adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``; or
             one of your own: `mixkv.register_score`.
-        budget: entries kept per KV head and layer, on average, window included (int), or a share of the prompt
-            (float in (0, 1]). A prompt no longer than its budget is kept whole.
+        budget: entries kept per KV head and layer, on average, window included (int); or a share of the prompt (float in
+            (0, 1]); or the bytes of all entries that a prompt may keep, whatever ``rows`` is (str): such as ``"64MiB"``, or
+            ``"10%"`` of the bytes that the full cache of the prompt takes. Of bytes all layers have equal parts on average; they
+            are those of keys, values, scales and positions, without the room for tokens to come. A prompt no longer than its
+            budget is kept whole.
         window: the last prompt tokens, whose queries score the others; always kept.
         kernel_size: width of the pooling of attention over neighbouring positions; odd.
         output_kernel_size: width of the max pooling of output importance, for ``output``, ``mix-output``, ``global`` and
@@ -78,7 +82,7 @@ class MixKVConfig:
 
     method: str = "global"
     score: str = "mix-output"
-    budget: int | float = 128
+    budget: int | float | str = 128
     window: int = 32
     kernel_size: int = 5
     pooling: str = "avg"
@@ -136,9 +140,12 @@ class MixKVConfig:
 
     def _check_budget(self) -> None:
         budget = self.budget
-        if not _is_number(budget):
+        if isinstance(budget, str):
+            parse_bytes(budget)
+        elif not _is_number(budget):
             raise ValueError(
-                f"budget={budget!r} must be an int (entries per KV head) or a float in (0, 1] (share of the prompt)"
+                f"budget={budget!r} must be an int (entries per KV head), a float in (0, 1] (share of the prompt) or bytes such as "
+                f"'64MiB' or '10%' (of the full cache's)"
             )
         if isinstance(budget, float) and not 0 < budget <= 1:
             raise ValueError(f"budget={budget} as a share of the prompt must lie in (0, 1]; entries are given as an int")

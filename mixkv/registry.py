@@ -103,8 +103,9 @@ class RowFormat:
         name: of ``MixKVConfig(rows=name)``.
         rows: ``rows(key, value, selection, backend) -> rows``: a `mixkv.storage.rows.Rows` with the entries of key [B, Hkv, N, D]
             and value [B, Hkv, N, Dv] that ``selection`` keeps.
-        row_bytes: ``row_bytes(key_size, value_size, itemsize) -> bytes`` of a row's key and value; ``itemsize`` is that of the
-            model's dtype.
+        row_bytes: ``row_bytes(key_size, value_size, itemsize) -> bytes`` of the key and the value of a selected entry;
+            ``itemsize`` is that of the model's dtype.
+        recent_bytes: likewise of an entry of the window or of a token that came later.
         description: one line for tables.
         built_in: False for the user's.
     """
@@ -112,6 +113,7 @@ class RowFormat:
     name: str
     rows: Callable[..., Any]
     row_bytes: Callable[[int, int, int], int]
+    recent_bytes: Callable[[int, int, int], int]
     description: str = ""
     built_in: bool = True
 

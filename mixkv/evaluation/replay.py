@@ -19,8 +19,8 @@ from ..cache.layer import MixKVLayer
 from ..cache.parts import PromptStatistics
 from ..config import MixKVConfig
 from ..hf.versions import cache_argument
+from ..selection.budget import base_entries
 from ..selection.ranking import Ranking
-from ..selection.select import base_entries
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
 from ..storage.rows import RaggedRows, with_chunks
@@ -121,7 +121,7 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
 
 def _name(config: MixKVConfig) -> str:
     """A key that is equal for configs that differ only in the allocation of the budget."""
-    allocation = {"budget", "refit"}.union(*(method.options for method in registry.METHODS.values()))
+    allocation = {"budget", "refit", "rows"}.union(*(method.options for method in registry.METHODS.values()))
     importance = {"method": registry.method(config.method).uses_output_importance}
     return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 
@@ -140,7 +140,8 @@ class _ReplayCompressor(Compressor):
         if self.name not in self.known:
             self.known[self.name] = super().rank(*args)
         found = self.known[self.name]
-        return replace(found, base=base_entries(self.config, found.real.amax(dim=-1)))
+        key, value, place = args[1], args[2], {"heads": self.shard.total, "num_layers": self.num_layers}
+        return replace(found, base=base_entries(self.config, found.real.amax(dim=-1), key, value, **place))
 
 
 class _ReplayLayer(MixKVLayer):

@@ -10,6 +10,7 @@ from .. import registry
 from ..config import MixKVConfig, checked_config
 from ..ops import dispatch
 from ..tensor_parallel import HeadShard
+from .budget import base_entries
 from .context import AllocationContext, Measured, ScoreContext
 from .ranking import Ranking, Selection
 
@@ -139,14 +140,16 @@ def rank(
     valid, measured = context.valid if unequal else None, context.redundancy
     # What the context has computed is not needed while candidates are sorted.
     del context
+    every = heads if shard is None else shard.total
     if not unequal:
         real, choosable = (torch.full((batch, heads), count, device=key.device) for count in (length, length - window))
-        base, padding = base_entries(config, real[:, 0]), [0] * batch
+        base, padding = base_entries(config, real[:, 0], key, value, heads=every, num_layers=num_layers), [0] * batch
     else:
         real = valid.expand(batch, heads, length).sum(dim=-1)
         choosable = (real - window).clamp(min=0)
         longest = real.amax(dim=-1) if longest is None else longest
-        base, padding = base_entries(config, longest), (length - longest).tolist()
+        base = base_entries(config, longest, key, value, heads=every, num_layers=num_layers)
+        padding = (length - longest).tolist()
     return Ranking(
         ranks=_ranks(scores, padding),
         importance=importance,
@@ -171,17 +174,6 @@ def allocate(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: 
     entries = method.allocate(AllocationContext(budget, candidates, ranking.importance, layer_idx, num_layers, config))
     entries = entries if method.built_in else _checked_entries(method.name, entries, candidates)
     return entries.to(ranking.choosable.device)
-
-
-def base_entries(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
-    """Candidates kept per head on average, window left out, for prompts of ``length`` [B] real tokens.
-
-    A budget that is a share of the prompt is rounded to the nearest entry.
-    """
-    if isinstance(config.budget, float):
-        entries = [round(tokens * config.budget) - config.window for tokens in length.tolist()]
-        return torch.tensor(entries, device=length.device).clamp(min=0)
-    return torch.full_like(length, max(config.budget - config.window, 0))
 
 
 def _compute(score: registry.Score, context: ScoreContext) -> torch.Tensor:

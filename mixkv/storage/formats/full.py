@@ -22,4 +22,4 @@ def row_bytes(key_size: int, value_size: int, itemsize: int) -> int:
     return (key_size + value_size) * itemsize
 
 
-add(RowFormat("full", rows, row_bytes, "the model's dtype"))
+add(RowFormat("full", rows, row_bytes, row_bytes, "the model's dtype"))
