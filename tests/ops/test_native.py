@@ -16,6 +16,7 @@ from support.stores import (
     assert_close,
     assert_same_buffers,
     clean,
+    coded,
     copied,
     make_store,
     needs_library,
@@ -26,7 +27,7 @@ from support.stores import (
     strided,
 )
 
-from mixkv.ops import native, reference, score_reference
+from mixkv.ops import native, native_scores, reference, score_reference
 from mixkv.ops.arguments import LogitOptions
 
 
@@ -221,7 +222,7 @@ def test_window_equals_oracle(dtype, groups, window, columns, size, statistic, r
     valid = (torch.arange(columns) >= torch.tensor([[0], [columns // 3]]).clamp(max=columns - window)).view(2, 1, columns)
     valid = valid if padded else None
     logits, options = LogitOptions(size**-0.5, softcap, sinks), {"statistic": statistic, "group_reduce": reduce}
-    result = native.window_attention(query, key, valid, logits, **options)
+    result = native_scores.window_attention(query, key, valid, logits, **options)
     twin = score_reference.window_attention(query, key, valid, logits, **options)
     exact = scores_in_double(query, key, valid, **vars(logits), **options)
     assert result.shape == twin.shape and result.dtype == torch.float32
@@ -254,7 +255,7 @@ def projected_norm(value, factor):
     batch, heads, rows, size = value.shape
     value = torch.cat([value, value.new_zeros(batch, heads, 1, size)], dim=2)
     query, key, options = value.new_zeros(batch, heads, 1, 16), value.new_zeros(batch, heads, rows + 1, 16), LogitOptions(1.0)
-    found = native.importance(query, key, None, options, kernel_size=1, pooling="max", value=value, factor=factor)
+    found = native_scores.importance(query, key, None, options, kernel_size=1, pooling="max", value=value, factor=factor)
     return found * (rows + 1)
 
 
@@ -262,7 +263,7 @@ def projected_norm(value, factor):
 def test_window_padding_query_counts_as_nothing():
     query, key = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 6, 64)
     valid = torch.tensor([[[False, False, False, True, True, True]]])
-    result = native.window_attention(query, key, valid, LogitOptions(0.1))
+    result = native_scores.window_attention(query, key, valid, LogitOptions(0.1))
     assert torch.equal(result, torch.zeros(1, 2, 2))
 
 
@@ -304,15 +305,17 @@ def test_wrong_projections_are_refused(value, factor):
 def samples():
     """Arguments of every operation, for opcheck."""
     torch.manual_seed(7)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, codes in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         store = make_store([2, 1, 7, 4], 64, 80, dtype, poison=False)
+        store = coded(store) if codes else store
         query, key, value = (
             torch.randn(2, 6, 1, 64).to(dtype),
             torch.randn(2, 2, 1, 64).to(dtype),
             torch.randn(2, 2, 1, 80).to(dtype),
         )
         logits = (8, 0.1, 0.0, None)
-        read = (store.key, store.value, store.starts, store.lengths)
+        scales = (store.key_scale, store.value_scale)
+        read = (store.key, store.value, store.starts, store.lengths, *scales)
         yield "append", (*store, key, value, 3)
         yield "append", (*store, key, value, 3, torch.ones(2, 1, dtype=torch.bool))
         yield "attend", (query, *read, *logits)
@@ -321,7 +324,7 @@ def samples():
         offsets = (store.lengths.cumsum(0) - store.lengths).to(torch.int32)
         positions = torch.zeros(int(store.lengths.sum()), dtype=torch.int32)
         yield "compact", (*store, offsets, key, value, positions)
-        yield "move_rows", (*store, *copied(store).rows, store.starts, 7)
+        yield "move_rows", (*store, *copied(store).rows[:3], store.starts, *copied(store)[5:], 7)
         yield (
             "window_scores",
             (
@@ -389,6 +392,7 @@ def test_why_not():
 
 # Each instruction set has its own vector width: every operation, group size and kind of tail once.
 SAMPLE = "(attend_equals and (112 or 80)) or options or 256_steps or extreme or (extend_equals and row) or window_equals or projected_norm or directions"
+SAMPLE += " or (row_codes and (append_equals or gather or extend_equals))"
 
 
 INSTRUCTIONS = ["baseline", "avx2", "avx512"]
@@ -396,7 +400,7 @@ INSTRUCTIONS = ["baseline", "avx2", "avx512"]
 
 @pytest.fixture(scope="module")
 def other_runs():
-    files = [__file__, str(Path(__file__).with_name("test_native_selection.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_native_selection.py", "test_row_codes.py"))]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider", "-k", SAMPLE]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return {name: subprocess.Popen(command, env={**os.environ, "MIXKV_CPU": name}, **pipes) for name in INSTRUCTIONS}
