@@ -18,7 +18,7 @@ from ..hf.image_tokens import ImageTokens
 from . import save, stats
 from .layer import MixKVLayer
 from .progress import Progress
-from .replay import Replayer
+from .replay import Replayer, check_watched
 from .state import CacheState
 from .tracked import TrackedCache
 
@@ -144,15 +144,8 @@ class MixKVCache(TrackedCache):
         self._state.valid.clear()
         if layer.prompt is not None:
             return
-        if (
-            registry.score(self.config.score).needs_replay
-            and layer.seen == 0
-            and not (self._replayer and self._replayer.reading)
-        ):
-            raise RuntimeError(
-                f"score={self.config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it "
-                f"for the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
-            )
+        if layer.seen == 0:
+            check_watched(self.config, self._replayer)
         tokens, images = key_states.shape[2], copy.copy(self._state.images)
         if layer.seen == 0:
             self._plan_prompt(tokens)

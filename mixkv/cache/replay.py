@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .. import registry
+from ..config import MixKVConfig
 from ..hf import stock_layers
 from ..hf.decoder_inputs import DecoderHook, DecoderInputs
 from ..hf.versions import CACHE_ARGUMENT, cache_argument
@@ -171,3 +173,16 @@ class Replayer:
         inputs, self.inputs = self.inputs, DecoderInputs()
         replay(cache, decoder, inputs, cache.config.replay_chunk)
         cache._state.progress.awaits = None
+
+
+def check_watched(config: MixKVConfig, replayer: Replayer | None) -> None:
+    """Checks that a prompt that the score needs a replay of has been seen from its start.
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    if registry.score(config.score).needs_replay and (replayer is None or not replayer.reading):
+        raise RuntimeError(
+            f"score={config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it for "
+            f"the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
+        )
