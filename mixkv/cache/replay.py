@@ -169,6 +169,16 @@ class Replayer:
         cache._state.progress.awaits = None
 
 
+def replayer(cache, former: Replayer | None) -> Replayer | None:
+    """The one for the next prompt of a `MixKVCache`, in place of ``former``; None: its score needs no replay, or it has no model."""
+    if former is not None:
+        former.remove()
+    model = cache._bound_to and cache._bound_to()
+    if not model or not registry.score(cache.config.score).needs_replay:
+        return None
+    return Replayer(cache, model.get_decoder())
+
+
 def check_watched(config: MixKVConfig, replayer: Replayer | None) -> None:
     """Checks that a prompt that the score needs a replay of has been seen from its start.
 
