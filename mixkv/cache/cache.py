@@ -15,7 +15,7 @@ from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageTokens
-from . import save, stats
+from . import gates, save, stats
 from .layer import MixKVLayer
 from .progress import Progress
 from .replay import Replayer
@@ -67,6 +67,8 @@ class MixKVCache(TrackedCache):
         if registry.method(self.config.method).needs_profile:
             head_profile.check_model(cast(head_profile.Table, self.config.profile), model.config.model_type)
         slots = binding.bind(model, self)
+        if registry.score(self.config.score).needs_gate:
+            self._state.gate = gates.of_model(model, self.config.gate)
         self._bound_to = binding.ModelReference(model)
         if self.layers:
             # A cache that was unpickled, or whose model was loaded again: only the binding is new.

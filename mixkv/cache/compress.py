@@ -16,6 +16,7 @@ from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
 from ..selection import scores
 from ..selection.context import Measured
+from ..selection.gate import LayerGate
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
@@ -54,6 +55,8 @@ class Compressor:
 
     # Evicts after the last layer only, where the prompt's keys and values are held anyway: see `GlobalBudget`.
     patient = False
+    # Of the layer, where the score needs it.
+    gate: LayerGate | None = None
 
     def __init__(self, config: MixKVConfig, layer_idx: int, num_layers: int, module: nn.Module | None, heads: int):
         self.config, self.module, self.num_layers = config, module, num_layers
@@ -180,6 +183,8 @@ class Compressor:
         measured: Measured | None = None,
     ) -> Ranking:
         """The candidates in order; ``longest``: int64 [B], real tokens of the longest head, where that is in another process."""
+        if self.gate is not None:
+            measured = dataclasses.replace(measured or Measured(), gate=self.gate)
         return rank(
             query,
             key,
