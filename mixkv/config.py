@@ -69,6 +69,10 @@ class MixKVConfig:
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
+        turns: which turns of a conversation are compressed. ``first`` the prompt alone, later turns are kept whole; ``each`` every
+            later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
+            ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
+            turn being read and what was generated since the turn before.
         replay_chunk: for the score ``replay``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
             prompt's first four.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
@@ -105,6 +109,7 @@ class MixKVConfig:
     replay_chunk: int = 2048
     refit: bool = False
     gate: str | None = None
+    turns: str = "first"
 
     def __post_init__(self) -> None:
         registry.method(self.method)
@@ -112,6 +117,7 @@ class MixKVConfig:
         _one_of("backend", self.backend, registry.BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
+        _one_of("turns", self.turns, ("first", "each", "all"))
         _positive_int("window", self.window)
         for name in ("kernel_size", "output_kernel_size"):
             _positive_int(name, getattr(self, name))
@@ -147,6 +153,20 @@ class MixKVConfig:
             raise ValueError(
                 f"budget={budget} must exceed window={self.window}: the window is always kept and counts in the budget. "
                 f"Raise the budget or lower the window"
+            )
+        if self.turns != "first" and not registry.method(self.method).turns:
+            raise ValueError(
+                f"turns={self.turns!r} does not go with method={self.method!r}, which keeps later turns whole: leave it out, or use "
+                f"another method"
+            )
+        if self.turns != "first" and registry.score(self.score).needs_replay:
+            raise ValueError(
+                f"turns={self.turns!r} does not go with score={self.score!r}, which is known of the prompt alone: leave it out, or use "
+                f"another score"
+            )
+        if self.turns == "all" and isinstance(budget, float):
+            raise ValueError(
+                f"budget={budget} is a share of a prompt, and turns='all' needs a bound on all that is held: give budget as an int"
             )
         if self.decode_budget is not None and not registry.method(self.method).decode_budget:
             raise ValueError(

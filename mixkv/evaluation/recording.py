@@ -155,8 +155,8 @@ class _RecordedLayer(MixKVLayer):
     known: dict[str, Ranking] | None = None
     name: str
 
-    def _compressor(self) -> Compressor:
-        compressor = cast(_RecordedCompressor, super()._compressor())
+    def compressor(self) -> Compressor:
+        compressor = cast(_RecordedCompressor, super().compressor())
         if self.known is not None:
             compressor.known, compressor.name = self.known, self.name
         return compressor
