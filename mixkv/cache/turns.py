@@ -11,7 +11,7 @@ import torch
 from .. import registry
 from ..config import MixKVConfig
 from ..hf import call_stack
-from ..selection.select import base_entries
+from ..selection.budget import base_entries
 
 if TYPE_CHECKING:
     from .layer import MixKVLayer
@@ -120,7 +120,7 @@ def compress(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) -> li
     state, store, turn = layer.state, layer.store, layer.state.turn
     config, compressor, remote = state.config, layer.compressor(), layer.remote
     newest = torch.tensor(turn.real, device=query.device) if config.turns == "each" else None
-    if newest is not None and _is_kept_whole(config, turn):
+    if newest is not None and _is_kept_whole(layer, turn):
         return [layer]
     if layer.ordinal == 0:
         limits = _candidates(layer) if newest is None and compressor.method.cross_layer else None
@@ -158,7 +158,9 @@ def _candidates(first: MixKVLayer) -> np.ndarray:
     return (torch.stack(rows, dim=1) - state.config.window).clamp(min=0).numpy()
 
 
-def _is_kept_whole(config: MixKVConfig, turn: Turn) -> bool:
+def _is_kept_whole(layer: MixKVLayer, turn: Turn) -> bool:
     """Whether no batch row's turn exceeds its budget."""
-    real = torch.tensor(turn.real)
-    return bool((real - config.window <= base_entries(config, real)).all())
+    real, config = torch.tensor(turn.real), layer.state.config
+    key, value = (torch.empty(0, size, dtype=layer.dtype) for size in layer.shape[1:])
+    place = {"heads": layer.compressor().shard.total, "num_layers": layer.state.num_layers}
+    return bool((real - config.window <= base_entries(config, real, key, value, **place)).all())
