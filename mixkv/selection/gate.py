@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops.score_reference import token_blocks
+
 # What is predicted is the logarithm of a row's largest weight in the replay plus this: weights below it are alike.
 _LEAST = 1e-5
 # Added to the diagonal of the normal equations, as a share of it.
@@ -55,8 +57,12 @@ def features(key: torch.Tensor, value: torch.Tensor, partner: torch.Tensor) -> t
 
 def predict(key: torch.Tensor, value: torch.Tensor, gate: LayerGate) -> torch.Tensor:
     """The largest weight that a replay is expected to give each row, float32 [B, Hkv, N], in [0, 1]."""
-    found = features(key, value, gate.partner) @ gate.weight.unsqueeze(-1)
-    return (found.squeeze(-1).exp() - _LEAST).clamp(0, 1)
+    found, weight = torch.empty(key.shape[:3], device=key.device), gate.weight.unsqueeze(-1)
+    # A block's features are there beside its keys and values.
+    for first, last in token_blocks(key, 3 * weight.shape[1]):
+        part = features(key[:, :, first:last], value[:, :, first:last], gate.partner)
+        found[:, :, first:last] = (part @ weight).squeeze(-1)
+    return found.exp_().sub_(_LEAST).clamp_(0, 1)
 
 
 class GateFit:
