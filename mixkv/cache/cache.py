@@ -17,7 +17,7 @@ from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageTokens
-from . import save, stats, turns
+from . import gates, save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
 from .replay import Replayer, check_watched, replayer
@@ -69,6 +69,8 @@ class MixKVCache(TrackedCache):
         if registry.method(self.config.method).needs_profile:
             head_profile.check_model(cast(head_profile.Table, self.config.profile), model.config.model_type)
         slots = binding.bind(model, self)
+        if registry.score(self.config.score).needs_gate:
+            self._state.gate = gates.of_model(model, self.config.gate)
         self._bound_to = binding.ModelReference(model)
         # The layers of a cache that was unpickled, or whose model was loaded again, stay: only the binding is new.
         if not self.layers:

@@ -321,7 +321,10 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def compressor(self) -> Compressor:
         """One that chooses what this layer keeps."""
         module = self.module and self.module()
-        return self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+        compressor = self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+        if self.state.gate is not None:
+            compressor.gate = self.state.gate.layers[self.ordinal].to(self.device)
+        return compressor
 
     # What the budget that layers share calls.
 

@@ -18,6 +18,7 @@ from ..ops import dispatch
 from ..ops.score_reference import Directions
 from ..tensor_parallel import HeadShard
 from .apportion import apportion, to_device, to_host
+from .gate import LayerGate
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +68,11 @@ class Measured:
     Attributes:
         replay: float32 [B, Hkv, N], the largest attention weight that each token gets while the prompt is repeated; None: it was
             not.
+        gate: of the layer, for the heads of this process; None: there is none.
     """
 
     replay: torch.Tensor | None = None
+    gate: LayerGate | None = None
 
 
 @dataclass(frozen=True, eq=False)
