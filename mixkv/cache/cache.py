@@ -70,8 +70,7 @@ class MixKVCache(TrackedCache):
         self._bound_to = binding.ModelReference(model)
         if self.layers:
             # A cache that was unpickled, or whose model was loaded again: only the binding is new.
-            if not self:
-                self._watch_decoder()
+            self._watch_decoder()
             return
         self._slots = slots
         self._state.num_layers = sum(slot is None for slot in self._slots)
@@ -80,11 +79,12 @@ class MixKVCache(TrackedCache):
         self._watch_decoder()
 
     def _watch_decoder(self) -> None:
-        """Where the score needs a replay, has the next prompt repeated when it has been read."""
+        """Where the score needs a replay, has the next prompt or turn repeated when it has been read."""
         model = self._bound_to and self._bound_to()
         if self._replayer is not None:
             self._replayer.remove()
-        if model and registry.score(self.config.score).needs_replay:
+        waits = registry.score(self.config.score).needs_replay and (not self or self.config.turns != "first")
+        if model and waits:
             self._replayer = Replayer(self, model.get_decoder())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,8 +100,7 @@ class MixKVCache(TrackedCache):
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
-        if not self:
-            self._watch_decoder()
+        self._watch_decoder()
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -145,7 +144,7 @@ class MixKVCache(TrackedCache):
         state.valid.clear()
         if layer.prompt is not None or state.reads_turn(layer.seen):
             return
-        replayed = registry.score(self.config.score).needs_replay and layer.seen == 0
+        replayed = registry.score(self.config.score).needs_replay and (layer.seen == 0 or self.config.turns != "first")
         if replayed and not (self._replayer and self._replayer.reading):
             raise RuntimeError(
                 f"score={self.config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it "

@@ -246,9 +246,12 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def compress_replayed(self) -> None:
         """`compress`, after the replay."""
         prompt = cast(WholePrompt, self.prompt)
-        self.compress(
-            prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=prompt.measured()
-        )
+        if self.rows is not None:
+            turns.compress_replayed(self, prompt)
+            return
+        measured = prompt.measured()
+        self.compress(prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=measured)
+        turns.keep_scores(self, measured.replay)
 
     def refit(self) -> None:
         """Refits the values of the rows, which are those that stay."""

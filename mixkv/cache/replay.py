@@ -64,12 +64,15 @@ def count_parts(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def parts(batch: int, length: int, padding: torch.Tensor | None, size: int, prefix: int) -> Iterator[ReplayPart]:
+def parts(
+    batch: int, length: int, padding: torch.Tensor | None, size: int, prefix: int, before: int = 0
+) -> Iterator[ReplayPart]:
     """A prompt [batch, length] in parts of at most ``size`` tokens, a batch row in the parts that it has alone.
 
     Args:
         padding: int64 [batch], the padding on the left of each batch row; None: there is none.
         prefix: tokens that are read before those of a part.
+        before: rows held before those of the [batch, length] tokens, all of which are visible in every part.
     """
     start = torch.zeros(batch, dtype=torch.long) if padding is None else padding.cpu()
     real = length - start
@@ -84,13 +87,16 @@ def parts(batch: int, length: int, padding: torch.Tensor | None, size: int, pref
         exists = index < end[:, None]
         index = index.clamp(max=length - 1)
         visible, shown = index, exists
-        if number > 0:
+        if before:
+            visible = torch.cat([torch.arange(before).expand(batch, -1), index + before], dim=1)
+            shown = torch.nn.functional.pad(exists, (before, 0), value=True)
+        elif number > 0:
             visible = torch.cat([first.clamp(max=length - 1), index], dim=1)
             shown = torch.cat([first < length, exists], dim=1)
         cue = min(CUE, int(step.min())) if number > 0 else 0
-        before = begin[:, None] + torch.arange(-cue, 0)
+        cues = begin[:, None] + torch.arange(-cue, 0)
         scored = torch.nn.functional.pad(exists, (prefix + cue, 0))
-        yield ReplayPart(visible, shown, torch.cat([before.clamp(0, length - 1), index], dim=1), scored)
+        yield ReplayPart(visible, shown, torch.cat([cues.clamp(0, length - 1), index], dim=1), scored)
 
 
 @torch.no_grad()
@@ -109,19 +115,20 @@ def replay(cache, decoder: nn.Module, inputs: DecoderInputs, size: int, instruct
     state = cache._state
     layers = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
     held = cache.layers
-    batch, length = layers[0].batch, layers[0].seen
-    valid = cast(WholePrompt, layers[0].prompt).valid
+    prompt = cast(WholePrompt, layers[0].prompt)
+    batch, length, valid = layers[0].batch, prompt.length, prompt.valid
     padding = None if valid is None else (~valid).sum(dim=1)
     inputs.join()
     prefix = torch.zeros(batch, 0, dtype=torch.long) if instruction is None else instruction.expand(batch, -1)
     try:
-        for part in parts(batch, length, padding, size, prefix.shape[1]):
+        for part in parts(batch, length, padding, size, prefix.shape[1], prompt.before):
             cache.layers = [copy.deepcopy(layer) if stock_layers.is_bounded(layer) else layer for layer in held]
             state.replay = part
             arguments = inputs.take(part.index, prefix, decoder.get_input_embeddings())
             if valid is not None:
                 mask = torch.ones(batch, part.scored.shape[1], dtype=torch.bool, device=valid.device)
-                arguments["attention_mask"] = torch.cat([valid, mask], dim=1)
+                earlier = torch.ones(batch, layers[0].seen - length, dtype=torch.bool, device=valid.device)
+                arguments["attention_mask"] = torch.cat([earlier, valid, mask], dim=1)
             decoder(**arguments, **cache_argument(cache), use_cache=True)
     finally:
         state.replay, cache.layers = None, held
@@ -155,11 +162,18 @@ class Replayer:
         cache = self.cache()
         if cache is None or arguments.get(CACHE_ARGUMENT) is not cache or cache._state.replay is not None:
             return
-        if any(isinstance(layer, MixKVLayer) and layer.rows is not None for layer in cache.layers):
+        seen, in_prompt = (
+            cache.get_seq_length(),
+            all(layer.rows is None for layer in cache.layers if isinstance(layer, MixKVLayer)),
+        )
+        if not in_prompt and cache.config.turns == "first":
             # What follows a prompt is not repeated.
             self.remove()
-        else:
-            self.inputs.append(arguments, cache.get_seq_length())
+            return
+        if not in_prompt and not cache._state.reads_turn(seen):
+            # Whether these tokens begin a turn shows later.
+            self.inputs = DecoderInputs()
+        self.inputs.append(arguments, seen)
 
     def after(self, arguments: dict[str, Any]) -> None:
         """The decoder has been called. If the prompt has been read to its end, it is repeated and compressed."""
@@ -167,7 +181,8 @@ class Replayer:
         ours = cache is not None and arguments.get(CACHE_ARGUMENT) is cache and cache._state.replay is None
         if not ours or cache._state.progress.awaits is None:
             return
-        self.remove()
+        if cache.config.turns == "first":
+            self.remove()
         inputs, self.inputs = self.inputs, DecoderInputs()
         replay(cache, decoder, inputs, cache.config.replay_chunk)
         cache._state.progress.awaits = None
