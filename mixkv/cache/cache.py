@@ -18,7 +18,7 @@ from ..hf.image_tokens import ImageTokens
 from . import save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
-from .replay import Replayer
+from .replay import Replayer, check_seen
 from .state import CacheState
 from .tracked import TrackedCache
 
@@ -144,32 +144,16 @@ class MixKVCache(TrackedCache):
         state.valid.clear()
         if layer.prompt is not None or state.reads_turn(layer.seen):
             return
-        replayed = registry.score(self.config.score).needs_replay and (layer.seen == 0 or self.config.turns != "first")
-        if replayed and not (self._replayer and self._replayer.reading):
-            raise RuntimeError(
-                f"score={self.config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it "
-                f"for the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
-            )
+        if layer.seen == 0 or self.config.turns != "first":
+            check_seen(self.config, self._replayer)
         images = copy.copy(state.images)
         if layer.seen == 0:
-            self._plan_prompt(tokens)
-            tokens = state.prompt_length or tokens
+            tokens = turns.begin_prompt(state, tokens)
         else:
             state.turn = turns.begin(state, layer.seen, tokens)
             tokens = tokens if state.turn is None else max(tokens, state.turn.end - layer.seen)
         state.images.read(layer.seen, tokens, key_states)
         state.before.images = images
-
-    def _plan_prompt(self, tokens: int) -> None:
-        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
-        state = self._state
-        if state.expected_prompt is None:
-            state.prompt_length, assisted = call_stack.prompt_plan(tokens)
-            state.rollback_enabled |= assisted
-        else:
-            state.prompt_length, state.expected_prompt = state.expected_prompt, None
-        if state.prompt_length is not None and state.prompt_length < tokens:
-            turns.check_drafts(self.config, state.prompt_length, tokens)
 
     def expect_prompt(self, length: int) -> None:
         """Says how long the next prompt is, so that it is compressed when all of it has been read.

@@ -20,6 +20,7 @@ from ..selection.context import Measured
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
+from ..storage import formats  # noqa: F401 (adds the row formats)
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
 from ..storage.rows import Rows, with_chunks
@@ -119,7 +120,7 @@ class Compressor:
         else:
             selection = ranking.take(self.shard.own(entries))
             remote = self.remote_heads(entries, key.device)
-        store = RaggedStore.from_selection(key, value, selection, config.backend)
+        rows = registry.row_format(config.rows).rows(key, value, selection, config.backend)
         statistics = PromptStatistics(
             selection.redundancy,
             None if image is None else scores.modal_redundancy(key, image, valid),
@@ -127,7 +128,7 @@ class Compressor:
             dynamic,
             weighs_output=self.weighs_output,
         )
-        return Compressed(with_chunks(store, chunks), selection, statistics, remote)
+        return Compressed(with_chunks(rows, chunks), selection, statistics, remote)
 
     def allocate(
         self,

@@ -24,8 +24,8 @@ FIRST = 4
 class Part(Protocol):
     """What a layer holds of one kind.
 
-    A class of parts has ``restore(tensors, numbers, config) -> part``, the part whose ``state`` these are, or None; tensors are
-    on the layer's device and belong to the part.
+    A class of parts has ``restore(tensors, numbers, config, dtype) -> part``, the part whose ``state`` these are, or None;
+    tensors are on the layer's device and belong to the part, ``dtype`` is the model's.
     """
 
     nbytes: int
@@ -58,7 +58,7 @@ class PromptSoFar:
         raise ValueError("the prompt has not been read to its end: save the cache once it has been")
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> None:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> None:
         return None
 
 
@@ -141,7 +141,7 @@ class QueryWindow:
         return {"query_tail": self.query}, {}
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> QueryWindow | None:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> QueryWindow | None:
         return cls(tensors["query_tail"]) if "query_tail" in tensors else None
 
 
@@ -170,7 +170,7 @@ class RowScores:
         return {"scored_position": self.position, "row_score": self.score}, {}
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> RowScores | None:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> RowScores | None:
         return cls(tensors["scored_position"], tensors["row_score"]) if "row_score" in tensors else None
 
 
@@ -206,7 +206,7 @@ class PromptStatistics:
         return self._tensors(), {"share": self.share, "weighs_output": self.weighs_output}
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> PromptStatistics:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> PromptStatistics:
         measured = {name: tensors.get(name) for name in ("modal_redundancy", "sparsity", "dynamic")}
         return cls(tensors["redundancy"], **measured, share=numbers["share"], weighs_output=numbers.get("weighs_output"))
 
@@ -229,7 +229,7 @@ class RemoteHeads(tensor_parallel.RemoteLengths):
         raise ValueError("other processes hold heads of this layer: it cannot be saved")
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> None:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> None:
         return None
 
 
@@ -253,7 +253,7 @@ def from_earlier(attributes: dict[str, Any]) -> dict[str, Any]:
     }
     return former | {
         "prompt": None if dense is None else PromptSoFar(*dense),
-        "rows": None if store is None else stored_rows.with_chunks(store, chunks),
+        "rows": None if store is None else stored_rows.with_chunks(stored_rows.RaggedRows(store), chunks),
         "remote": former.pop("spread"),
         "window": None if query is None else QueryWindow(query),
         "statistics": None if store is None else PromptStatistics(**measured),

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .. import registry
+from ..config import MixKVConfig
 from ..hf import stock_layers
 from ..hf.decoder_inputs import DecoderHook, DecoderInputs
 from ..hf.versions import CACHE_ARGUMENT, cache_argument
@@ -186,3 +188,12 @@ class Replayer:
         inputs, self.inputs = self.inputs, DecoderInputs()
         replay(cache, decoder, inputs, cache.config.replay_chunk)
         cache._state.progress.awaits = None
+
+
+def check_seen(config: MixKVConfig, replayer: Replayer | None) -> None:
+    """Raises a RuntimeError if a prompt or turn is to be repeated and its inputs have not been seen."""
+    if registry.score(config.score).needs_replay and not (replayer and replayer.reading):
+        raise RuntimeError(
+            f"score={config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it "
+            f"for the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
+        )

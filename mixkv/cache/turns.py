@@ -11,8 +11,8 @@ import torch
 from .. import registry
 from ..config import MixKVConfig
 from ..hf import call_stack
+from ..selection.budget import base_entries
 from ..selection.context import Measured
-from ..selection.select import base_entries
 from .parts import FIRST, RowScores, WholePrompt
 
 if TYPE_CHECKING:
@@ -40,6 +40,22 @@ class Turn:
 
     def take_rows(self, rows: list[int]) -> None:
         self.real = None if self.real is None else [self.real[row] for row in rows]
+
+
+def begin_prompt(state: CacheState, tokens: int) -> int:
+    """The length of the prompt whose first forward reads so many ``tokens``, drafts left out; the state has it if it is another.
+
+    Raises:
+        RuntimeError: as `begin`.
+    """
+    if state.expected_prompt is None:
+        state.prompt_length, assisted = call_stack.prompt_plan(tokens)
+        state.rollback_enabled |= assisted
+    else:
+        state.prompt_length, state.expected_prompt = state.expected_prompt, None
+    if state.prompt_length is not None and state.prompt_length < tokens:
+        check_drafts(state.config, state.prompt_length, tokens)
+    return state.prompt_length or tokens
 
 
 def begin(state: CacheState, seen: int, tokens: int) -> Turn | None:
@@ -105,7 +121,7 @@ def enforce_budgets(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor
             return
         query = query if layer.window is None else layer.window.query
         layer.window = layer.window if state.keeps_window else None
-        if registry.score(state.config.score).needs_replay and not _is_kept_whole(state.config, turn):
+        if registry.score(state.config.score).needs_replay and not _is_kept_whole(layer, turn):
             _await_replay(layer, query, output)
             return
         finished = compress(layer, query, output)
@@ -169,7 +185,7 @@ def compress(
     state, store, turn = layer.state, layer.store, layer.state.turn
     config, compressor, remote = state.config, layer.compressor(), layer.remote
     newest = torch.tensor(turn.real, device=query.device) if config.turns == "each" else None
-    if _is_kept_whole(config, turn):
+    if _is_kept_whole(layer, turn):
         return [layer]
     if layer.ordinal == 0:
         limits = _candidates(layer, replay is not None) if newest is None and compressor.method.cross_layer else None
@@ -216,9 +232,11 @@ def _candidates(first: MixKVLayer, stored: bool) -> np.ndarray:
     return (torch.stack(rows, dim=1) - state.config.window).clamp(min=0).numpy()
 
 
-def _is_kept_whole(config: MixKVConfig, turn: Turn) -> bool:
+def _is_kept_whole(layer: MixKVLayer, turn: Turn) -> bool:
     """Whether no batch row's turn exceeds its budget."""
-    if config.turns == "all":
+    if layer.state.config.turns == "all":
         return False
-    real = torch.tensor(turn.real)
-    return bool((real - config.window <= base_entries(config, real)).all())
+    real, config = torch.tensor(turn.real), layer.state.config
+    key, value = (torch.empty(0, size, dtype=layer.dtype) for size in layer.shape[1:])
+    place = {"heads": layer.compressor().shard.total, "num_layers": layer.state.num_layers}
+    return bool((real - config.window <= base_entries(config, real, key, value, **place)).all())
