@@ -69,10 +69,12 @@ class Measured:
     Attributes:
         replay: float32 [B, Hkv, N], the largest attention weight that each token gets while the prompt is repeated; None: it was
             not.
+        queries: [B, Hq, n, D], of tokens spread over the replay; None: there was none.
         gate: of the layer, for the heads of this process; None: there is none.
     """
 
     replay: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
     gate: LayerGate | None = None
 
 

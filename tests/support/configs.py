@@ -31,4 +31,4 @@ def measured_for(score, key):
         partner = torch.arange(key.shape[3]).roll(pairs)
         # For values of the keys' size.
         gate = LayerGate(0.2 * torch.randn(key.shape[1], pairs + key.shape[3] + 3, generator=generator) - 0.5, partner)
-    return Measured(replay, gate)
+    return Measured(replay, gate=gate)
