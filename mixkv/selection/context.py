@@ -19,6 +19,7 @@ from ..ops import dispatch
 from ..ops.arguments import LogitOptions
 from ..tensor_parallel import HeadShard
 from .apportion import apportion, to_device, to_host
+from .gate import LayerGate
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +69,13 @@ class Measured:
     Attributes:
         replay: float32 [B, Hkv, N], the largest attention weight that each token gets while the prompt is repeated; None: it was
             not.
+        queries: [B, Hq, n, D], of tokens spread over the replay; None: there was none.
+        gate: of the layer, for the heads of this process; None: there is none.
     """
 
     replay: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    gate: LayerGate | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from . import attention
 from . import keydiff
 from . import output
 from . import replay
+from . import gate
 
 from .diversity import Directions, directions, modal_redundancy, redundancy, similarity
 from ...ops.mixing_reference import match, pool
