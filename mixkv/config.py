@@ -66,6 +66,8 @@ class MixKVConfig:
         decode_slack: see ``decode_budget``.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
+        compile: whether ``generate`` compiles decode steps to one graph each (torch.compile). The first call takes long; see
+            `mixkv.cache.stepped`.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.
@@ -95,6 +97,7 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
+    compile: bool = False
 
     def __post_init__(self) -> None:
         registry.method(self.method)
@@ -115,8 +118,9 @@ class MixKVConfig:
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
-        if not isinstance(self.offload, bool):
-            raise ValueError(f"offload={self.offload!r} must be True or False")
+        for name in ("offload", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         self._check_budget()
         self._check_tables()
 

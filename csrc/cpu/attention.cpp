@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention.h"
 #include "rows.h"
 #include "store.h"
 
@@ -153,8 +154,8 @@ static Run stored_rows(const Store& store, const Extents& extents, const Tensor&
           store.value_size, extents.lengths[s]};
 }
 
-static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, int64_t, double scaling,
-                     double softcap, std::optional<Tensor> sinks) {
+Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, int64_t, double scaling, double softcap,
+              std::optional<Tensor> sinks) {
   const Store store(key_buffer, value_buffer, starts, lengths);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);

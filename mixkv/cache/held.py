@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from ..storage.chunks import ChunkStore
+from ..storage.counted import Counted, CountsSteps
 from ..storage.ragged import RaggedStore
 from ..storage.rows import Rows
 from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads
 from .state import CacheState
 
 
-class HeldEntries:
+class HeldEntries(CountsSteps):
     """What a layer holds; a `MixKVLayer` is one.
 
     Attributes:
@@ -26,13 +27,16 @@ class HeldEntries:
     state: CacheState
     shape: tuple[int, int, int] | None
     dtype: torch.dtype
-    seen: int
+    seen = Counted()
     is_initialized: bool
     prompt: PromptSoFar | None
     rows: Rows | None
     remote: RemoteHeads | None
     window: QueryWindow | None
     statistics: PromptStatistics | None
+
+    def _add_steps(self, new: int) -> None:
+        self.__dict__["seen"] += new
 
     @property
     def parts(self) -> list[Part]:

@@ -28,6 +28,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         logits: how the model computes its logits, once the prompt has been read.
     """
 
+    is_step = False
     is_sliding = False
     is_compileable = False
     is_croppable = True
@@ -48,6 +49,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             setattr(self, name, None)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.follow(None)
         return {**self.__dict__, "module": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
