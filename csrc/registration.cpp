@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("mean_directions(Tensor key, Tensor? valid) -> (Tensor, Tensor, Tensor)");
   m.def("row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) -> Tensor");
   m.def("match(Tensor raw, Tensor reference, Tensor? valid) -> Tensor");
-  m.def("places(Tensor order) -> Tensor");
+  m.def("places(Tensor score) -> (Tensor, Tensor)");
   m.def("ada_counts(Tensor importance, Tensor base, Tensor totals) -> Tensor");
   m.def("take(Tensor ranks, Tensor entries, Tensor? window, int width) -> (Tensor, Tensor, Tensor)");
   m.def("mean_cosine(Tensor mean, Tensor count) -> Tensor");
@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("normalized(Tensor importance, float exponent) -> Tensor");
   m.def("gather(Tensor key, Tensor value, Tensor positions, Tensor counts, int spare_rows, float spare_share) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("pool(Tensor attention, int kernel_size, bool largest) -> Tensor");
+  m.def("pool(Tensor attention, Tensor? norm, int kernel_size, bool largest) -> Tensor");
   m.def("merge_largest(Tensor value, Tensor owner, Tensor importance, Tensor within, Tensor totals, int owners) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
   m.def("evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor ranks, "

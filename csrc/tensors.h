@@ -134,6 +134,13 @@ struct BoundsShape {
   }
 };
 
+// Which tokens [B, Hkv, N] count.
+inline void check_mask(const Tensor& mask, int64_t batch, int64_t heads, int64_t tokens, const char* name) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 3 && mask.size(0) == batch && mask.size(1) == heads &&
+                      mask.size(2) == tokens,
+                  name, " must be a bool [B, Hkv, tokens] tensor");
+}
+
 // Observation window [B, Hq, W, D] over keys [B, Hkv, N, D].
 struct WindowShape {
   int64_t batch, query_heads, heads, groups, window, tokens, size;

@@ -60,10 +60,17 @@ class MixKVConfig:
             the model's device, and only what is read of them a step is saved.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a file with
             one, JSON or what ``mixkv calibrate`` writes; see `mixkv.head_profile`. Layers are those that attend to everything.
+        refit: whether the values of kept rows are changed by ridge regression so that the window's queries get what they got from
+            the whole prompt; see `mixkv.selection.refit`. Where nothing was evicted they stay as they are. Of ``hybridkv``
+            those of pruned heads are.
         decode_budget: bound for what generation adds: once a layer has more than ``decode_budget + decode_slack`` entries per
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
+        turns: which turns of a conversation are compressed. ``first`` the prompt alone, later turns are kept whole; ``each`` every
+            later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
+            ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
+            turn being read and what was generated since the turn before.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
         compile: whether ``generate`` compiles decode steps to one graph each (torch.compile). The first call takes long; see
@@ -97,6 +104,8 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
+    refit: bool = False
+    turns: str = "first"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -105,6 +114,7 @@ class MixKVConfig:
         _one_of("backend", self.backend, registry.BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
+        _one_of("turns", self.turns, ("first", "each", "all"))
         _positive_int("window", self.window)
         for name in ("kernel_size", "output_kernel_size"):
             _positive_int(name, getattr(self, name))
@@ -118,7 +128,7 @@ class MixKVConfig:
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
-        for name in ("offload", "compile"):
+        for name in ("offload", "refit", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         self._check_budget()
@@ -136,6 +146,15 @@ class MixKVConfig:
             raise ValueError(
                 f"budget={budget} must exceed window={self.window}: the window is always kept and counts in the budget. "
                 f"Raise the budget or lower the window"
+            )
+        if self.turns != "first" and not registry.method(self.method).turns:
+            raise ValueError(
+                f"turns={self.turns!r} does not go with method={self.method!r}, which keeps later turns whole: leave it out, or use "
+                f"another method"
+            )
+        if self.turns == "all" and isinstance(budget, float):
+            raise ValueError(
+                f"budget={budget} is a share of a prompt, and turns='all' needs a bound on all that is held: give budget as an int"
             )
         if self.decode_budget is not None and not registry.method(self.method).decode_budget:
             raise ValueError(

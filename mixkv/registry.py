@@ -24,8 +24,8 @@ class Method:
         allocate: ``allocate(context) -> entries``: the number of candidates [B, Hkv] (int64) that each head of a layer keeps
             beside its observation window; ``context`` is a `mixkv.selection.context.AllocationContext`. None for a method
             with a ``plan``.
-        new_budget: ``new_budget(config, num_layers, patient=False) -> budget``: makes the budget that the layers of one prompt
-            share, see `mixkv.selection.global_budget`; None: every layer has its own.
+        new_budget: ``new_budget(config, num_layers, patient=False, limits=None) -> budget``: makes the budget that the layers of
+            one prompt share, see `mixkv.selection.global_budget`; None: every layer has its own.
         plan: divides heads into those that are pruned and those that keep all entries in chunks, see
             `mixkv.selection.hybrid.plan`; None: all heads are pruned.
         options: fields of `MixKVConfig` that the allocation reads and no score does.
@@ -33,6 +33,7 @@ class Method:
         uses_importance: whether it reads the candidates' importance; under tensor parallelism that of all heads is gathered.
         uses_output_importance: whether that importance is `ScoreContext.output_importance`, whatever the score.
         decode_budget: whether it works with ``MixKVConfig(decode_budget=...)``.
+        turns: whether it works with ``MixKVConfig(turns=...)`` other than ``first``.
         tensor_parallel: whether it works where each process has some of a layer's KV heads.
         built_in: False for the user's.
     """
@@ -48,6 +49,7 @@ class Method:
     uses_importance: bool = False
     uses_output_importance: bool = False
     decode_budget: bool = True
+    turns: bool = True
     tensor_parallel: bool = True
     built_in: bool = True
 

@@ -66,6 +66,11 @@ static void projected_norm(const Projection& projection, float* out, float* scra
         rows[r] = converted + r * size;
       }
     }
+    // Values lie a token apart, which is further than the chip looks ahead by itself.
+    for (int r = 0; r < kNormRows && n + kNormRows + r < projection.rows; ++r) {
+      const char* next = (const char*)((const T*)projection.value + (n + kNormRows + r) * projection.value_stride);
+      for (size_t byte = 0; byte < size * sizeof(T); byte += 64) __builtin_prefetch(next + byte);
+    }
     Vec squares[kNormRows] = {};
     for (int64_t block = 0; block < blocks; ++block) {
       const int begin = int(begins[block]);

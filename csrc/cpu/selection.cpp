@@ -1,6 +1,7 @@
-// Numbers become choices: match, mix, normalized and pool (scores), take (what a head keeps), merge_largest (what heads of all layers keep).
+// What heads keep: places (candidates in order), ada_counts, take, merge_largest (over the layers so far).
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <tuple>
@@ -9,114 +10,6 @@
 #include "store.h"
 
 namespace mixkv::cpu {
-
-static void check_mask(const Tensor& mask, int64_t batch, int64_t heads, int64_t tokens, const char* name) {
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 3 && mask.size(0) == batch && mask.size(1) == heads &&
-                      mask.size(2) == tokens,
-                  name, " must be a bool [B, Hkv, tokens] tensor");
-}
-
-// Scores of one head; null `valid`: all candidates are.
-struct Candidates {
-  int64_t tokens;
-  const uint8_t* valid;
-  int64_t stride;
-
-  bool counts(int64_t n) const { return valid == nullptr || valid[n * stride]; }
-};
-
-static Candidates candidates_of(const std::optional<Tensor>& valid, int64_t s, int64_t heads, int64_t tokens) {
-  if (!valid) return {tokens, nullptr, 0};
-  return {tokens, data<uint8_t>(*valid) + s / heads * valid->stride(0) + s % heads * valid->stride(1), valid->stride(2)};
-}
-
-static double mean_of(const Candidates& all, const float* from) {
-  double sum = 0.0;
-  int64_t count = 0;
-  for (int64_t n = 0; n < all.tokens; ++n) {
-    if (!all.counts(n)) continue;
-    sum += from[n];
-    ++count;
-  }
-  return sum / double(std::max<int64_t>(count, 1));
-}
-
-// Writes sign * from, min-max scaled, with the mean `target`.
-static void match_head(const Candidates& all, const float* from, float sign, double target, float* to) {
-  // A number that is not one stays in the bounds, as in torch.
-  float low = std::numeric_limits<float>::infinity(), high = -low;
-  for (int64_t n = 0; n < all.tokens; ++n) {
-    if (!all.counts(n)) continue;
-    const float x = sign * from[n];
-    low = x < low || x != x ? x : low;
-    high = x > high || x != x ? x : high;
-  }
-  const bool varies = high > low;
-  const float range = high - low;
-  for (int64_t n = 0; n < all.tokens; ++n) to[n] = varies && all.counts(n) ? (sign * from[n] - low) / range : 0.0f;
-  const float mean = float(mean_of(all, to)), factor = mean > 0.0f ? float(target) / mean : 0.0f;
-  for (int64_t n = 0; n < all.tokens; ++n) to[n] *= factor;
-}
-
-static void check_alike(const Tensor& one, const Tensor& other, const char* names) {
-  STD_TORCH_CHECK(one.dim() == 3 && other.dim() == 3 && one.scalar_type() == ScalarType::Float && other.scalar_type() == ScalarType::Float &&
-                      one.size(0) == other.size(0) && one.size(1) == other.size(1) && one.size(2) == other.size(2),
-                  names, " must be float32 [B, Hkv, M] of one shape");
-}
-
-static Tensor match(Tensor raw, Tensor reference, std::optional<Tensor> valid) {
-  check_alike(raw, reference, "raw and reference");
-  raw = torch::stable::contiguous(raw);
-  reference = torch::stable::contiguous(reference);
-  const int64_t batch = raw.size(0), heads = raw.size(1), tokens = raw.size(2);
-  if (valid) check_mask(*valid, batch, heads, tokens, "valid");
-  Tensor out = torch::stable::new_empty(raw, {batch, heads, tokens}, ScalarType::Float);
-  for (int64_t s = 0; s < batch * heads; ++s) {
-    const Candidates all = candidates_of(valid, s, heads, tokens);
-    const double target = mean_of(all, data<float>(reference) + s * tokens);
-    match_head(all, data<float>(raw) + s * tokens, 1.0f, target, data<float>(out) + s * tokens);
-  }
-  return out;
-}
-
-static Tensor mix(Tensor importance, Tensor similarity, Tensor value_norm, Tensor share, std::optional<Tensor> valid) {
-  check_alike(importance, similarity, "importance and similarity");
-  check_alike(importance, value_norm, "importance and value_norm");
-  const int64_t batch = importance.size(0), heads = importance.size(1), tokens = importance.size(2);
-  STD_TORCH_CHECK(share.dim() == 2 && share.scalar_type() == ScalarType::Float && share.size(0) == batch && share.size(1) == heads,
-                  "share must be float32 [B, Hkv]");
-  if (valid) check_mask(*valid, batch, heads, tokens, "valid");
-  for (Tensor* tensor : {&importance, &similarity, &value_norm, &share}) *tensor = torch::stable::contiguous(*tensor);
-  Tensor out = torch::stable::new_empty(importance, {batch, heads, tokens}, ScalarType::Float);
-  std::vector<float> size(tokens);
-  for (int64_t s = 0; s < batch * heads; ++s) {
-    const Candidates all = candidates_of(valid, s, heads, tokens);
-    const float* from = data<float>(importance) + s * tokens;
-    const float part = data<float>(share)[s], rest = 1.0f - part;
-    const double target = mean_of(all, from);
-    float* to = data<float>(out) + s * tokens;
-    match_head(all, data<float>(similarity) + s * tokens, -1.0f, target, to);
-    match_head(all, data<float>(value_norm) + s * tokens, 1.0f, target, size.data());
-    for (int64_t n = 0; n < tokens; ++n) to[n] = part * to[n] + rest * (from[n] + size[n]);
-  }
-  return out;
-}
-
-static Tensor normalized(Tensor importance, double exponent) {
-  STD_TORCH_CHECK(importance.dim() == 3 && importance.scalar_type() == ScalarType::Float, "importance must be float32 [B, Hkv, M]");
-  importance = torch::stable::contiguous(importance);
-  const int64_t batch = importance.size(0), count = importance.size(1) * importance.size(2);
-  Tensor out = torch::stable::new_empty(importance, {batch, importance.size(1), importance.size(2)}, ScalarType::Float);
-  for (int64_t b = 0; b < batch; ++b) {
-    const float* from = data<float>(importance) + b * count;
-    float* to = data<float>(out) + b * count;
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t n = 0; n < count; ++n) largest = from[n] > largest || from[n] != from[n] ? from[n] : largest;
-    const float divisor = largest > 0.0f ? std::pow(largest, float(exponent)) : 1.0f;
-    for (int64_t n = 0; n < count; ++n) to[n] = from[n] / divisor;
-  }
-  return out;
-}
 
 static std::tuple<Tensor, Tensor, Tensor> take(Tensor ranks, Tensor entries, std::optional<Tensor> window, int64_t width) {
   STD_TORCH_CHECK(ranks.dim() == 3 && ranks.scalar_type() == ScalarType::Int, "ranks must be int32 [B, Hkv, M]");
@@ -160,30 +53,6 @@ static std::tuple<Tensor, Tensor, Tensor> take(Tensor ranks, Tensor entries, std
     }
   }
   return {positions, taken, lengths};
-}
-
-static Tensor pool(Tensor attention, int64_t kernel_size, bool largest) {
-  STD_TORCH_CHECK(attention.dim() == 3 && attention.scalar_type() == ScalarType::Float, "attention must be float32 [B, Hkv, M]");
-  STD_TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1, "the kernel size must be odd, is ", kernel_size);
-  attention = torch::stable::contiguous(attention);
-  const int64_t sequences = attention.size(0) * attention.size(1), tokens = attention.size(2), reach = kernel_size / 2;
-  Tensor out = torch::stable::new_empty(attention, {attention.size(0), attention.size(1), tokens}, ScalarType::Float);
-  const float* from = data<float>(attention);
-  float* to = data<float>(out);
-  for (int64_t s = 0; s < sequences; ++s, from += tokens, to += tokens) {
-    // One neighbour of all tokens after the other: as many additions at once as a vector has lanes.
-    std::fill_n(to, tokens, largest ? -std::numeric_limits<float>::infinity() : 0.0f);
-    for (int64_t shift = -reach; shift <= reach; ++shift) {
-      const int64_t begin = std::max<int64_t>(0, -shift), end = std::min(tokens, tokens - shift);
-      if (largest)
-        for (int64_t n = begin; n < end; ++n) to[n] = from[n + shift] > to[n] || from[n + shift] != from[n + shift] ? from[n + shift] : to[n];
-      else
-        for (int64_t n = begin; n < end; ++n) to[n] += from[n + shift];
-    }
-    if (!largest)
-      for (int64_t n = 0; n < tokens; ++n) to[n] /= float(kernel_size);
-  }
-  return out;
 }
 
 // Calls each(n) for the `wanted` largest of `size` numbers in order; of equal ones the first are taken.
@@ -296,31 +165,65 @@ static Tensor ada_counts(Tensor importance, Tensor base, Tensor totals) {
   return out;
 }
 
-static Tensor places(Tensor order) {
-  STD_TORCH_CHECK(order.dim() == 3 && order.scalar_type() == ScalarType::Long, "order must be int64 [B, Hkv, M]");
-  order = torch::stable::contiguous(order);
-  const int64_t sequences = order.size(0) * order.size(1), tokens = order.size(2);
-  Tensor out = torch::stable::new_empty(order, {order.size(0), order.size(1), tokens}, ScalarType::Int);
-  const int64_t* from = data<int64_t>(order);
-  int32_t* to = data<int32_t>(out);
-  for (int64_t s = 0; s < sequences; ++s, from += tokens, to += tokens) {
-    for (int64_t n = 0; n < tokens; ++n) {
-      STD_TORCH_CHECK(from[n] >= 0 && from[n] < tokens, "index ", from[n], " is not below ", tokens);
-      to[from[n]] = int32_t(n);
-    }
+// Sorts by radix: 11 bits of the keys at a time. Returns whether two numbers are equal, or one is nan: then the order is not known.
+static bool places_of(const float* from, int64_t count, std::vector<uint32_t>& memory, int32_t* to) {
+  constexpr int kBits = 11, kPasses = 3, kBuckets = 1 << kBits;
+  memory.resize(4 * count + kPasses * kBuckets);
+  uint32_t *keys = memory.data(), *other = keys + 2 * count, *starts = other + 2 * count;
+  std::fill_n(starts, kPasses * kBuckets, 0u);
+  for (int64_t n = 0; n < count; ++n) {
+    if (from[n] != from[n]) return true;
+    // Adding zero makes a negative zero positive.
+    const float x = from[n] + 0.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    // Smaller keys for larger numbers.
+    bits = bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
+    keys[2 * n] = bits;
+    keys[2 * n + 1] = uint32_t(n);
+    for (int pass = 0; pass < kPasses; ++pass) ++starts[pass * kBuckets + (bits >> (pass * kBits)) % kBuckets];
   }
-  return out;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    uint32_t *start = starts + pass * kBuckets, before = 0;
+    for (int bucket = 0; bucket < kBuckets; ++bucket) {
+      const uint32_t size = start[bucket];
+      start[bucket] = before;
+      before += size;
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      const uint32_t at = start[(keys[2 * n] >> (pass * kBits)) % kBuckets]++;
+      other[2 * at] = keys[2 * n];
+      other[2 * at + 1] = keys[2 * n + 1];
+    }
+    std::swap(keys, other);
+  }
+  bool tied = false;
+  for (int64_t n = 0; n < count; ++n) {
+    to[keys[2 * n + 1]] = int32_t(n);
+    tied |= n > 0 && keys[2 * n] == keys[2 * n - 2];
+  }
+  return tied;
+}
+
+static std::tuple<Tensor, Tensor> places(Tensor score) {
+  STD_TORCH_CHECK(score.dim() == 3 && score.scalar_type() == ScalarType::Float, "score must be float32 [B, Hkv, M]");
+  score = torch::stable::contiguous(score);
+  const int64_t sequences = score.size(0) * score.size(1), tokens = score.size(2);
+  Tensor out = torch::stable::new_empty(score, {score.size(0), score.size(1), tokens}, ScalarType::Int);
+  Tensor tied = torch::stable::new_empty(score, {score.size(0), score.size(1)}, ScalarType::Bool);
+  torch::stable::parallel_for(0, sequences, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> memory;
+    for (int64_t s = begin; s < end; ++s)
+      data<bool>(tied)[s] = places_of(data<float>(score) + s * tokens, tokens, memory, data<int32_t>(out) + s * tokens);
+  });
+  return {out, tied};
 }
 
 }  // namespace mixkv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
-  m.impl("match", TORCH_BOX(&mixkv::cpu::match));
-  m.impl("mix", TORCH_BOX(&mixkv::cpu::mix));
-  m.impl("normalized", TORCH_BOX(&mixkv::cpu::normalized));
   m.impl("places", TORCH_BOX(&mixkv::cpu::places));
   m.impl("ada_counts", TORCH_BOX(&mixkv::cpu::ada_counts));
   m.impl("take", TORCH_BOX(&mixkv::cpu::take));
-  m.impl("pool", TORCH_BOX(&mixkv::cpu::pool));
   m.impl("merge_largest", TORCH_BOX(&mixkv::cpu::merge_largest));
 }

@@ -16,7 +16,7 @@ from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageTokens
-from . import save, stats
+from . import save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
 from .state import CacheState
@@ -129,15 +129,19 @@ class MixKVCache(SteppedCache):
 
     def _read_plan(self, layer: MixKVLayer, key_states: torch.Tensor) -> None:
         """What the first compressed layer finds out for all of them about the tokens of a forward."""
-        self._state.valid.clear()
-        if layer.prompt is not None:
+        state, tokens = self._state, key_states.shape[2]
+        state.valid.clear()
+        if layer.prompt is not None or state.reads_turn(layer.seen):
             return
-        tokens, images = key_states.shape[2], copy.copy(self._state.images)
+        images = copy.copy(state.images)
         if layer.seen == 0:
             self._plan_prompt(tokens)
-            tokens = self._state.prompt_length or tokens
-        self._state.images.read(layer.seen, tokens, key_states)
-        self._state.before.images = images
+            tokens = state.prompt_length or tokens
+        else:
+            state.turn = turns.begin(state, layer.seen, tokens)
+            tokens = tokens if state.turn is None else max(tokens, state.turn.end - layer.seen)
+        state.images.read(layer.seen, tokens, key_states)
+        state.before.images = images
 
     def _plan_prompt(self, tokens: int) -> None:
         """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
@@ -146,31 +150,28 @@ class MixKVCache(SteppedCache):
             state.prompt_length, assisted = call_stack.prompt_plan(tokens)
             state.rollback_enabled |= assisted
         else:
-            state.prompt_length = state.expected_prompt
-        drafts = state.prompt_length is not None and state.prompt_length < tokens
-        if drafts and not registry.method(self.config.method).drafts_with_prompt:
-            raise RuntimeError(
-                f"a prompt of {state.prompt_length} tokens came in one forward with {tokens - state.prompt_length} more, which would "
-                f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
-                f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
-            )
+            state.prompt_length, state.expected_prompt = state.expected_prompt, None
+        if state.prompt_length is not None and state.prompt_length < tokens:
+            turns.check_drafts(self.config, state.prompt_length, tokens)
 
     def expect_prompt(self, length: int) -> None:
         """Says how long the next prompt is, so that it is compressed when all of it has been read.
 
         Needed where you read a prompt in several forwards of your own; `generate` with ``prefill_chunk_size`` or assisted decoding
-        needs it only in a transformers that this library does not know.
+        needs it only in a transformers that this library does not know. Where later turns are compressed
+        (``MixKVConfig(turns=...)``), the same is true of them, between two turns.
 
         Args:
-            length: the length of the prompt in tokens, padding included, images as the tokens that stand for them.
+            length: the length of the prompt or turn in tokens, padding included, images as the tokens that stand for them.
 
         Raises:
             ValueError: it is not a positive int.
-            RuntimeError: something has been read already.
+            RuntimeError: something has been read already, and later turns are not compressed; or a prompt or turn has not been
+                read to its end.
         """
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"length={length!r} must be a positive int: the length of the prompt in tokens")
-        if self:
+        if self and (self.config.turns == "first" or not self._between_turns):
             raise RuntimeError(
                 f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
                 f"after cache.reset()"
@@ -178,9 +179,16 @@ class MixKVCache(SteppedCache):
         self._state.expected_prompt = length
 
     @property
+    def _between_turns(self) -> bool:
+        """Whether whatever was read has been read to its end."""
+        ours = [layer for layer in self.layers if isinstance(layer, MixKVLayer)]
+        return all(layer.prompt is None and not self._state.reads_turn(layer.seen) for layer in ours)
+
+    @property
     def reads_prompt_alone(self) -> bool:
         """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
-        return not registry.method(self.config.method).drafts_with_prompt and not self
+        alone = not registry.method(self.config.method).drafts_with_prompt
+        return alone and (not self or self.config.turns != "first")
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -223,7 +231,7 @@ class MixKVCache(SteppedCache):
         state = self._state
         state.progress.change, self._regions, self._final_length = "reset()", [], None
         self._batch = state.prompt_length = state.expected_prompt = None
-        state.pending_layer = state.shared_budget = state.before = None
+        state.pending_layer = state.shared_budget = state.before = state.turn = None
         state.rollback_enabled = False
         state.images = ImageTokens()
         if self.layers:
@@ -268,6 +276,8 @@ class MixKVCache(SteppedCache):
                     here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
                     getattr(layer, stock_method)(here)
             self._state.images.take_rows(rows)
+            if self._state.turn is not None:
+                self._state.turn.take_rows(rows)
             if self._batch is not None:
                 self._batch = len(rows)
 

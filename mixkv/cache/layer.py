@@ -10,10 +10,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..hf.attention import MARK
 from ..ops.arguments import LogitOptions
+from . import turns
 from .attention_call import AttentionCall
 from .compress import Compressor, row_totals
 from .held import HeldEntries
 from .parts import PARTS, Part, PromptSoFar, QueryWindow, from_earlier
+from .refit import PendingRefit
 from .state import CacheState
 
 
@@ -26,7 +28,10 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         module: the attention module it belongs to, once known.
         arrived: tokens that came with the last forward.
         logits: how the model computes its logits, once the prompt has been read.
+        pending_refit: what values are refitted with once the budget of all layers has been allocated; None: nothing is.
     """
+
+    pending_refit: PendingRefit | None = None
 
     is_step = False
     is_sliding = False
@@ -45,12 +50,13 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         self.shape = None
         self.module: weakref.ref | None = None
         self.logits: LogitOptions | None = None
+        self.pending_refit = None
         for name in PARTS:
             setattr(self, name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.follow(None)
-        return {**self.__dict__, "module": None}
+        self.count_steps()
+        return {**self.__dict__, "module": None, "_steps": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # mixkv 0.1.0 pickled the logit options as a dictionary, and the contents of the parts one by one.
@@ -114,8 +120,9 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def check_crop(self, count: int) -> None:
         """Raises a ValueError if `crop` would for this ``count``."""
         count = self._tokens_to_remove(count)
-        if count > 0 and self.rows is None:
-            raise ValueError(f"cannot crop {count} tokens: the prompt has not been read to its end")
+        if count > 0 and (self.rows is None or self.state.reads_turn(self.seen)):
+            what = "prompt" if self.rows is None else "turn"
+            raise ValueError(f"cannot crop {count} tokens: the {what} has not been read to its end")
         if count > 0:
             self.store.check_crop(count)
 
@@ -189,7 +196,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         """
         self.state.storing = True
         compressor, state = self._compressor(), self.state
-        if state.config.decode_budget is not None or self.window is not None:
+        if state.keeps_window or self.window is not None:
             self._append_query_window(query)
             query = self.window.query
         if self.ordinal == 0:
@@ -202,8 +209,17 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             if budget.complete:
                 state.shared_budget = None
         self.prompt, self.logits = None, logits
-        if state.config.decode_budget is None:
+        if state.config.refit:
+            self.pending_refit = PendingRefit.of_window(query, key, value, output, valid, logits, state.config.window)
+            for layer in [self] if budget is None else budget.finished:
+                layer.refit()
+        if not state.keeps_window:
             self.window = None
+
+    def refit(self) -> None:
+        """Refits the values of the rows, which are those that stay."""
+        self.pending_refit.apply(self.store, self.logits, self.statistics.dynamic)
+        self.pending_refit = None
 
     def fill(
         self,
@@ -221,30 +237,51 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         self.seen = self.arrived = key.shape[2]
         self.compress(query, key, value, output, valid, logits)
 
-    def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
-        """`Rows.decode` of the token seen last."""
+    @property
+    def drafts(self) -> int:
+        """Tokens that came behind the end of the turn being read."""
+        turn = self.state.turn
+        return 0 if turn is None else max(self.seen - turn.end, 0)
+
+    def decode(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
+    ) -> torch.Tensor:
+        """`Rows.decode`."""
         self.state.storing = True
-        return self.rows.decode(query, key, value, self.seen - 1, logits)
+        return self.rows.decode(query, key, value, position, logits)
 
     def extend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        position: int,
         mask: torch.Tensor | None,
         valid: torch.Tensor | None,
         logits: LogitOptions,
     ) -> torch.Tensor:
-        """`Rows.extend` by the n tokens seen last."""
-        first, options = self.seen - key.shape[2], {"mask": mask, "valid": valid}
-        return self.rows.extend(query, key, value, first, logits, **options, before_storing=self.state.start_storing)
+        """`Rows.extend`."""
+        options = {"mask": mask, "valid": valid, "before_storing": self.state.start_storing}
+        return self.rows.extend(query, key, value, position, logits, **options)
 
-    def enforce_decode_budget(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """After new tokens of queries [B, Hq, n, D], ``valid`` [B, n] of them real: evicts what exceeds the decode budget."""
-        if self.state.config.decode_budget is None:
+    def enforce_budgets(self, query: torch.Tensor, output: torch.Tensor, valid: torch.Tensor | None, end: int) -> None:
+        """Evicts what exceeds the turn's budget, if its last token has been read, and the decode budget.
+
+        ``query`` [B, Hq, n, D] and attention's ``output`` [B, n, Hq, Dv] are those of the new tokens, ``valid`` [B, n] of them
+        real, up to position ``end`` (excluded).
+        """
+        state, turn = self.state, self.state.turn
+        in_turn = turn is not None and end <= turn.end
+        if in_turn and self.ordinal == 0:
+            turn.count(query.shape[0], query.shape[2], valid)
+        if state.keeps_window or (in_turn and (end < turn.end or self.window is not None)):
+            self._append_query_window(query, valid)
+        if in_turn and end < turn.end:
             return
-        self._append_query_window(query, valid)
-        if not self.state.rollback_enabled:
+        if in_turn:
+            turns.compress(self, self._compressor(), query if self.window is None else self.window.query, output)
+            self.window = self.window if state.keeps_window else None
+        if not state.rollback_enabled:
             self._evict_to_decode_budget()
 
     def _append_query_window(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -282,5 +319,5 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         if self.remote is None:
             return self.store.evict(ranks, rows.flatten())
         compressor = self._compressor()
-        self.remote = compressor.remote_heads(rows, self.device)
+        self.remote = compressor.remote_heads(rows, self.device, self.remote.fixed)
         return self.store.evict(ranks, compressor.shard.own(rows).flatten())

@@ -140,6 +140,12 @@ class RemoteHeads(tensor_parallel.RemoteLengths):
     """How many rows the heads of the layer have that other processes hold (tensor parallelism)."""
 
     nbytes = 0
+    fixed: torch.Tensor | int = 0
+
+    def __init__(self, shard: tensor_parallel.HeadShard, rows: torch.Tensor, fixed: torch.Tensor | int = 0):
+        """``rows`` [B, all heads] may still be evicted for other layers, ``fixed`` ones may not."""
+        super().__init__(shard, rows + fixed)
+        self.fixed = fixed
 
     def state(self) -> tuple[Tensors, Numbers]:
         raise ValueError("other processes hold heads of this layer: it cannot be saved")

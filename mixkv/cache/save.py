@@ -155,6 +155,11 @@ def _read_layers(cache) -> list[MixKVLayer]:
             f"this cache has read {max(layer.seen for layer in ours)} tokens of a prompt, not all of it: save it once the prompt has "
             f"been read to its end"
         )
+    if cache._state.reads_turn(ours[0].seen):
+        raise ValueError(
+            f"this cache has read {ours[0].seen} tokens, and its last turn ends after {cache._state.turn.end}: save it once the turn "
+            f"has been read to its end"
+        )
     if len({layer.seen for layer in ours}) > 1:
         raise ValueError("a forward with this cache was interrupted between two layers: make a new cache, and save that")
     return ours

@@ -13,6 +13,7 @@ from ..hf.attention import visible
 from ..hf.image_tokens import ImageTokens
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from .progress import Progress
+from .turns import Turn
 
 # Attributes in pickles of version 0.1.0.
 _FORMER = {"recording": "rollback_enabled", "waiting": "pending_layer", "contest": "shared_budget"}
@@ -29,6 +30,8 @@ class Before:
     batch: int | None
     prompt_length: int | None
     rollback_enabled: bool
+    expected_prompt: int | None = None
+    turn: Turn | None = None
     images: ImageTokens | None = None
 
 
@@ -37,7 +40,8 @@ class CacheState:
     """What the layers of one cache share.
 
     ``prompt_length``: tokens of a prompt that arrives in several forwards or with drafts attached; None: one forward.
-    ``expected_prompt``: the length of the next prompt, if the caller gave it.
+    ``expected_prompt``: the length of the next prompt or turn, if the caller gave it.
+    ``turn``: the later turn being read, or read last, if it is one that is compressed.
     ``rollback_enabled``: tokens may be taken back by `crop` after each forward (assisted decoding).
     ``pending_layer``: the layer whose keys have been handed out and not come to the attention function yet.
     ``shared_budget``: what the layers of a prompt compete for, if the method is cross-layer, until its last layer has come.
@@ -53,6 +57,7 @@ class CacheState:
     num_layers: int = 0
     prompt_length: int | None = None
     expected_prompt: int | None = None
+    turn: Turn | None = None
     rollback_enabled: bool = False
     pending_layer: Any | None = None
     shared_budget: GlobalBudget | ChunkBudget | None = None
@@ -68,7 +73,16 @@ class CacheState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         renamed = {_FORMER.get(name, name): value for name, value in state.items()}
-        self.__dict__.update({"progress": None, "before": None, "storing": False, "cache": None} | renamed)
+        self.__dict__.update({"progress": None, "before": None, "storing": False, "cache": None, "turn": None} | renamed)
+
+    @property
+    def keeps_window(self) -> bool:
+        """Whether layers hold the last window of queries between forwards, to score what they hold."""
+        return self.config.decode_budget is not None or self.config.turns == "all"
+
+    def reads_turn(self, seen: int) -> bool:
+        """Whether, after so many tokens, a later turn has not been read to its end."""
+        return self.turn is not None and seen < self.turn.end
 
     def start_storing(self) -> None:
         """The present forward is about to change what a layer holds."""

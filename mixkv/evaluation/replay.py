@@ -121,7 +121,7 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
 
 def _name(config: MixKVConfig) -> str:
     """A key that is equal for configs that differ only in the allocation of the budget."""
-    allocation = {"budget"}.union(*(method.options for method in registry.METHODS.values()))
+    allocation = {"budget", "refit"}.union(*(method.options for method in registry.METHODS.values()))
     importance = {"method": registry.method(config.method).uses_output_importance}
     return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 

@@ -20,7 +20,7 @@ from ..cache import MixKVCache
 from ..evaluation.measure import last_logits_only
 from ..hf.binding import unwrap
 from ..hf.versions import cache_argument
-from . import options
+from . import options, questions
 from .tally import Tally
 
 _LOG = logging.getLogger(__name__)
@@ -34,15 +34,24 @@ class MixKVLM(HFLM):
     the continuation are fed after it, so that every scored token is predicted from the compressed cache. Continuations of one
     context share its prefill. Contexts are prefilled one at a time; ``batch_size`` applies to generation.
 
+    With ``question_lines`` the context of a generation is compressed before its question is known, as where a document is read
+    once and asked later: the last ``question_lines`` lines of a prompt are its question. RULER's synthetic tasks have one.
+
     Args:
         pretrained: as for ``hf``.
+        question_lines: how many lines at the end of a prompt are its question; 0: prompts are compressed with their question.
         kwargs: fields of `MixKVConfig` (``kv_backend`` for its ``backend``), and what ``hf`` takes.
 
     Raises:
         ValueError: an option is invalid, or the model cannot be compressed; the message names the option or the reason.
     """
 
-    def __init__(self, pretrained, **kwargs):
+    def __init__(self, pretrained, question_lines: int | str = 0, **kwargs):
+        if not str(question_lines).isdecimal():
+            raise ValueError(
+                f"question_lines={question_lines!r} must be a number of lines: 1 for RULER's tasks, 0 for no question"
+            )
+        self.question_lines = int(question_lines)
         self.kv_config, others = options.split(kwargs)
         super().__init__(pretrained, **others)
         self.tally = Tally()
@@ -53,10 +62,25 @@ class MixKVLM(HFLM):
         return MixKVCache(unwrap(self.model), self.kv_config)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs) -> torch.Tensor:
+        if self.question_lines:
+            return self._generate_later(context, max_length, stop, **generation_kwargs)
         cache = self._new_cache()
         tokens = super()._model_generate(context, max_length, stop, **cache_argument(cache), **generation_kwargs)
         self.tally.add(cache, generation_kwargs.get("attention_mask"))
         return tokens
+
+    def _generate_later(self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs) -> torch.Tensor:
+        """As `_model_generate`, one batch row after the other, each with its context compressed before its question."""
+        mask = generation_kwargs.pop("attention_mask", torch.ones_like(context)).bool()
+        answers = []
+        for row, real in zip(context, mask):
+            prompt = row[real]
+            cache = self._read(tuple(prompt[: questions.start(prompt.tolist(), self.tokenizer, self.question_lines)].tolist()))
+            room = max_length - context.shape[1] + prompt.numel()
+            options = {"attention_mask": torch.ones_like(prompt)[None], **cache_argument(cache), **generation_kwargs}
+            answers.append(super()._model_generate(prompt[None], room, stop, **options)[0, prompt.numel() :])
+        padded = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return torch.cat([context, padded], dim=1)
 
     def _loglikelihood_tokens(
         self,

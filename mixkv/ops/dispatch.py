@@ -46,6 +46,16 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: i
     return requested
 
 
+def choose_again(former: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str:
+    """The back end for a store of another process or machine, which had chosen ``former``: that one if it can be used here.
+
+    Raises:
+        ValueError: it cannot, and the environment asks for one that cannot be used either.
+    """
+    place = (device, dtype, key_size, value_size)
+    return former if why_not(former, *place) is None else choose("auto", *place)
+
+
 def why_not(name: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
     """Why back end ``name`` cannot hold such a store; None if it can."""
     if name == "native":
@@ -241,9 +251,11 @@ def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     return (native if compiled else score_reference).normalized(importance, exponent)
 
 
-def pool(backend: str, attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+def pool(
+    backend: str, attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None
+) -> torch.Tensor:
     """`score_reference.pool`."""
-    return _scores(backend, attention).pool(attention, kernel_size, pooling)
+    return _scores(backend, attention).pool(attention, kernel_size, pooling, norm)
 
 
 def evict(
@@ -254,9 +266,9 @@ def evict(
     return (native if compiled else selection_reference).evict(buffers, ranks, quota, tail)
 
 
-def places(order: torch.Tensor) -> torch.Tensor:
+def places(score: torch.Tensor) -> torch.Tensor:
     """`selection_reference.places`; as all that follows compiled where the library has been loaded: both give the same."""
-    return _selection(order).places(order)
+    return _selection(score).places(score)
 
 
 def ada_counts(importance: torch.Tensor, base: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
@@ -272,7 +284,7 @@ def take(
 
 
 def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: list[int], totals: list[int], owners: int
+    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`selection_reference.merge_largest`."""
     return _selection(importance).merge_largest(value, owner, importance, within, totals, owners)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import build, fakes, layout
+from . import build, fakes, layout, selection_reference
 from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
 from .score_reference import Directions
 
@@ -212,9 +212,9 @@ def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     return _ops().normalized.default(importance, exponent)
 
 
-def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+def pool(attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None) -> torch.Tensor:
     """`score_reference.pool` on the CPU."""
-    return _ops().pool.default(attention, kernel_size, pooling == "max")
+    return _ops().pool.default(attention, norm, kernel_size, pooling == "max")
 
 
 def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
@@ -227,9 +227,14 @@ def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None
     return _ops().match.default(raw, reference, None if valid is None else valid.expand_as(raw))
 
 
-def places(order: torch.Tensor) -> torch.Tensor:
-    """`selection_reference.places` on the CPU."""
-    return _ops().places.default(order)
+def places(score: torch.Tensor) -> torch.Tensor:
+    """`selection_reference.places` of float32 on the CPU: sorted by radix where all scores of a head differ."""
+    found, tied = _ops().places.default(score)
+    for row, heads in enumerate(tied.tolist()):
+        for head, is_tied in enumerate(heads):
+            if is_tied:
+                found[row, head] = selection_reference.places(score[row : row + 1, head : head + 1])[0, 0]
+    return found
 
 
 def ada_counts(importance: torch.Tensor, base: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
@@ -262,10 +267,10 @@ def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail
 
 
 def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: list[int], totals: list[int], owners: int
+    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`selection_reference.merge_largest` on the CPU."""
-    return _ops().merge_largest.default(value, owner, importance, torch.tensor(within), torch.tensor(totals), owners)
+    return _ops().merge_largest.default(value, owner, importance, within, totals, owners)
 
 
 def _load(device: str) -> Status:

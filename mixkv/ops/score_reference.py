@@ -199,16 +199,20 @@ def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     return torch.where(largest > 0, importance / largest**exponent, importance)
 
 
-def pool(attention: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
+def pool(attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None) -> torch.Tensor:
     """1-D pooling over neighbouring candidates, same length; the zeros beyond both ends count in the average.
 
     Args:
         attention: [B, Hkv, M], non-negative.
+        kernel_size: neighbours that are taken together, odd.
+        pooling: ``avg`` or ``max``.
+        norm: [B, Hkv, >= M], by which attention is multiplied before; None: it is not.
 
     Returns: [B, Hkv, M].
     """
     if attention.shape[-1] == 0:
         return attention
+    attention = attention if norm is None else attention * norm[..., : attention.shape[-1]]
     operation = F.max_pool1d if pooling == "max" else F.avg_pool1d
     return operation(attention, kernel_size, stride=1, padding=kernel_size // 2)
 

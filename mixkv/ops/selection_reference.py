@@ -9,8 +9,12 @@ from .layout import empty_buffers, spare_per_sequence
 from .reference import compact, flat_rows
 
 
-def places(order: torch.Tensor) -> torch.Tensor:
-    """Int32 [B, Hkv, M]: where each index stands in ``order`` int64 [B, Hkv, M], which holds each once per head."""
+def places(score: torch.Tensor) -> torch.Tensor:
+    """Int32 [B, Hkv, M]: the place of each candidate of a head by ``score`` [B, Hkv, M], largest first.
+
+    Equal scores, which max pooling makes, go to whichever `torch.sort` puts first, as in the authors' implementation.
+    """
+    order = score.sort(dim=-1, descending=True).indices
     numbers = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device).expand_as(order)
     return torch.empty(order.shape, dtype=torch.int32, device=order.device).scatter_(-1, order, numbers)
 
@@ -104,7 +108,7 @@ def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail
 
 
 def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: list[int], totals: list[int], owners: int
+    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The largest numbers of several layers, with those of one more; of equal ones, the first.
 
@@ -112,14 +116,15 @@ def merge_largest(
         value: float32 [B, n], the largest so far.
         owner: int32 [B, n], the head of each.
         importance: float32 [B, Hkv, M], of one more layer; -inf does not count.
-        within: for every batch row, how many of the layer's own largest are counted.
-        totals: for every batch row, how many of the largest of all layers are counted.
+        within: int64 [B] on the CPU, for every batch row, how many of the layer's own largest are counted.
+        totals: int64 [B] on the CPU, for every batch row, how many of the largest of all layers are counted.
         owners: heads so far, those of this layer included: they are the last.
 
     Returns: ``value`` and ``owner`` of the ``max(totals)`` largest, in order; int64 [B, owners], how many of the ``totals``
         largest belong to each head; and int64 [B, Hkv], how many of the layer's ``within`` largest.
     """
     batch, heads, _ = importance.shape
+    within, totals = within.tolist(), totals.tolist()
     new = torch.arange(owners - heads, owners, dtype=torch.int32, device=importance.device)
     added = importance.flatten(1)
     mine = (largest(added, within) & ~added.isneginf()).view_as(importance).sum(dim=-1)

@@ -165,8 +165,9 @@ class ScoreContext:
             norm = dispatch.norm(self.backend, self.value)
         else:
             norm = dispatch.projected_norm(self.backend, self.value, factor)
-        taken = self.window_attention("rms") * norm[..., : self.num_candidates]
-        return self.without_padding(dispatch.pool(self.backend, taken, self.config.output_kernel_size, "max"), 0.0)
+        weights = self.window_attention("rms")
+        pooled = dispatch.pool(self.backend, weights, self.config.output_kernel_size, "max", norm)
+        return self.without_padding(pooled, 0.0)
 
     @property
     def importance(self) -> torch.Tensor:

@@ -29,20 +29,28 @@ class GlobalBudget:
         floor: see `mixkv.selection.global_topk.GlobalTopK`.
         layer_exponent: a layer's importance is divided by its largest to this power, see `normalized`.
         patient: evicts at the end only, where the prompt's keys and values are held anyway.
+        limits: see `mixkv.selection.global_topk.GlobalTopK`.
 
     Attributes:
         total: rows that all layers hold in the end, the windows' included.
-        fixed: rows of a layer's window.
+        fixed: for every layer so far, rows that are kept whatever the others need: of its window, and of earlier turns.
         slack: rows that they may hold beyond that until then: an eighth of the total, at most a quarter of one layer's
             candidates.
     """
 
     def __init__(
-        self, num_layers: int, floor: float, layer_exponent: float = MixKVConfig.layer_exponent, *, patient: bool = False
+        self,
+        num_layers: int,
+        floor: float,
+        layer_exponent: float = MixKVConfig.layer_exponent,
+        *,
+        patient: bool = False,
+        limits: np.ndarray | None = None,
     ):
-        self.num_layers, self.counts, self.patient = num_layers, GlobalTopK(floor), patient
+        self.num_layers, self.counts, self.patient = num_layers, GlobalTopK(floor, limits), patient
         self.layer_exponent = layer_exponent
-        self.total = self.slack = self.fixed = 0
+        self.total = self.slack = 0
+        self.fixed: list[int] = []
         # (layer, ranks of its selected rows) in order.
         self.layers: list[tuple] = []
         # The rows that each of them holds.
@@ -52,16 +60,17 @@ class GlobalBudget:
     def complete(self) -> bool:
         return len(self.layers) == self.num_layers
 
+    @property
+    def finished(self) -> list:
+        """All layers, once no more of their rows is evicted; before that none."""
+        return [layer for layer, _ in self.layers] if self.complete else []
+
     def add_layer(self, ranking: Ranking, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Adds the next layer's candidates, those of all its heads; returns how many [B, Hkv] each may need.
 
         ``scale`` [B]: what importance is multiplied by to be comparable with other layers'.
         """
         _add(self.counts, ranking, scale, self.num_layers, self.layer_exponent)
-        if self.counts.layers == 1:
-            self.fixed = int((ranking.real - ranking.choosable).sum())
-            self.total = sum(self.counts.total) + self.num_layers * self.fixed
-            self.slack = int(min(_SLACK * self.total, _LAYER_SLACK * int(self.counts.candidates.sum())))
         return to_device(self.counts.quota()[:, -1], ranking.ranks.device)
 
     def finish_layer(self, layer, selection: Selection) -> None:
@@ -71,11 +80,16 @@ class GlobalBudget:
         """
         self.layers.append((layer, selection.flat_ranks))
         self.rows.append(sum(layer.row_totals))
+        quota = self.counts.quota()
+        self.fixed.append(self.rows[-1] - int(quota[:, -1].sum()))
+        to_come = self.num_layers - len(self.layers)
+        self.total = sum(self.counts.total) + sum(self.fixed) + to_come * min(self.fixed)
+        if len(self.layers) == 1:
+            self.slack = int(min(_SLACK * self.total, _LAYER_SLACK * int(self.counts.candidates.sum())))
         rows, most = sum(self.rows), self.total + self.slack
         if not self.complete and (self.patient or rows <= most):
             return
-        quota = self.counts.quota()
-        needed = (quota.sum(axis=(0, 2)) + self.fixed).tolist()
+        needed = (quota.sum(axis=(0, 2)) + np.array(self.fixed)).tolist()
         spare = [held - count for held, count in zip(self.rows, needed)]
         for index in sorted(range(len(spare)), key=spare.__getitem__, reverse=True):
             if spare[index] == 0 or (rows <= most and not self.complete):
@@ -105,6 +119,11 @@ class ChunkBudget:
     @property
     def complete(self) -> bool:
         return len(self.layers) == self.num_layers
+
+    @property
+    def finished(self) -> list:
+        """As of a `GlobalBudget`."""
+        return self.layers if self.complete else []
 
     def add_layer(self, ranking: Ranking, scale: torch.Tensor | None = None) -> None:
         """Adds the next layer's candidates and scale, as of a `GlobalBudget`."""

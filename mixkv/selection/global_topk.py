@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..ops import dispatch
-from .apportion import apportion, to_host
+from .apportion import apportion, level, to_host
 
 
 class GlobalTopK:
@@ -20,12 +20,16 @@ class GlobalTopK:
     Counts of earlier layers can only fall as later layers arrive, and a head's rows fall with its count: rows beyond the
     `quota` so far are never needed again. Ties go to the earlier layer, head and token.
 
+    Where heads have different numbers of candidates, an equal part is no more than a head, or a layer, has, and what it cannot
+    use is added to the parts of the others.
+
     Args:
         floor: the share of the total that every head gets for certain.
+        limits: int64 [B, L, Hkv], the candidates of every head; None: all layers have those of the first.
     """
 
-    def __init__(self, floor: float):
-        self.floor, self.layers = floor, 0
+    def __init__(self, floor: float, limits: np.ndarray | None = None):
+        self.floor, self.layers, self.limits = floor, 0, limits
         self.value: torch.Tensor | None = None
         self.owner: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
@@ -50,10 +54,7 @@ class GlobalTopK:
         if self.layers == 0:
             self.heads, self.num_layers = heads, num_layers
             means, self.candidates = to_host(base, candidates)
-            self.base = np.minimum(means, self.candidates.max(axis=-1))
-            self.total = (self.base * heads * num_layers).tolist()
-            self.limit = np.tile(self.candidates, (1, num_layers))
-            self.within = np.zeros_like(self.limit)
+            self._divide(means, np.tile(self.candidates[:, None], (1, num_layers, 1)) if self.limits is None else self.limits)
             self.value = importance.new_empty(batch, 0)
             self.owner = importance.new_empty(batch, 0, dtype=torch.int32)
         elif heads != self.heads:
@@ -61,14 +62,29 @@ class GlobalTopK:
                 f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
                 f"needs the same number in all layers. Use method='adakv'"
             )
+        within = torch.tensor(self.parts[:, self.layers])
         self.layers += 1
         # The layers of a model may lie on several devices.
         so_far = (self.value.to(importance.device), self.owner.to(importance.device))
-        within = [total // num_layers for total in self.total]
-        merged = dispatch.merge_largest(*so_far, importance, within, self.total, self.layers * heads)
+        merged = dispatch.merge_largest(*so_far, importance, within, self._total, self.layers * heads)
         self.value, self.owner, self._counts, mine = merged
         self._arrived.append(mine)
         self._quota = None
+
+    def _divide(self, means: np.ndarray, limits: np.ndarray) -> None:
+        """Equal parts of the total, of every layer [B, L] and of every head [B, L * Hkv]."""
+        batch, layers, heads = limits.shape
+        every = limits.sum(axis=(1, 2))
+        total = np.minimum(means * heads * layers, every)
+        self.limit, self.mean_candidates = limits.reshape(batch, -1), every // (layers * heads)
+        self.base = np.minimum(means, self.mean_candidates)
+        self.parts = apportion(level(total, limits.sum(axis=-1)), total, limits.sum(axis=-1))
+        self.equal, self.total, self.within = level(total, self.limit), total.tolist(), np.zeros_like(self.limit)
+        self._total = torch.from_numpy(total)
+        base, most = self.base[:, None], self.mean_candidates[:, None]
+        share = (1 - self.floor) / most.clip(min=1)
+        # `apportion` rounds up by at most one; what is added covers the rounding of these products.
+        self._bound = (share * (most - base), share * base, self.floor * self.equal + 1 + 2e-6)
 
     def quota(self) -> np.ndarray:
         """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
@@ -83,14 +99,13 @@ class GlobalTopK:
         if arrived:
             self.within[:, heads - len(arrived) * self.heads : heads] = np.concatenate(arrived, axis=1)
             self._arrived = []
-        base, within, limit = self.base[:, None], self.within[:, :heads], self.limit[:, :heads]
-        most = self.candidates.max(axis=-1, keepdims=True)
-        # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
-        counts = ((most - base) * counts + base * within) / most.clip(min=1)
-        shares = (1 - self.floor) * counts + self.floor * base
+        within, limit = self.within[:, :heads], self.limit[:, :heads]
         if self.layers == self.num_layers:
-            rows = apportion(shares, np.array(self.total), limit)
+            base, most = self.base[:, None], self.mean_candidates[:, None]
+            # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
+            counts = ((most - base) * counts + base * within) / most.clip(min=1)
+            rows = apportion((1 - self.floor) * counts + self.floor * self.equal, np.array(self.total), limit)
         else:
-            # `apportion` rounds up by at most one.
-            rows = np.minimum((shares + 1e-6).astype(np.int64) + 1, limit)
+            of_model, of_layer, least = self._bound
+            rows = np.minimum((of_model * counts + of_layer * within + least[:, :heads]).astype(np.int64), limit)
         return rows.reshape(batch, self.layers, self.heads)

@@ -11,7 +11,7 @@ from ..config import MixKVConfig, checked_config
 from ..ops import dispatch
 from ..tensor_parallel import HeadShard
 from .context import AllocationContext, Measured, ScoreContext
-from .ranking import Ranking, Selection
+from .ranking import KEPT, Ranking, Selection
 
 
 def select(
@@ -92,6 +92,7 @@ def rank(
     sinks: torch.Tensor | None = None,
     shard: HeadShard | None = None,
     longest: torch.Tensor | None = None,
+    newest: torch.Tensor | None = None,
     measured: Measured | None = None,
 ) -> Ranking:
     """Puts the candidates of each head in order, by ``config.score``.
@@ -101,6 +102,8 @@ def rank(
         output_factor: as in `select`, or a function that returns it, called if it is needed.
         shard: which heads of the layer these are, where other processes have others; None: all.
         longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
+        newest: int64 [B], only so many of each head's last real tokens are candidates and window, the others are always kept;
+            None: all.
         measured: what else was measured on the prompt.
 
     Raises:
@@ -147,8 +150,15 @@ def rank(
         choosable = (real - window).clamp(min=0)
         longest = real.amax(dim=-1) if longest is None else longest
         base, padding = base_entries(config, longest), (length - longest).tolist()
+    if newest is None:
+        ranks = _ranks(scores, padding)
+    else:
+        earlier = torch.arange(length - window, device=key.device) < (length - newest).view(-1, 1, 1)
+        scores, importance = (numbers.masked_fill(earlier, -torch.inf) for numbers in (scores, importance))
+        ranks = _ranks(scores, padding).masked_fill(earlier & (valid[..., : length - window] if unequal else True), KEPT)
+        choosable, base = choosable.minimum((newest - window).clamp(min=0).unsqueeze(-1)), base_entries(config, newest)
     return Ranking(
-        ranks=_ranks(scores, padding),
+        ranks=ranks,
         importance=importance,
         base=base,
         real=real,
@@ -223,16 +233,11 @@ def _ranks(score: torch.Tensor, padding: list[int]) -> torch.Tensor:
     order depends on the row's length, so padding is cut off for a padded row to keep what it would keep alone.
     """
     if not any(padding):
-        return _places(score)
+        return dispatch.places(score)
     ranks = torch.full(score.shape, score.shape[-1], dtype=torch.int32, device=score.device)
     for row, cut in enumerate(padding):
-        ranks[row, :, cut:] = _places(score[row : row + 1, :, cut:])[0]
+        ranks[row, :, cut:] = dispatch.places(score[row : row + 1, :, cut:])[0]
     return ranks
-
-
-def _places(score: torch.Tensor) -> torch.Tensor:
-    """Int32 [B, Hkv, M]: places by ``score`` within each head."""
-    return dispatch.places(score.sort(dim=-1, descending=True).indices)
 
 
 def _forced(lengths: torch.Tensor, real: torch.Tensor, window: int) -> torch.Tensor:

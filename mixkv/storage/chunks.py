@@ -75,6 +75,9 @@ class ChunkStore:
         if "columns" in state:
             state["first_positions"] = state.pop("columns")
         self.__dict__.update(state)
+        # Where it was pickled there may have been another back end than here.
+        key, value = self.pool.key, self.pool.value
+        self.backend = dispatch.choose_again(self.backend, self.codes.device, key.dtype, key.shape[1], value.shape[1])
 
     @classmethod
     def from_plan(

@@ -38,6 +38,9 @@ class RaggedStore:
         if "buffers" not in state:
             state["buffers"] = RaggedBuffers(*(state.pop(name) for name in RaggedBuffers._fields))
         self.__dict__.update(state)
+        # Where it was pickled there may have been another back end than here.
+        key, value = self.key, self.value
+        self.backend = dispatch.choose_again(self.backend, key.device, key.dtype, key.shape[1], value.shape[1])
 
     @property
     def key(self) -> torch.Tensor:
@@ -213,13 +216,26 @@ class RaggedStore:
 
         N is ``length``, no less than the longest sequence; by default `max_length`.
         """
-        length = self.max_length if length is None else length
+        rows, valid = self._padded_rows(self.max_length if length is None else length)
+        return self.key[rows], self.value[rows], valid
+
+    def padded_positions(self) -> torch.Tensor:
+        """The positions of `padded` rows: int32 [B, Hkv, N]."""
+        return self.buffers.position[self._padded_rows(self.max_length)[0]]
+
+    def replace_values(self, value: torch.Tensor, heads: torch.Tensor) -> None:
+        """Gives the rows the values [B, Hkv, N, Dv], in the order of `padded`, of the sequences that ``heads`` bool [B, Hkv] names."""
+        rows, valid = self._padded_rows(value.shape[2])
+        changed = valid & heads.unsqueeze(-1)
+        self.value[rows[changed]] = value[changed]
+
+    def _padded_rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffer rows of all sequences aligned to the right, int64 [B, Hkv, length], and which of them are a sequence's own."""
         offsets = torch.arange(-length, 0, device=self.lengths.device)
         lengths = self.lengths.long().unsqueeze(1)
-        rows = (self.buffers.starts.long().unsqueeze(1) + lengths + offsets).clamp(min=0).flatten()
+        rows = (self.buffers.starts.long().unsqueeze(1) + lengths + offsets).clamp(min=0)
         shape = (self.batch, self.heads, length)
-        valid = (offsets >= -lengths).view(shape)
-        return self.key[rows].view(*shape, -1), self.value[rows].view(*shape, -1), valid
+        return rows.view(shape), (offsets >= -lengths).view(shape)
 
     def positions(self) -> list[list[torch.Tensor]]:
         """[B][Hkv] ascending int32 positions held."""

@@ -155,8 +155,8 @@ def layers(mesh, method, seed):
 
     def decode(layer, module, query, key, value):
         layer.seen, layer.arrived = layer.seen + 1, 1
-        layer.decode(query, key, value, LogitOptions(0.4))
-        layer.enforce_decode_budget(query, None)
+        layer.decode(query, key, value, layer.seen - 1, LogitOptions(0.4))
+        layer.enforce_budgets(query, query, None, layer.seen)
 
     for _ in range(9):
         step(1, decode)

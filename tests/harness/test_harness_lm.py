@@ -1,6 +1,7 @@
 """The model ``mixkv`` of lm_eval, on local tasks with a tiny model, and through its command line on SmolLM2."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -11,10 +12,14 @@ pytest.importorskip("lm_eval", reason="needs mixkv[harness]")
 
 import lm_eval
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import mixkv
 from mixkv.evaluation import loading, prompts
+from mixkv.harness import questions
 from mixkv.harness.lm import MixKVLM
+from mixkv.hf.versions import cache_argument
 
 CHOICE = """
 task: {name}
@@ -261,3 +266,67 @@ def test_command_line_on_smollm2(tmp_path, monkeypatch):
     assert held["compressed"] == held["caches"] == 1
     assert held["tokens"] > 300 and 128 <= held["rows_per_head"] <= 144
     assert "honey" in json.loads(samples.read_text())["resps"][0][0]
+
+
+@pytest.fixture(scope="module")
+def with_lines(folder, tmp_path_factory):
+    """The tiny model with a tokenizer that knows the end of a line, and a task of prompts with a question of one line."""
+    path = tmp_path_factory.mktemp("lines")
+    make_model(eos_token_id=0).save_pretrained(path)
+    tokenizer = make_tokenizer()
+    words = tokenizer.get_vocab()
+    core = Tokenizer(
+        models.WordLevel({**{word: index for word, index in words.items() if word != "w60"}, "\n": words["w60"]}, "[UNK]")
+    )
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[UNK]", eos_token="[UNK]")
+    tokenizer.save_pretrained(path)
+    lines = [{"text": make_text(80 + 20 * index).replace("w60", "w1") + " \n w5 w6 w7", "answer": "w1"} for index in range(4)]
+    write_task(path, "later", ANSWER.replace("w60", "w59"), lines)
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_question_of_the_last_line_comes_after_compression(with_lines, batch):
+    arguments = ",budget=20,window=8,question_lines=1,kv_backend=torch"
+    ours = evaluate("mixkv", with_lines, with_lines, ["later"], arguments, batch_size=batch)
+    model, tokenizer = make_model(eos_token_id=0), AutoTokenizer.from_pretrained(with_lines)
+    assert ours["config"]["mixkv"]["held"]["compressed"] == 4
+    for sample in ours["samples"]["later"]:
+        ids = tokenizer(sample["doc"]["text"], return_tensors="pt").input_ids
+        cache = mixkv.MixKVCache(model, budget=20, window=8, backend="torch")
+        with torch.no_grad():
+            model(input_ids=ids[:, :-3], **cache_argument(cache))
+        new = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, **cache_argument(cache))[0, ids.shape[1] :]
+        assert sample["resps"][0][0].strip() == re.split(r"w59|\[UNK\]", tokenizer.decode(new))[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("parts", "lines", "context"),
+    [
+        (["a", "\n", "b", "c"], 1, 2),
+        (["a", "\n", "b", "\n", "c"], 2, 2),
+        (["a", "\n\n", "b", "\n", "\n"], 1, 2),
+        (["a", ".\n", "b\nc", "d"], 1, 3),
+        (["a", "\n", "b", ".\n"], 1, 2),
+    ],
+)
+def test_where_a_question_begins(parts, lines, context):
+    assert questions.start(list(range(len(parts))), Parts(parts), lines) == context
+
+
+def test_a_prompt_without_a_context_is_refused():
+    with pytest.raises(ValueError, match="question_lines=1 needs prompts"):
+        questions.start([0, 1], Parts(["a", "b"]), 1)
+    with pytest.raises(ValueError, match="question_lines='x'"):
+        MixKVLM("model", question_lines="x")
+
+
+class Parts:
+    """Stands for a tokenizer: token i is the i-th of ``parts``."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def decode(self, token):
+        return self.parts[token]

@@ -152,8 +152,8 @@ def test_gather(dtype, counts):
 )
 def test_merge_largest(batch, heads, layers, size, levels, seed):
     generator = torch.Generator().manual_seed(seed)
-    totals = torch.randint(0, heads * size + 2, (batch,), generator=generator).tolist()
-    within = torch.randint(0, heads * size + 2, (batch,), generator=generator).tolist()
+    totals = torch.randint(0, heads * size + 2, (batch,), generator=generator)
+    within = torch.randint(0, heads * size + 2, (batch,), generator=generator)
     mine = twin = (torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int32))
     for layer in range(1, layers + 1):
         importance = torch.randint(0, levels, (batch, heads, size), generator=generator).float()
@@ -173,7 +173,7 @@ def test_merge_largest(batch, heads, layers, size, levels, seed):
     pad=st.integers(0, 31),
     seed=st.integers(0, 999),
 )
-def test_ada_counts_and_places(batch, heads, length, pad, seed):
+def test_ada_counts(batch, heads, length, pad, seed):
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(batch, heads, length, generator=generator).masked_fill(
         ~left_padded(batch, heads, length, pad), -torch.inf
@@ -182,9 +182,32 @@ def test_ada_counts_and_places(batch, heads, length, pad, seed):
     totals = (base * heads).minimum((importance >= 0).sum(dim=(1, 2)))
     mine, twin = (ops.ada_counts(importance, base, totals) for ops in (native, selection_reference))
     assert torch.equal(mine, twin) and torch.equal(mine.sum(dim=-1), totals)
-    order = importance.argsort(dim=-1)
-    assert torch.equal(native.places(order), order.argsort(dim=-1).to(torch.int32))
-    assert torch.equal(native.places(order), selection_reference.places(order))
+
+
+@needs_library
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(0, 3000),
+    kind=st.sampled_from(["distinct", "tied", "one head tied", "nan", "zeros"]),
+    seed=st.integers(0, 999),
+)
+def test_places(batch, heads, length, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randn(batch, heads, length, generator=generator) * 10.0 ** torch.randint(
+        -30, 30, (batch, heads, 1), generator=generator
+    )
+    if kind == "tied":
+        score = score.sign() * (score.abs() * 4).round()
+    if kind == "one head tied":
+        score[0, 0, : length // 2] = score[0, 0].sum()
+    if kind == "nan":
+        score[..., : length // 3] = torch.nan
+    if kind == "zeros":
+        score[..., ::2], score[..., 1::4] = 0.0, -0.0
+    score[..., : length // 10] = -torch.inf
+    assert torch.equal(native.places(score), selection_reference.places(score))
 
 
 @needs_library
@@ -200,8 +223,9 @@ def test_pool(length, kernel, pooling, with_nan, seed):
     attention = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(seed))
     if with_nan:
         attention[0, 0, length // 2 :] = torch.nan
-    mine, twin = native.pool(attention, kernel, pooling), score_reference.pool(attention, kernel, pooling)
-    assert torch.equal(mine.nan_to_num(-1.0), twin.nan_to_num(-1.0))
+    for norm in (None, torch.rand(2, 3, length + 4)):
+        mine, twin = (ops.pool(attention, kernel, pooling, norm) for ops in (native, score_reference))
+        assert torch.equal(mine.nan_to_num(-1.0), twin.nan_to_num(-1.0))
 
 
 @needs_library
@@ -216,13 +240,16 @@ def test_wrong_arguments_are_refused():
         lambda: native.mix(*(torch.zeros(1, 2, 5) for _ in range(3)), torch.zeros(1, 3), None),
         lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks, torch.tensor([[3, 3]])),
         lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks + 9, torch.tensor([[3, 4]])),
-        lambda: native.places(torch.tensor([[[0, 7, 1]]])),
+        lambda: native.places(torch.zeros(2, 3)),
         lambda: native.ada_counts(torch.zeros(1, 2, 5), torch.tensor([1, 2]), torch.tensor([2])),
         lambda: native.evict(store, ranks[:5], torch.ones(2, dtype=torch.int64), 0),
         lambda: native.evict(store, ranks[:0], torch.ones(2, dtype=torch.int64), 4),
         lambda: native.evict(store, ranks, torch.ones(3, dtype=torch.int64), 0),
-        lambda: native.merge_largest(torch.zeros(1, 2), ranks[:2].view(1, 2) + 9, torch.zeros(1, 2, 3), [1], [8], 4),
+        lambda: native.merge_largest(
+            torch.zeros(1, 2), ranks[:2].view(1, 2) + 9, torch.zeros(1, 2, 3), torch.tensor([1]), torch.tensor([8]), 4
+        ),
         lambda: native.pool(torch.zeros(1, 2, 5), 4, "avg"),
+        lambda: native.pool(torch.zeros(1, 2, 5), 3, "max", torch.zeros(1, 2, 4)),
     ):
         with pytest.raises(RuntimeError):
             wrong()
@@ -242,9 +269,9 @@ def test_opcheck():
         ("mix", (*(torch.rand(1, 2, 9) for _ in range(3)), torch.rand(1, 2), None)),
         ("normalized", (torch.rand(1, 2, 9), 0.5)),
         ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), 16, 0.125)),
-        ("places", (torch.tensor([[[2, 0, 1]]]),)),
+        ("places", (torch.randn(1, 2, 9),)),
         ("ada_counts", (torch.rand(1, 2, 9), torch.tensor([2]), torch.tensor([4]))),
-        ("pool", (torch.rand(1, 2, 9), 5, True)),
+        ("pool", (torch.rand(1, 2, 9), torch.rand(1, 2, 11), 5, True)),
         ("evict", (*store, torch.arange(7, dtype=torch.int32), torch.tensor([2, 5]), 0, 16, 0.125)),
         (
             "merge_largest",

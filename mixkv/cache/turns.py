@@ -1,0 +1,127 @@
+"""Later turns of a conversation: where one ends, and what is kept of it, or of everything held, when it has been read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .. import registry
+from ..config import MixKVConfig
+from ..hf import call_stack
+from ..selection.select import base_entries
+
+if TYPE_CHECKING:
+    from .compress import Compressor
+    from .layer import MixKVLayer
+    from .state import CacheState
+
+
+@dataclass
+class Turn:
+    """Tokens ``first`` to ``end`` (excluded), which are compressed together once the last of them has been read.
+
+    ``real``: for every batch row, real tokens of it that have been read; None before its first forward. ``new``: of the present
+    forward.
+    """
+
+    first: int
+    end: int
+    real: list[int] | None = None
+    new: list[int] | None = None
+
+    def count(self, batch: int, tokens: int, valid: torch.Tensor | None) -> None:
+        """So many tokens of the turn have been read, ``valid`` [B, tokens] of them real; None: all."""
+        self.new = [tokens] * batch if valid is None else valid.sum(dim=-1).tolist()
+        self.real = self.new if self.real is None else [before + more for before, more in zip(self.real, self.new)]
+
+    def take_rows(self, rows: list[int]) -> None:
+        self.real = None if self.real is None else [self.real[row] for row in rows]
+
+
+def begin(state: CacheState, seen: int, tokens: int) -> Turn | None:
+    """The turn that a forward of so many ``tokens`` begins after ``seen`` ones; None: its tokens are not compressed together.
+
+    Raises:
+        RuntimeError: the turn may come in several forwards or with drafts, and its length cannot be found; or it comes with
+            drafts, which the method does not take.
+    """
+    config = state.config
+    if config.turns == "first":
+        return None
+    length, state.expected_prompt = state.expected_prompt, None
+    if length is None:
+        length, assisted = call_stack.prompt_plan(tokens, seen)
+        state.rollback_enabled |= assisted
+        # Tokens that may be taken back are not evicted, and a loop that drafts for itself does not say which they are.
+        if length is None and state.rollback_enabled and not call_stack.in_generate():
+            return None
+    length = length or tokens
+    if length < tokens:
+        check_drafts(config, length, tokens)
+    return Turn(seen, seen + length) if length > (config.window if config.turns == "each" else 1) else None
+
+
+def check_drafts(config: MixKVConfig, length: int, tokens: int) -> None:
+    """Raises a RuntimeError if the method cannot read the drafts that came with a prompt or turn of so many tokens."""
+    if not registry.method(config.method).drafts_with_prompt:
+        raise RuntimeError(
+            f"a prompt of {length} tokens came in one forward with {tokens - length} more, which would "
+            f"be read beside rows that method={config.method!r} has not chosen for all layers yet: read the prompt alone. In "
+            f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
+        )
+
+
+def compress(layer: MixKVLayer, compressor: Compressor, query: torch.Tensor, output: torch.Tensor) -> None:
+    """Evicts from ``layer`` what the turn that it has just read to its end is not to leave.
+
+    Args:
+        compressor: of the layer.
+        query: [B, Hq, n, D], the last ones: a window of them, or all that there were.
+        output: attention's [B, n, Hq, Dv] for the last tokens.
+    """
+    state, store, turn = layer.state, layer.store, layer.state.turn
+    config, remote = state.config, layer.remote
+    newest = torch.tensor(turn.real, device=query.device) if config.turns == "each" else None
+    if newest is not None and _is_kept_whole(config, turn):
+        return
+    if layer.ordinal == 0:
+        limits = _candidates(layer) if newest is None and compressor.method.cross_layer else None
+        state.shared_budget = compressor.new_shared_budget(limits)
+    budget, length, longest = state.shared_budget, None, None
+    if remote is not None:
+        longest = remote.lengths(store.lengths.view(store.batch, -1).long()).amax(dim=-1)
+        length = int(longest.max())
+    key, value, valid = store.padded(length)
+    if store.even and remote is None:
+        valid = None
+    ranking = compressor.rank(query, key, value, layer.logits, valid, longest, newest)
+    entries, fixed = compressor.allocate(ranking, output, budget, remote, newest)
+    selection = ranking.take(compressor.shard.own(entries))
+    store.keep(selection, key.shape[2])
+    layer.remote = compressor.remote_heads(entries, key.device, fixed)
+    if budget is not None:
+        budget.finish_layer(layer, selection)
+        if budget.complete:
+            state.shared_budget = None
+
+
+def _candidates(first: MixKVLayer) -> np.ndarray:
+    """The candidates of all heads, int64 [B, layers, all heads], when the ``first`` layer has stored the new tokens."""
+    state = first.state
+    layers = [layer for layer in state.cache().layers if getattr(layer, "state", None) is state]
+    new = torch.tensor(state.turn.new).unsqueeze(-1)
+    rows = []
+    for layer in layers:
+        own = layer.store.lengths.view(layer.store.batch, -1).long().cpu()
+        held = own if layer.remote is None else layer.remote.lengths(own.to(layer.remote.beyond.device)).cpu()
+        rows.append(held + (0 if layer is first else new))
+    return (torch.stack(rows, dim=1) - state.config.window).clamp(min=0).numpy()
+
+
+def _is_kept_whole(config: MixKVConfig, turn: Turn) -> bool:
+    """Whether no batch row's turn exceeds its budget."""
+    real = torch.tensor(turn.real)
+    return bool((real - config.window <= base_entries(config, real)).all())
