@@ -93,7 +93,10 @@ class SteppedCache(TrackedCache):
         if new is None or new.shape[:2] != (self._batch, 1):
             return False
         ours = [layer for layer in self.layers if isinstance(layer, MixKVLayer)]
-        if any(layer.rows is None or layer.chunks is not None for layer in ours):
+        if any(layer.rows is None or layer.chunks is not None for layer in ours) or self._state.reads_turn(ours[0].seen):
+            return False
+        # The last queries are kept in a tensor of a fixed size.
+        if self._state.keeps_window and ours[0].window.query.shape[2] < self.config.window:
             return False
         # A window that is not full is masked by columns, which only a mask with queries has.
         return not any(self.is_sliding) or _is_block(inputs.get("attention_mask"))
@@ -114,8 +117,9 @@ class SteppedCache(TrackedCache):
             for layer, store in zip(ours, held):
                 layer.rows.resident = store
                 layer.follow(self._steps)
-        for store in held:
+        for layer, store in zip(ours, held):
             store.count_evicted(seen)
+            store.region.keep_queries(layer.window.query if self._state.keeps_window else None)
         self._left = min(store.spare for store in held)
         regions = iter(store.region for store in held)
         self._regions = [self._region(space, index, regions) for index in range(len(self.layers))]
@@ -132,6 +136,8 @@ class SteppedCache(TrackedCache):
         for layer, region in zip(self.layers, self._regions):
             if isinstance(region, FixedWindow):
                 region.give_back(layer, cast(Steps, self._steps).count - self._window_steps)
+            elif isinstance(region, Region) and region.queries is not None:
+                layer.window.query = region.queries.clone()
         self._regions = []
 
     def _fixed_mask(self, mask: Any) -> Any:

@@ -30,7 +30,7 @@ def reference(
     *,
     max_length: int,
 ) -> torch.Tensor:
-    """Appends one row to every sequence, as far as it has room, and attends.
+    """Appends one row to every sequence and attends.
 
     Args:
         query: [B, Hq, 1, D].
@@ -40,21 +40,21 @@ def reference(
         logits: as in the model.
         max_length: at least the largest length afterwards.
 
-    Returns: [B, 1, Hq, Dv]. On a GPU, a sequence without room stores no row.
+    Returns: [B, 1, Hq, Dv]. On a GPU, a sequence without room leaves its neighbours as they are.
 
     Raises:
         ValueError: a sequence has no room, on a CPU.
     """
-    ends = (buffers.starts + buffers.lengths).long()
-    full = ends >= room.ends
-    if full.device.type == "cpu" and full.any():
-        raise ValueError(f"sequence {int(full.nonzero()[0])} has no room for another row")
-    rows = torch.minimum(ends, room.ends.long() - 1)
-    new = (key.flatten(0, 2), value.flatten(0, 2), buffers.lengths + room.evicted)
-    for buffer, part in zip(buffers.rows, new):
-        held = full if part.ndim == 1 else full.unsqueeze(1)
-        buffer.index_copy_(0, rows, torch.where(held, buffer.index_select(0, rows), part))
-    buffers.lengths.add_((~full).int())
+    starts, lengths = buffers.starts, buffers.lengths
+    last = room.ends - 1
+    rows = starts + lengths
+    if rows.device.type == "cpu" and (rows > last).any():
+        raise ValueError(f"sequence {int((rows > last).nonzero()[0])} has no room for another row")
+    rows = torch.minimum(rows, last)
+    index = rows.long()
+    for buffer, part in zip(buffers.rows, (key.flatten(0, 2), value.flatten(0, 2), lengths + room.evicted)):
+        buffer.index_copy_(0, index, part)
+    torch.sub(rows, starts, out=lengths).add_(1)
     return storage.attend(query, buffers, logits, max_length=max_length, stride=None)
 
 

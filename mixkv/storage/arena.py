@@ -39,6 +39,7 @@ class Region:
         buffers: key, value and position of the whole arena, and where the layer's sequences lie in it.
         room: where their room ends, and how many tokens they have evicted.
         max_length: at least the longest sequence, room included; the same for every prompt as far as that is possible.
+        queries: [B, Hq, n, D], the last ones, where they are kept; else None.
     """
 
     is_step = True
@@ -48,6 +49,7 @@ class Region:
         starts, lengths, ends, evicted = (torch.zeros(sequences, dtype=torch.int32, device=device) for _ in range(4))
         self.buffers, self.room, self.backend = RaggedBuffers(*rows, starts, lengths), FixedRoom(ends, evicted), backend
         self.max_length = 0
+        self.queries: torch.Tensor | None = None
         for tensor in (*self.buffers, *self.room):
             torch._dynamo.mark_static_address(tensor)
 
@@ -59,8 +61,20 @@ class Region:
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         """`mixkv.ops.step.reference` over the layer: query [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
+        if self.queries is not None:
+            self.queries.copy_(torch.cat([self.queries[:, :, 1:], query], dim=2))
         options = {"max_length": self.max_length}
         return decode_step.step(self.backend, query, self.buffers, self.room, key, value, logits, **options)
+
+    def keep_queries(self, queries: torch.Tensor | None) -> None:
+        """From now on steps keep as many of the last queries as ``queries`` has, beginning with those."""
+        held = self.queries
+        if queries is None or held is None or held.shape != queries.shape or held.dtype != queries.dtype:
+            self.queries = None if queries is None else queries.clone()
+            if self.queries is not None:
+                torch._dynamo.mark_static_address(self.queries)
+        else:
+            held.copy_(queries)
 
     def tokens_seen(self) -> torch.Tensor:
         """int64, one element: the tokens that each sequence has seen, which is the same number for all."""
