@@ -4,6 +4,7 @@ from . import moved, plot
 from .cache import MixKVCache
 from .config import MixKVConfig
 from .patch import patch, patched, unpatch
+from .read import read
 from .registry import register_method, register_score
 from .selection import Selection, select
 
@@ -17,6 +18,7 @@ __all__ = [
     "patch",
     "patched",
     "plot",
+    "read",
     "register_method",
     "register_score",
     "select",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import registry
+from .byte_budget import parse_bytes
 from .head_profile import Profile, Table, as_profile, as_table
 from .head_profile import load as load_profile
 
@@ -31,8 +32,11 @@ class MixKVConfig:
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
             attention times what the entry adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``; or
             one of your own: `mixkv.register_score`.
-        budget: entries kept per KV head and layer, on average, window included (int), or a share of the prompt
-            (float in (0, 1]). A prompt no longer than its budget is kept whole.
+        budget: entries kept per KV head and layer, on average, window included (int); or a share of the prompt (float in
+            (0, 1]); or the bytes of all entries that a prompt may keep, whatever ``rows`` is (str): such as ``"64MiB"``, or
+            ``"10%"`` of the bytes that the full cache of the prompt takes. Of bytes all layers have equal parts on average; they
+            are those of keys, values, scales and positions, without the room for tokens to come. A prompt no longer than its
+            budget is kept whole.
         window: the last prompt tokens, whose queries score the others; always kept.
         kernel_size: width of the pooling of attention over neighbouring positions; odd.
         output_kernel_size: width of the max pooling of output importance, for ``output``, ``mix-output``, ``global`` and
@@ -71,6 +75,10 @@ class MixKVConfig:
             later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
             ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
             turn being read and what was generated since the turn before.
+        replay_chunk: for the score ``replay``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
+            prompt's first four.
+        rows: how the kept keys and values are stored: ``full`` in the model's dtype, ``int8`` in 8 bits an element with a float16
+            scale for each key and each value. Scores are computed from the model's keys and values whatever the format.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
         compile: whether ``generate`` compiles decode steps to one graph each (torch.compile). The first call takes long; see
@@ -82,7 +90,7 @@ class MixKVConfig:
 
     method: str = "global"
     score: str = "mix-output"
-    budget: int | float = 128
+    budget: int | float | str = 128
     window: int = 32
     kernel_size: int = 5
     pooling: str = "avg"
@@ -104,6 +112,8 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
+    replay_chunk: int = 2048
+    rows: str = "full"
     refit: bool = False
     turns: str = "first"
     compile: bool = False
@@ -111,6 +121,12 @@ class MixKVConfig:
     def __post_init__(self) -> None:
         registry.method(self.method)
         registry.score(self.score)
+        registry.row_format(self.rows)
+        if self.rows != "full" and registry.method(self.method).keeps_chunks:
+            raise ValueError(
+                f"rows={self.rows!r} does not go with method={self.method!r}, whose chunks are in the model's dtype: leave rows "
+                f"out, or use another method"
+            )
         _one_of("backend", self.backend, registry.BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
@@ -120,7 +136,7 @@ class MixKVConfig:
             _positive_int(name, getattr(self, name))
             if getattr(self, name) % 2 == 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be odd, so that pooling keeps positions in place")
-        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last"):
+        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last", "replay_chunk"):
             _positive_int(name, getattr(self, name))
         if self.hybrid_first != 0:
             _positive_int("hybrid_first", self.hybrid_first)
@@ -136,9 +152,12 @@ class MixKVConfig:
 
     def _check_budget(self) -> None:
         budget = self.budget
-        if not _is_number(budget):
+        if isinstance(budget, str):
+            parse_bytes(budget)
+        elif not _is_number(budget):
             raise ValueError(
-                f"budget={budget!r} must be an int (entries per KV head) or a float in (0, 1] (share of the prompt)"
+                f"budget={budget!r} must be an int (entries per KV head), a float in (0, 1] (share of the prompt) or bytes such as "
+                f"'64MiB' or '10%' (of the full cache's)"
             )
         if isinstance(budget, float) and not 0 < budget <= 1:
             raise ValueError(f"budget={budget} as a share of the prompt must lie in (0, 1]; entries are given as an int")
@@ -152,7 +171,12 @@ class MixKVConfig:
                 f"turns={self.turns!r} does not go with method={self.method!r}, which keeps later turns whole: leave it out, or use "
                 f"another method"
             )
-        if self.turns == "all" and isinstance(budget, float):
+        if self.turns != "first" and registry.score(self.score).needs_replay:
+            raise ValueError(
+                f"turns={self.turns!r} does not go with score={self.score!r}, which is known of the prompt alone: leave it out, or use "
+                f"another score"
+            )
+        if self.turns == "all" and (isinstance(budget, float) or str(budget).endswith("%")):
             raise ValueError(
                 f"budget={budget} is a share of a prompt, and turns='all' needs a bound on all that is held: give budget as an int"
             )
@@ -160,6 +184,11 @@ class MixKVConfig:
             raise ValueError(
                 f"decode_budget={self.decode_budget} does not go with method={self.method!r}, which keeps all that is generated: "
                 f"leave it out, or use another method"
+            )
+        if self.decode_budget is not None and registry.score(self.score).needs_replay:
+            raise ValueError(
+                f"decode_budget={self.decode_budget} does not go with score={self.score!r}, which is known of the prompt alone: leave it "
+                f"out, or use another score"
             )
         if self.decode_budget is not None:
             _positive_int("decode_budget", self.decode_budget)
@@ -191,7 +220,8 @@ class MixKVConfig:
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # Fields that came later have their defaults.
+        self.__dict__.update({field.name: field.default for field in dataclasses.fields(self)} | state)
         # A method or a score of the user's may not be registered in the process that unpickles.
         registry.method(self.method)
         registry.score(self.score)

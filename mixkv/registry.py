@@ -1,4 +1,4 @@
-"""Methods and scores by name: those built in, which `mixkv.selection` adds, and the user's. Also the names of back ends."""
+"""Methods, scores and row formats by name: those built in, and the user's. Also the names of back ends."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ class Score:
             what an entry adds to the layer's output, in place of window attention.
         comparable: whether the scores, all >= 0, of different heads and layers can be compared as they are. Methods that allocate by importance
             then use the scores in its place, ``global`` without normalising layers.
+        needs_replay: whether the score is computed from what a replay of the prompt measures.
         built_in: False for the user's.
     """
 
@@ -94,21 +95,47 @@ class Score:
     paper: str | None = None
     uses_output_importance: bool = False
     comparable: bool = False
+    needs_replay: bool = False
+    built_in: bool = True
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the rows of a cache are stored.
+
+    Attributes:
+        name: of ``MixKVConfig(rows=name)``.
+        rows: ``rows(key, value, selection, backend) -> rows``: a `mixkv.storage.rows.Rows` with the entries of key [B, Hkv, N, D]
+            and value [B, Hkv, N, Dv] that ``selection`` keeps.
+        row_bytes: ``row_bytes(key_size, value_size, itemsize) -> bytes`` of the key and the value of a selected entry;
+            ``itemsize`` is that of the model's dtype.
+        recent_bytes: likewise of an entry of the window or of a token that came later.
+        description: one line for tables.
+        built_in: False for the user's.
+    """
+
+    name: str
+    rows: Callable[..., Any]
+    row_bytes: Callable[[int, int, int], int]
+    recent_bytes: Callable[[int, int, int], int]
+    description: str = ""
     built_in: bool = True
 
 
 METHODS: dict[str, Method] = {}
 SCORES: dict[str, Score] = {}
+FORMATS: dict[str, RowFormat] = {}
 
 
-def add(entry: Method | Score) -> None:
-    """Adds a method or a score; one that has its name is replaced, unless it is built in.
+def add(entry: Method | Score | RowFormat) -> None:
+    """Adds a method, a score or a row format; one that has its name is replaced, unless it is built in.
 
     Raises:
         ValueError: the name cannot be used.
     """
-    kind = "method" if isinstance(entry, Method) else "score"
-    entries: dict[str, Any] = METHODS if isinstance(entry, Method) else SCORES
+    kinds: dict[type, tuple[str, dict[str, Any]]]
+    kinds = {Method: ("method", METHODS), Score: ("score", SCORES), RowFormat: ("row format", FORMATS)}
+    kind, entries = kinds[type(entry)]
     if not isinstance(entry.name, str) or not _NAME.fullmatch(entry.name):
         raise ValueError(
             f"{kind} name {entry.name!r} must be a letter followed by letters, digits, '-', '_' or '.': take another name"
@@ -134,6 +161,17 @@ def score(name: str) -> Score:
         ValueError: there is none; the message names those there are.
     """
     return _find("score", SCORES, name)
+
+
+def row_format(name: str) -> RowFormat:
+    """The row format of that name.
+
+    Raises:
+        ValueError: there is none; the message names those there are.
+    """
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"unknown rows={name!r}; choose from {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def register_method(name: str, function: Callable[[Any], Any], *, uses_output_importance: bool = False) -> None:

@@ -46,19 +46,26 @@ MIXKV_INLINE __m512bh load_pairs(const Bfloat16* from, int count) {
 
 MIXKV_INLINE int padded_size(int size) { return (size + 31) / 32 * 32; }
 
-template <class T>
-MIXKV_INLINE void prepare(const Queries& queries, typename QueryOf<T>::Type* out) {
+// Queries of elements T for rows of elements Row.
+template <class T, class Row>
+MIXKV_INLINE void prepare(const Queries& queries, typename QueryOf<Row>::Type* out) {
   int padded = padded_size(queries.size);
   for (int i = 0; i < queries.count; ++i) {
     const T* row = (const T*)queries.rows[i];
     auto* to = out + i * padded;
-    if constexpr (__is_same(typename QueryOf<T>::Type, T)) {
+    if constexpr (__is_same(typename QueryOf<Row>::Type, T)) {
       memcpy((void*)to, row, queries.size * sizeof(T));
     } else {
       for (int d = 0; d < queries.size; d += kLanes) store(to + d, load(row + d));
     }
     memset((void*)(to + queries.size), 0, (padded - queries.size) * sizeof *to);
   }
+}
+
+// Memory is asked for a line at a time.
+template <class T>
+MIXKV_INLINE void fetch_line(const T* address, int element) {
+  if (sizeof(T) > 1 || element % 64 == 0) fetch(address + kAhead / sizeof(T));
 }
 
 // One block of dot products. Rows beyond `last` are read as row `last`.
@@ -89,7 +96,7 @@ MIXKV_INLINE Vec dots(const typename QueryOf<T>::Type* query, int size, const T*
       for (int i = 0; i < Q; ++i) q[i] = load(query + i * padded + d);
       for (int r = 0; r < R; ++r) {
         Vec k = load(row[r] + d);
-        fetch(row[r] + d + kAhead / sizeof(T));
+        fetch_line(row[r] + d, d);
         for (int i = 0; i < Q; ++i) total[i * R + r] += q[i] * k;
       }
     }
@@ -112,7 +119,7 @@ MIXKV_INLINE void add_values(float* sum, int value_size, const float* scale, con
     Vec v[Vectors];
     for (int j = 0; j < Vectors; ++j) {
       v[j] = load(row + j * kLanes);
-      fetch(row + j * kLanes + kAhead / sizeof(T));
+      fetch_line(row + j * kLanes, j * kLanes);
     }
     for (int i = 0; i < Q; ++i)
       for (int j = 0; j < Vectors; ++j) total[i][j] += block[i * R + r] * v[j];
@@ -125,6 +132,20 @@ MIXKV_INLINE void add_values(float* sum, int value_size, const float* scale, con
     for (int j = 0; j < Vectors; ++j) store(sum + i * value_size + j * kLanes, total[i][j]);
 }
 
+// The scales of rows in the lanes of the blocks that hold their logits.
+template <int Q>
+MIXKV_INLINE void spread(const uint16_t* scale, int rows, float* lanes) {
+  constexpr int R = kRows<Q>;
+  const Half* from = (const Half*)scale;
+  float each[kTile + kLanes] = {};
+  int row = 0;
+  for (; row + kLanes <= rows; row += kLanes) store(each + row, load(from + row));
+  for (; row < rows; ++row) each[row] = get(from + row);
+  for (int first = 0; first < rows; first += R, lanes += kLanes)
+    for (int i = 0; i < Q; ++i)
+      for (int r = 0; r < R; ++r) lanes[i * R + r] = each[first + r];
+}
+
 // Takes `rows` <= kTile rows into the state of Q queries.
 template <class T, int Q>
 static void attend_tile(const typename QueryOf<T>::Type* query, const Queries& queries, const Run& run, const Visible* visible,
@@ -134,11 +155,15 @@ static void attend_tile(const typename QueryOf<T>::Type* query, const Queries& q
   const T* key = (const T*)run.key + first * run.key_stride;
   const T* value = (const T*)run.value + first * run.value_stride;
   const int blocks = (rows + R - 1) / R;
+  constexpr bool coded = __is_same(T, Int8);
+  alignas(64) float row_scale[coded ? (kTile / R + 1) * kLanes : 1];
+  if constexpr (coded) spread<Q>(run.key_scale + first, rows, row_scale);
   for (int b = 0; b < blocks; ++b) {
     const T* at = key + int64_t(b) * R * run.key_stride;
     Vec x = (b + 1) * R <= rows ? dots<T, Q>(query, queries.size, at, run.key_stride, R - 1)
                                 : dots<T, Q>(query, queries.size, at, run.key_stride, rows - 1 - b * R);
     x = x * queries.scaling;
+    if constexpr (coded) x = x * load(row_scale + b * kLanes);
     if (queries.softcap != 0.0f) x = queries.softcap * tangent(x / queries.softcap);
     store(logits + b * kLanes, x);
   }
@@ -168,9 +193,11 @@ static void attend_tile(const typename QueryOf<T>::Type* query, const Queries& q
     for (int r = 0; r < R; ++r) base[i * R + r] = origin;
   }
   Vec mass = {};
+  if constexpr (coded) spread<Q>(run.value_scale + first, rows, row_scale);
   for (int b = 0; b < blocks; ++b) {
     Vec x = exponential(load(logits + b * kLanes) - base);
     mass += x;
+    if constexpr (coded) x = x * load(row_scale + b * kLanes);
     store(logits + b * kLanes, x);
   }
   for (int i = 0; i < Q; ++i) {
@@ -190,20 +217,21 @@ static void attend_tile(const typename QueryOf<T>::Type* query, const Queries& q
   for (; d < size; d += kLanes) add_values<T, Q, 1>(sum + d, size, scale, logits, value + d, run.value_stride, rows);
 }
 
-template <class T>
+// Queries of elements T over rows of elements Row.
+template <class T, class Row>
 static void attend(const Queries& queries, const Run& run, const Visible* visible, const State& state, float* scratch) {
-  typedef typename QueryOf<T>::Type Query;
+  typedef typename QueryOf<Row>::Type Query;
   float* logits = scratch;
   Query* query = (Query*)(scratch + kTile * kLanes);
-  prepare<T>(queries, query);
+  prepare<T, Row>(queries, query);
   const int padded = padded_size(queries.size);
   for (int64_t first = 0; first < run.rows; first += kTile) {
     int i = 0;
     for (; i + kGroup <= queries.count; i += kGroup)
-      attend_tile<T, kGroup>(query + i * padded, queries, run, visible, first, i, state, logits);
-    if (queries.count - i == 3) attend_tile<T, 3>(query + i * padded, queries, run, visible, first, i, state, logits);
-    if (queries.count - i == 2) attend_tile<T, 2>(query + i * padded, queries, run, visible, first, i, state, logits);
-    if (queries.count - i == 1) attend_tile<T, 1>(query + i * padded, queries, run, visible, first, i, state, logits);
+      attend_tile<Row, kGroup>(query + i * padded, queries, run, visible, first, i, state, logits);
+    if (queries.count - i == 3) attend_tile<Row, 3>(query + i * padded, queries, run, visible, first, i, state, logits);
+    if (queries.count - i == 2) attend_tile<Row, 2>(query + i * padded, queries, run, visible, first, i, state, logits);
+    if (queries.count - i == 1) attend_tile<Row, 1>(query + i * padded, queries, run, visible, first, i, state, logits);
   }
 }
 

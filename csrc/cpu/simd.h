@@ -26,12 +26,16 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef int8_t CodeVec __attribute__((vector_size(kLanes)));
 
 struct Half {
   uint16_t bits;
 };
 struct Bfloat16 {
   uint16_t bits;
+};
+struct Int8 {
+  int8_t code;
 };
 
 #define MIXKV_INLINE static inline __attribute__((always_inline))
@@ -78,6 +82,30 @@ MIXKV_INLINE Vec load(const Half* from) {
   Vec magnitude = (Vec)rest * 0x1p112f;
   BitVec special = (BitVec)(magnitude >= 65536.0f) & 0x7f800000u;
   return (Vec)((BitVec)magnitude | special | sign);
+#endif
+}
+
+MIXKV_INLINE Vec load(const Int8* from) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  CodeVec x;
+  memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(__builtin_convertvector(x, IntVec), Vec);
+#endif
+}
+
+// To the nearest integer, of two the even one.
+MIXKV_INLINE Vec rounded(Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_rintf(x[i]);
+  return x;
 #endif
 }
 

@@ -1,40 +1,29 @@
 // step: a decode step of which the host knows no length.
-#include <cstring>
-
 #include "attention.h"
+#include "rows.h"
 #include "store.h"
 
 namespace mixkv::cpu {
 
-static Tensor step(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor ends,
-                   Tensor evicted, Tensor key, Tensor value, int64_t max_length, double scaling, double softcap,
-                   std::optional<Tensor> sinks) {
-  const Store store(key_buffer, value_buffer, starts, lengths);
-  check_ints(position_buffer, store.rows, "position_buffer");
+static Tensor step(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
+                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor ends, Tensor evicted, Tensor key,
+                   Tensor value, int64_t max_length, double scaling, double softcap, std::optional<Tensor> sinks) {
+  const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   check_ints(ends, store.sequences, "ends");
   check_ints(evicted, store.sequences, "evicted");
-  check_new(store, key_buffer, key, value);
-  STD_TORCH_CHECK(key.size(2) == 1, "step takes one new row, not ", key.size(2));
-  key = row_dense(key);
-  value = row_dense(value);
+  STD_TORCH_CHECK(key.dim() == 4 && key.size(2) == 1, "step takes one new row");
   const Extents extents(store, starts, lengths, 1);
   const int32_t* end = data<int32_t>(ends);
   for (int64_t s = 0; s < store.sequences; ++s) {
     STD_TORCH_CHECK(extents.starts[s] + extents.lengths[s] < end[s] && end[s] <= store.rows, "sequence ", s, " (start ", extents.starts[s],
                     ", length ", extents.lengths[s], ", end ", end[s], ") has no room for another row");
   }
-  const int64_t heads = key.size(1), bytes = key.element_size();
-  const int64_t key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
+  append(key_buffer, value_buffer, position_buffer, starts, lengths, key_scale, value_scale, key, value, 0, std::nullopt);
   for (int64_t s = 0; s < store.sequences; ++s) {
-    const int64_t b = s / heads, h = s % heads, row = extents.starts[s] + extents.lengths[s];
-    std::memcpy(data<char>(key_buffer) + row * key_bytes, data<char>(key) + (b * key.stride(0) + h * key.stride(1)) * bytes, key_bytes);
-    std::memcpy(data<char>(value_buffer) + row * value_bytes, data<char>(value) + (b * value.stride(0) + h * value.stride(1)) * bytes,
-                value_bytes);
-    int32_t& length = data<int32_t>(lengths)[s];
-    data<int32_t>(position_buffer)[row] = length + data<int32_t>(evicted)[s];
-    ++length;
+    const int32_t before = extents.lengths[s] - 1;
+    data<int32_t>(position_buffer)[extents.starts[s] + before] = before + data<int32_t>(evicted)[s];
   }
-  return attend(query, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks);
+  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, max_length, scaling, softcap, sinks);
 }
 
 }  // namespace mixkv::cpu

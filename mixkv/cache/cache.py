@@ -19,6 +19,7 @@ from ..hf.image_tokens import ImageTokens
 from . import save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
+from .replay import Replayer
 from .state import CacheState
 from .stepped import SteppedCache
 
@@ -56,6 +57,7 @@ class MixKVCache(SteppedCache):
         self._state = CacheState(self.config)
         self._batch: int | None = None
         self._regions = []
+        self._replayer: Replayer | None = None
         self._model: weakref.ref | None = None
         self._bound_to: binding.ModelReference | None = None
         super().__init__(layers=[])
@@ -70,30 +72,45 @@ class MixKVCache(SteppedCache):
         self._bound_to = binding.ModelReference(model)
         if self.layers:
             # A cache that was unpickled, or whose model was loaded again: only the binding is new.
+            if not self:
+                self._watch_decoder()
             return
         self._slots = slots
         self._state.num_layers = sum(slot is None for slot in self._slots)
         self._model_name, self._model = type(model).__name__, weakref.ref(model)
         self._make_layers()
         self._check_compileable(model)
+        self._watch_decoder()
+
+    def _watch_decoder(self) -> None:
+        """Where the score needs a replay, has the next prompt repeated when it has been read."""
+        model = self._bound_to and self._bound_to()
+        if self._replayer is not None:
+            self._replayer.remove()
+        if model and registry.score(self.config.score).needs_replay:
+            self._replayer = Replayer(self, model.get_decoder())
 
     def __getstate__(self) -> dict[str, Any]:
         self._end_steps()
-        return {**self.__dict__, "_model": None, "_steps": None}
+        return {**self.__dict__, "_model": None, "_replayer": None, "_steps": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_shared" in state:  # pickled by version 0.1.0
             state = {**state, "_state": state["_shared"]}
             del state["_shared"]
-        self.__dict__.update({"_bound_to": None, "_regions": [], **state})
+        self.__dict__.update({"_bound_to": None, "_replayer": None, "_regions": [], **state})
         if self._state.progress is None:
             self._state.progress = self._new_progress()
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
+        if not self:
+            self._watch_decoder()
 
     @torch.compiler.disable
     def _update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if self._state.replay is not None:
+            return Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
         self._check_met()
         self._end_steps()
         if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
@@ -133,6 +150,12 @@ class MixKVCache(SteppedCache):
         state.valid.clear()
         if layer.prompt is not None or state.reads_turn(layer.seen):
             return
+        replayed = registry.score(self.config.score).needs_replay and layer.seen == 0
+        if replayed and not (self._replayer and self._replayer.reading):
+            raise RuntimeError(
+                f"score={self.config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it "
+                f"for the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
+            )
         images = copy.copy(state.images)
         if layer.seen == 0:
             self._plan_prompt(tokens)
@@ -187,8 +210,7 @@ class MixKVCache(SteppedCache):
     @property
     def reads_prompt_alone(self) -> bool:
         """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
-        alone = not registry.method(self.config.method).drafts_with_prompt
-        return alone and (not self or self.config.turns != "first")
+        return not turns.take_drafts(self.config) and (not self or self.config.turns != "first")
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -236,6 +258,7 @@ class MixKVCache(SteppedCache):
         state.images = ImageTokens()
         if self.layers:
             self._make_layers()
+            self._watch_decoder()
         else:
             state.progress = Progress()
 

@@ -16,9 +16,11 @@ from ..config import MixKVConfig
 from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
 from ..selection import scores
+from ..selection.context import Measured
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
+from ..storage import formats  # noqa: F401 (adds the row formats)
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
 from ..storage.rows import Rows, with_chunks
@@ -91,6 +93,7 @@ class Compressor:
         valid: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         shared_budget: GlobalBudget | ChunkBudget | None = None,
+        measured: Measured | None = None,
     ) -> Compressed:
         """Keeps the selected entries of a whole prompt.
 
@@ -102,10 +105,11 @@ class Compressor:
             valid: bool [B, N], False for padding; None: there is none.
             image: bool [B, N], image tokens; None: none, or not known.
             shared_budget: what the layers of the prompt compete for, if the method is cross-layer.
+            measured: what else was measured on the prompt.
         """
         config, key, value = self.config, key.detach(), value.detach()
         image = None if image is None else image.to(key.device)
-        ranking = self.rank(query, key, value, logits, valid)
+        ranking = self.rank(query, key, value, logits, valid, measured=measured)
         entries = self.allocate(ranking, output, shared_budget)[0]
         chunks = sparsity = dynamic = remote = None
         if self.method.keeps_chunks:
@@ -116,7 +120,7 @@ class Compressor:
         else:
             selection = ranking.take(self.shard.own(entries))
             remote = self.remote_heads(entries, key.device)
-        store = RaggedStore.from_selection(key, value, selection, config.backend)
+        rows = registry.row_format(config.rows).rows(key, value, selection, config.backend)
         statistics = PromptStatistics(
             selection.redundancy,
             None if image is None else scores.modal_redundancy(key, image, valid),
@@ -124,7 +128,7 @@ class Compressor:
             dynamic,
             weighs_output=self.weighs_output,
         )
-        return Compressed(with_chunks(store, chunks), selection, statistics, remote)
+        return Compressed(with_chunks(rows, chunks), selection, statistics, remote)
 
     def allocate(
         self,
@@ -202,6 +206,7 @@ class Compressor:
         valid: torch.Tensor | None,
         longest: torch.Tensor | None = None,
         newest: torch.Tensor | None = None,
+        measured: Measured | None = None,
     ) -> Ranking:
         """The candidates in order; ``longest``, ``newest``: as `mixkv.selection.select.rank` takes them."""
         return rank(
@@ -214,6 +219,7 @@ class Compressor:
             shard=self.shard,
             longest=longest,
             newest=newest,
+            measured=measured,
             **self.layer_position,
             **vars(logits),
         )

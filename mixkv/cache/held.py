@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import registry
 from ..storage.chunks import ChunkStore
 from ..storage.counted import Counted, CountsSteps
 from ..storage.ragged import RaggedStore
@@ -77,6 +78,15 @@ class HeldEntries(CountsSteps):
             return 0
         heads, key_size, value_size = self.shape
         return self.batch * heads * self.seen * (key_size + value_size) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the keys and values of `lengths`, with their scales, without positions and spare capacity."""
+        heads, key_size, value_size = self.shape
+        rows = int(self.lengths().sum())
+        if self.rows is None:
+            return rows * (key_size + value_size) * self.dtype.itemsize
+        return rows * registry.row_format(self.state.config.rows).row_bytes(key_size, value_size, self.dtype.itemsize)
 
     def lengths(self) -> torch.Tensor:
         """Rows resident, those of slots for chunks included: int64 [B, Hkv], on the CPU."""

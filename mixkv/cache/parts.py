@@ -10,17 +10,22 @@ import torch
 
 from .. import tensor_parallel
 from ..config import MixKVConfig
+from ..ops.arguments import LogitOptions
+from ..selection.context import Measured
 from ..storage import rows as stored_rows
 
 Tensors = dict[str, torch.Tensor]
 Numbers = dict[str, Any]
 
+# The prompt's first tokens, which every query of a replay sees, and which are always kept by it.
+FIRST = 4
+
 
 class Part(Protocol):
     """What a layer holds of one kind.
 
-    A class of parts has ``restore(tensors, numbers, config) -> part``, the part whose ``state`` these are, or None; tensors are
-    on the layer's device and belong to the part.
+    A class of parts has ``restore(tensors, numbers, config, dtype) -> part``, the part whose ``state`` these are, or None;
+    tensors are on the layer's device and belong to the part, ``dtype`` is the model's.
     """
 
     nbytes: int
@@ -53,8 +58,44 @@ class PromptSoFar:
         raise ValueError("the prompt has not been read to its end: save the cache once it has been")
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> None:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> None:
         return None
+
+
+class WholePrompt(PromptSoFar):
+    """A prompt that has been read to its end and waits for its replay, with what compresses it then.
+
+    Attributes:
+        query: [B, Hq, n, D], output: [B, n, Hq, Dv], of the last tokens.
+        valid: bool [B, N], False for padding; None: there is none.
+        logits: how the model computes its logits.
+        replay: float32 [B, Hkv, N], the largest weight that each token has got in the replay so far.
+    """
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        valid: torch.Tensor | None,
+        logits: LogitOptions,
+    ):
+        super().__init__(key, value)
+        self.query, self.output, self.valid, self.logits = query, output, valid, logits
+        self.replay = torch.zeros(key.shape[:3], device=key.device)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + _bytes(self.query, self.output, self.replay)
+
+    def measured(self) -> Measured:
+        """What the replay measured; the prompt's first tokens, which are always needed, have the largest weight there is."""
+        start = torch.zeros(self.replay.shape[0], dtype=torch.long, device=self.replay.device)
+        if self.valid is not None:
+            start = (~self.valid).sum(dim=1).to(start)
+        position = torch.arange(self.replay.shape[2], device=start.device) - start[:, None]
+        return Measured(self.replay.masked_fill(((position >= 0) & (position < FIRST))[:, None], 1.0))
 
 
 class QueryWindow:
@@ -92,7 +133,7 @@ class QueryWindow:
         return {"query_tail": self.query}, {}
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> QueryWindow | None:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> QueryWindow | None:
         return cls(tensors["query_tail"]) if "query_tail" in tensors else None
 
 
@@ -128,7 +169,7 @@ class PromptStatistics:
         return self._tensors(), {"share": self.share, "weighs_output": self.weighs_output}
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> PromptStatistics:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> PromptStatistics:
         measured = {name: tensors.get(name) for name in ("modal_redundancy", "sparsity", "dynamic")}
         return cls(tensors["redundancy"], **measured, share=numbers["share"], weighs_output=numbers.get("weighs_output"))
 
@@ -151,7 +192,7 @@ class RemoteHeads(tensor_parallel.RemoteLengths):
         raise ValueError("other processes hold heads of this layer: it cannot be saved")
 
     @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> None:
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> None:
         return None
 
 
@@ -174,7 +215,7 @@ def from_earlier(attributes: dict[str, Any]) -> dict[str, Any]:
     }
     return former | {
         "prompt": None if dense is None else PromptSoFar(*dense),
-        "rows": None if store is None else stored_rows.with_chunks(store, chunks),
+        "rows": None if store is None else stored_rows.with_chunks(stored_rows.RaggedRows(store), chunks),
         "remote": former.pop("spread"),
         "window": None if query is None else QueryWindow(query),
         "statistics": None if store is None else PromptStatistics(**measured),

@@ -36,7 +36,7 @@ class Saved:
         far images move positions; None: the model had gone), and under ``layers`` one entry a layer of the model: kind, and
         what that kind of layer needs beside its tensors.
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
-        lengths [B, Hkv], redundancy [B, Hkv], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
+        lengths [B, Hkv], redundancy [B, Hkv], of rows in int8 key_scale and value_scale [rows], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
         ``hybridkv`` sparsity and dynamic [B, Hkv], and where there are chunks chunk_key [rows, D], chunk_value [rows, Dv] and
         chunk_rows, chunk_columns (first positions), chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``; ``image_mask`` bool
         [B, tokens] where it is known which tokens are image tokens.
@@ -174,6 +174,7 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "heads": heads,
         "key_size": key_size,
         "value_size": value_size,
+        "dtype": _dtype_name(layer.dtype),
         "seen": layer.seen,
         "scaling": layer.logits.scaling,
         "softcap": layer.logits.softcap,
@@ -195,11 +196,12 @@ def _fill(
     config: MixKVConfig,
 ) -> None:
     copies = {name: tensor.to(device, copy=True) for name, tensor in held.items()}
+    dtype = getattr(torch, numbers["dtype"]) if "key_scale" in copies else copies["key"].dtype
     layer.restore(
-        {name: restore(copies, numbers, config) for name, restore in PARTS.items()},
+        {name: restore(copies, numbers, config, dtype) for name, restore in PARTS.items()},
         seen=numbers["seen"],
         shape=(numbers["heads"], numbers["key_size"], numbers["value_size"]),
-        dtype=copies["key"].dtype,
+        dtype=dtype,
         device=copies["key"].device,
         logits=LogitOptions(numbers["scaling"], numbers["softcap"], copies.get("sinks")),
         module=module,
@@ -276,6 +278,8 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         chunked = int(held["chunk_rows"].sum()) if "chunk_rows" in held else -1
         shapes |= {"chunk_key": [chunked, numbers["key_size"]], "chunk_value": [chunked, numbers["value_size"]]}
         shapes |= dict.fromkeys(_CHUNK_NUMBERS, [batch, heads])
+    if saved.config.rows != "full":
+        shapes |= {"key_scale": [rows], "value_scale": [rows]}
     if "modal_redundancy" in held:
         shapes["modal_redundancy"] = [batch, heads, 2]
     found = {name: list(held[name].shape) if name in held else None for name in shapes}

@@ -50,6 +50,7 @@ class CacheState:
     ``progress``: which layers the present forward has reached; None in a pickle of version 0.1.0, until its cache sets it.
     ``before``: what the present forward may change besides the layers, as it was.
     ``storing``: whether the present forward has begun to change what a layer holds.
+    ``replay``: the part of the prompt that the present forward repeats; None: it reads new tokens.
     ``cache``: whose layers these are, while a forward runs.
     """
 
@@ -66,6 +67,7 @@ class CacheState:
     progress: Progress | None = field(default_factory=Progress, repr=False)
     before: Before | None = field(default=None, repr=False)
     storing: bool = False
+    replay: Any | None = None
     cache: weakref.ref | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,7 +75,8 @@ class CacheState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         renamed = {_FORMER.get(name, name): value for name, value in state.items()}
-        self.__dict__.update({"progress": None, "before": None, "storing": False, "cache": None, "turn": None} | renamed)
+        missing = {"progress": None, "before": None, "storing": False, "replay": None, "cache": None, "turn": None}
+        self.__dict__.update(missing | renamed)
 
     @property
     def keeps_window(self) -> bool:

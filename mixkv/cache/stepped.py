@@ -86,7 +86,13 @@ class SteppedCache(TrackedCache):
 
     def _is_step(self, inputs: dict[str, Any]) -> bool:
         """Whether ``inputs`` are one token for each batch row of a prompt that has been compressed."""
-        if not self.is_compileable or not self.usable or torch.is_grad_enabled() or inputs.get("output_attentions"):
+        if (
+            not self.is_compileable
+            or not self.usable
+            or self._state.rollback_enabled
+            or torch.is_grad_enabled()
+            or inputs.get("output_attentions")
+        ):
             return False
         new = inputs.get("input_ids")
         new = inputs.get("inputs_embeds") if new is None else new

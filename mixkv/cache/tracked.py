@@ -117,10 +117,13 @@ class TrackedCache(Cache):
         return self._finish_state("update_recurrent_state", layer_idx, result)
 
     def _touch_state(self, method: str, layer_idx: int, state_idx: int = 0, *_, **__) -> None:
-        if not torch.compiler.is_compiling() and self._state.progress.touch_state(layer_idx, method, state_idx):
+        if self._is_tracked() and self._state.progress.touch_state(layer_idx, method, state_idx):
             self._start_forward()
 
+    def _is_tracked(self) -> bool:
+        return not torch.compiler.is_compiling() and self._state.replay is None
+
     def _finish_state(self, method: str, layer_idx: int, result):
-        if not torch.compiler.is_compiling():
+        if self._is_tracked():
             self._state.progress.finish_state(layer_idx, method)
         return result

@@ -11,10 +11,9 @@ import torch
 from .. import registry
 from ..config import MixKVConfig
 from ..hf import call_stack
-from ..selection.select import base_entries
+from ..selection.budget import base_entries
 
 if TYPE_CHECKING:
-    from .compress import Compressor
     from .layer import MixKVLayer
     from .state import CacheState
 
@@ -59,34 +58,70 @@ def begin(state: CacheState, seen: int, tokens: int) -> Turn | None:
         if length is None and state.rollback_enabled and not call_stack.in_generate():
             return None
     length = length or tokens
+    if length <= (config.window if config.turns == "each" else 1):
+        return None
     if length < tokens:
         check_drafts(config, length, tokens)
-    return Turn(seen, seen + length) if length > (config.window if config.turns == "each" else 1) else None
+    return Turn(seen, seen + length)
+
+
+def take_drafts(config: MixKVConfig) -> bool:
+    """Whether drafts of assisted decoding may be read in the forward of the prompt or turn."""
+    return registry.method(config.method).drafts_with_prompt and not registry.score(config.score).needs_replay
 
 
 def check_drafts(config: MixKVConfig, length: int, tokens: int) -> None:
     """Raises a RuntimeError if the method cannot read the drafts that came with a prompt or turn of so many tokens."""
-    if not registry.method(config.method).drafts_with_prompt:
+    if not take_drafts(config):
         raise RuntimeError(
-            f"a prompt of {length} tokens came in one forward with {tokens - length} more, which would "
-            f"be read beside rows that method={config.method!r} has not chosen for all layers yet: read the prompt alone. In "
-            f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
+            f"a prompt of {length} tokens came in one forward with {tokens - length} more, which would be read beside rows that "
+            f"method={config.method!r}, score={config.score!r} has not chosen for all layers yet: read the prompt alone. In assisted "
+            f"decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
         )
 
 
-def compress(layer: MixKVLayer, compressor: Compressor, query: torch.Tensor, output: torch.Tensor) -> None:
+def enforce_budgets(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor, valid: torch.Tensor | None, end: int) -> None:
+    """Evicts what exceeds the turn's budget, if ``layer`` has just read its last token, and the decode budget.
+
+    Args:
+        query: [B, Hq, n, D], of the new tokens.
+        output: attention's [B, n, Hq, Dv] for them.
+        valid: bool [B, n], False for padding; None: there is none.
+        end: the position after the last of them.
+    """
+    state, turn = layer.state, layer.state.turn
+    if turn is None or end > turn.end:
+        if state.keeps_window:
+            layer.append_query_window(query, valid)
+        finished = [layer]
+    else:
+        if layer.ordinal == 0:
+            turn.count(query.shape[0], query.shape[2], valid)
+        if state.keeps_window or end < turn.end or layer.window is not None:
+            layer.append_query_window(query, valid)
+        if end < turn.end:
+            return
+        finished = compress(layer, query if layer.window is None else layer.window.query, output)
+        layer.window = layer.window if state.keeps_window else None
+    if not state.rollback_enabled:
+        for done in finished:
+            done.evict_to_decode_budget()
+
+
+def compress(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) -> list[MixKVLayer]:
     """Evicts from ``layer`` what the turn that it has just read to its end is not to leave.
 
     Args:
-        compressor: of the layer.
         query: [B, Hq, n, D], the last ones: a window of them, or all that there were.
         output: attention's [B, n, Hq, Dv] for the last tokens.
+
+    Returns: the layers of which that is done: where layers share a budget, all of them with the last, and until then none.
     """
     state, store, turn = layer.state, layer.store, layer.state.turn
-    config, remote = state.config, layer.remote
+    config, compressor, remote = state.config, layer.compressor(), layer.remote
     newest = torch.tensor(turn.real, device=query.device) if config.turns == "each" else None
-    if newest is not None and _is_kept_whole(config, turn):
-        return
+    if newest is not None and _is_kept_whole(layer, turn):
+        return [layer]
     if layer.ordinal == 0:
         limits = _candidates(layer) if newest is None and compressor.method.cross_layer else None
         state.shared_budget = compressor.new_shared_budget(limits)
@@ -102,10 +137,12 @@ def compress(layer: MixKVLayer, compressor: Compressor, query: torch.Tensor, out
     selection = ranking.take(compressor.shard.own(entries))
     store.keep(selection, key.shape[2])
     layer.remote = compressor.remote_heads(entries, key.device, fixed)
-    if budget is not None:
-        budget.finish_layer(layer, selection)
-        if budget.complete:
-            state.shared_budget = None
+    if budget is None:
+        return [layer]
+    budget.finish_layer(layer, selection)
+    if budget.complete:
+        state.shared_budget = None
+    return budget.finished
 
 
 def _candidates(first: MixKVLayer) -> np.ndarray:
@@ -121,7 +158,9 @@ def _candidates(first: MixKVLayer) -> np.ndarray:
     return (torch.stack(rows, dim=1) - state.config.window).clamp(min=0).numpy()
 
 
-def _is_kept_whole(config: MixKVConfig, turn: Turn) -> bool:
+def _is_kept_whole(layer: MixKVLayer, turn: Turn) -> bool:
     """Whether no batch row's turn exceeds its budget."""
-    real = torch.tensor(turn.real)
-    return bool((real - config.window <= base_entries(config, real)).all())
+    real, config = torch.tensor(turn.real), layer.state.config
+    key, value = (torch.empty(0, size, dtype=layer.dtype) for size in layer.shape[1:])
+    place = {"heads": layer.compressor().shard.total, "num_layers": layer.state.num_layers}
+    return bool((real - config.window <= base_entries(config, real, key, value, **place)).all())

@@ -20,7 +20,7 @@ from ..config import MixKVConfig
 from . import InputError
 from .measure import held, kl_divergence, no_progress, warm_up
 from .prompts import check_length
-from .replay import Recording, joined
+from .recording import Recording, joined
 from .tasks import Sample
 
 # Identifies a sample: task, tokens, seed.
@@ -67,7 +67,8 @@ def run(
         window = max(config.window for config in configs)
         inputs = {name: value.to(model.device) for name, value in sample.inputs.items()}
         context = torch.tensor([sample.context], device=model.device)
-        recording = Recording(model, context, window=window, inputs=inputs)
+        replayed = [config.replay_chunk for config in configs if registry.score(config.score).needs_replay]
+        recording = Recording(model, context, window=window, inputs=inputs, replay_chunk=max(replayed, default=None))
         questions = [_question(recording, tokenizer, sample, index, answer_tokens) for index in range(len(sample.follow))]
         results = list(_results(recording, configs, questions))
         answered = None if sample.expected is None else sum(question.answered(question.said) for question in questions)
@@ -155,9 +156,9 @@ def _chunk(config: MixKVConfig) -> int | None:
 
 
 def _resident(cache: MixKVCache) -> float:
-    """The bytes of resident KV entries and of chunk bounds, as a share of the full cache's in the same layers."""
+    """The bytes of resident KV entries, with scales, and of chunk bounds, as a share of the full cache's in the same layers."""
     layers = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
-    rows = sum(int(layer.lengths().sum()) * sum(layer.shape[1:]) * layer.dtype.itemsize for layer in layers)
+    rows = sum(layer.row_bytes for layer in layers)
     bounds = sum(layer.chunks.bound_bytes for layer in layers if layer.chunks is not None)
     return (rows + bounds) / sum(layer.nbytes_full for layer in layers)
 

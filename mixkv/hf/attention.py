@@ -52,6 +52,8 @@ def attend_with_cache(
 
 @torch.compiler.disable
 def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if layer.replaying:
+        return layer.replay(query, key, value, _logit_options(query, kwargs)), None
     with layer.attention_call(module, kwargs):
         # A prompt's own attention is the base's, on full keys and values; stored rows are cut off from what made them.
         if layer.rows is not None or layer.prompt_length not in (None, key.shape[2]):

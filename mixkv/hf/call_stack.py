@@ -34,8 +34,13 @@ def prompt_plan(tokens: int, seen: int = 0) -> tuple[int | None, bool]:
     if not frames:
         return None, False
     for frame in frames:
+        if frame.f_code.co_name == "_assisted_decoding" and seen > 0:
+            drafts = frame.f_locals.get("candidate_length")
+            if not isinstance(drafts, int) or drafts >= tokens:
+                raise _unknown()
+            return tokens - drafts, True
         if frame.f_code.co_name == "_assisted_decoding":
-            return _prompt_length(frame, seen, lambda length: length <= tokens), True
+            return _prompt_length(frame, 0, lambda length: length <= tokens), True
         if frame.f_code.co_name == "_prefill" and _chunk_size(frame.f_locals.get("generation_config")) is not None:
             return _prompt_length(frame, seen, lambda length: length >= tokens), False
     if seen > 0 and tokens == 1:

@@ -22,11 +22,14 @@ from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
 _UNASKED_ON_GPU = ("torch",)
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str:
+def choose(
+    requested: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int, *, codes: bool = False
+) -> str:
     """The back end for a store of this device, dtype and head sizes.
 
     Args:
         requested: a name from `mixkv.registry.BACKENDS`; ``auto`` asks the environment, then takes the first that works.
+        codes: rows are in int8, and ``dtype`` is that of queries and new rows.
 
     Raises:
         ValueError: the back end asked for cannot be used; the message says why.
@@ -39,29 +42,35 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: i
         if device.type == "cpu":
             return "torch" if native.why_not(device, dtype, key_size, value_size) else "native"
         names = _UNASKED_ON_GPU
-        return next(name for name in names if why_not(name, device, dtype, key_size, value_size) is None)
-    reason = why_not(requested, device, dtype, key_size, value_size)
+        return next(name for name in names if why_not(name, device, dtype, key_size, value_size, codes=codes) is None)
+    reason = why_not(requested, device, dtype, key_size, value_size, codes=codes)
     if reason is not None:
         raise ValueError(f"backend={requested!r} cannot be used: {reason}. Leave it at 'auto', or use 'torch'")
     return requested
 
 
-def choose_again(former: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str:
+def choose_again(
+    former: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int, *, codes: bool = False
+) -> str:
     """The back end for a store of another process or machine, which had chosen ``former``: that one if it can be used here.
 
     Raises:
         ValueError: it cannot, and the environment asks for one that cannot be used either.
     """
     place = (device, dtype, key_size, value_size)
-    return former if why_not(former, *place) is None else choose("auto", *place)
+    return former if why_not(former, *place, codes=codes) is None else choose("auto", *place, codes=codes)
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
+def why_not(
+    name: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int, *, codes: bool = False
+) -> str | None:
     """Why back end ``name`` cannot hold such a store; None if it can."""
-    if name == "native":
-        return native.why_not(device, dtype, key_size, value_size)
     if name == "torch":
         return None
+    if codes and (name != "native" or device.type != "cpu"):
+        return "it has no operations on rows of codes" + (f" for {device.type}" if name == "native" else "")
+    if name == "native":
+        return native.why_not(device, dtype, key_size, value_size)
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -182,10 +191,10 @@ def fetch_chunks(
 
 
 def gather(
-    backend: str, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor
+    backend: str, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor, *, codes: bool = False
 ) -> RaggedBuffers:
     """`selection_reference.gather`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows], ``counts`` int64 [B, Hkv]."""
-    return (native if backend == "native" else selection_reference).gather(key, value, positions, counts)
+    return (native if backend == "native" else selection_reference).gather(key, value, positions, counts, codes=codes)
 
 
 def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:

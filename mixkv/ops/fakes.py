@@ -21,15 +21,21 @@ def register() -> None:
         size = torch.library.get_ctx().new_dynamic_size()
         return [ranks.new_empty(size) for _ in range(count)]
 
-    def evicted(key, value, position, starts, lengths, ranks, *rest):
-        rows = torch.library.get_ctx().new_dynamic_size()
-        buffers = (part.new_empty(rows, *part.shape[1:]) for part in (key, value, position))
-        return (*buffers, starts.new_empty(starts.shape), lengths.new_empty(lengths.shape), *chosen(ranks, 1))
+    def scales(key, rows, coded):
+        return [key.new_empty(rows if coded else 0, dtype=torch.float16) for _ in range(2)]
 
-    def gathered(key, value, positions, counts, *rest):
+    def evicted(key, value, position, starts, lengths, key_scale, value_scale, ranks, *rest):
         rows = torch.library.get_ctx().new_dynamic_size()
+        buffers = [part.new_empty(rows, *part.shape[1:]) for part in (key, value, position)]
+        buffers += [starts.new_empty(starts.shape), lengths.new_empty(lengths.shape)]
+        return (*buffers, *scales(key, rows, key_scale is not None), *chosen(ranks, 1))
+
+    def gathered(key, value, positions, counts, codes, *rest):
+        rows = torch.library.get_ctx().new_dynamic_size()
+        dtype = torch.int8 if codes else key.dtype
+        buffers = [part.new_empty(rows, part.shape[3], dtype=dtype) for part in (key, value)]
         sequences = [positions.new_empty(counts.numel()) for _ in range(2)]
-        return (key.new_empty(rows, key.shape[3]), value.new_empty(rows, value.shape[3]), positions.new_empty(rows), *sequences)
+        return (*buffers, positions.new_empty(rows), *sequences, *scales(key, rows, codes))
 
     def merged(value, owner, importance, within, totals, owners):
         kept, batch = torch.library.get_ctx().new_dynamic_size(), value.shape[0]

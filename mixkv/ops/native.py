@@ -161,7 +161,8 @@ def compact(buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, posi
 
 def move_rows(buffers: RaggedBuffers, source: RaggedBuffers, *, max_length: int) -> None:
     """`reference.move_rows`; ``max_length`` is at least ``buffers.lengths.max()`` (host)."""
-    _ops().move_rows.default(*buffers, *source.rows, source.starts, max_length)
+    moved = (source.key, source.value, source.position, source.starts, source.key_scale, source.value_scale)
+    _ops().move_rows.default(*buffers, *moved, max_length)
 
 
 def window_attention(
@@ -249,13 +250,16 @@ def take(
     return _ops().take.default(ranks, entries, None if window is None else window.expand(*ranks.shape[:2], width), width)
 
 
-def gather(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> RaggedBuffers:
+def gather(
+    key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor, *, codes: bool = False
+) -> RaggedBuffers:
     """`selection_reference.gather`: on the CPU in one pass."""
     if not key.is_cuda:
-        return RaggedBuffers(*_ops().gather.default(key, value, positions, counts, layout.SPARE_ROWS, layout.SPARE_SHARE))
+        spare_rows = (layout.SPARE_ROWS, layout.SPARE_SHARE)
+        return _buffers(*_ops().gather.default(key, value, positions, counts, codes, *spare_rows))
     total = positions.numel()
     spare = layout.spare_per_sequence(total, counts.numel())
-    buffers = layout.empty_buffers(counts.flatten(), total, spare, (key, value))
+    buffers = layout.empty_buffers(counts.flatten(), total, spare, (key, value), codes=codes)
     compact(buffers, key, value, positions)
     return buffers
 
@@ -263,7 +267,7 @@ def gather(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, coun
 def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:
     """`selection_reference.evict` on the CPU, in one pass."""
     *new, left = _ops().evict.default(*buffers, ranks, quota, tail, layout.SPARE_ROWS, layout.SPARE_SHARE)
-    return RaggedBuffers(*new), left
+    return _buffers(*new), left
 
 
 def merge_largest(
@@ -314,9 +318,14 @@ def _ops():
     return torch.ops.mixkv
 
 
-def _store(buffers: RaggedBuffers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _store(buffers: RaggedBuffers) -> tuple[torch.Tensor | None, ...]:
     """What attention reads of a store."""
-    return buffers.key, buffers.value, buffers.starts, buffers.lengths
+    return buffers.key, buffers.value, buffers.starts, buffers.lengths, buffers.key_scale, buffers.value_scale
+
+
+def _buffers(*parts: torch.Tensor) -> RaggedBuffers:
+    """The buffers that an operation returned; without codes it returns empty scales."""
+    return RaggedBuffers(*(parts if parts[0].dtype == torch.int8 else parts[:5]))
 
 
 def _logits(options: LogitOptions) -> tuple[float, float, torch.Tensor | None]:

@@ -66,16 +66,19 @@ def take(
     return keep.nonzero()[:, 2].to(torch.int32), whole[keep], keep.sum(dim=-1)
 
 
-def gather(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> RaggedBuffers:
+def gather(
+    key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor, *, codes: bool = False
+) -> RaggedBuffers:
     """New buffers with the kept rows of full keys and values.
 
     Args:
         key, value: [B, Hkv, N, D], [B, Hkv, N, Dv].
         positions: int32 [kept], the kept positions, sequence after sequence.
         counts: int64 [B, Hkv], how many of each.
+        codes: the new rows are in int8.
     """
     total = positions.numel()
-    buffers = empty_buffers(counts.flatten(), total, spare_per_sequence(total, counts.numel()), (key, value))
+    buffers = empty_buffers(counts.flatten(), total, spare_per_sequence(total, counts.numel()), (key, value), codes=codes)
     compact(buffers, key, value, positions)
     return buffers
 
@@ -100,7 +103,7 @@ def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail
     before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
     rows = flat_rows(buffers.starts, buffers.lengths, total)[keep]
     left = rows.numel()
-    new = empty_buffers(before[ends] - before[ends - lengths], left, spare_per_sequence(left, lengths.numel()), buffers)
+    new = empty_buffers(before[ends] - before[ends - lengths], left, spare_per_sequence(left, lengths.numel()), buffers.rows)
     to_rows = flat_rows(new.starts, new.lengths, left)
     for buffer, part in zip(new.rows, buffers.rows):
         buffer.index_copy_(0, to_rows, part.index_select(0, rows))

@@ -15,8 +15,8 @@ from .arguments import FixedRoom, LogitOptions, RaggedBuffers
 
 _SCHEMA = (
     "step(Tensor query, Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor(c!) position_buffer, Tensor starts, "
-    "Tensor(d!) lengths, Tensor ends, Tensor evicted, Tensor key, Tensor value, int max_length, float scaling, float softcap, "
-    "Tensor? sinks) -> Tensor"
+    "Tensor(d!) lengths, Tensor(e!)? key_scale, Tensor(f!)? value_scale, Tensor ends, Tensor evicted, Tensor key, Tensor value, "
+    "int max_length, float scaling, float softcap, Tensor? sinks) -> Tensor"
 )
 
 
@@ -52,8 +52,8 @@ def reference(
         raise ValueError(f"sequence {int((rows > last).nonzero()[0])} has no room for another row")
     rows = torch.minimum(rows, last)
     index = rows.long()
-    for buffer, part in zip(buffers.rows, (key.flatten(0, 2), value.flatten(0, 2), lengths + room.evicted)):
-        buffer.index_copy_(0, index, part)
+    storage.write_rows(buffers, index, key.flatten(0, 2), value.flatten(0, 2))
+    buffers.position.index_copy_(0, index, lengths + room.evicted)
     torch.sub(rows, starts, out=lengths).add_(1)
     return storage.attend(query, buffers, logits, max_length=max_length, stride=None)
 
@@ -90,12 +90,10 @@ def prepare() -> None:
 _LIBRARIES: list[torch.library.Library] = []
 
 
-def _plain(
-    query, key_buffer, value_buffer, position, starts, lengths, ends, evicted, key, value, max_length, scaling, softcap, sinks
-):
-    buffers = RaggedBuffers(key_buffer, value_buffer, position, starts, lengths)
-    logits = LogitOptions(scaling, softcap or None, sinks)
-    return reference(query, buffers, FixedRoom(ends, evicted), key, value, logits, max_length=max_length)
+def _plain(query, *tensors_and_options):
+    *tensors, key, value, max_length, scaling, softcap, sinks = tensors_and_options
+    buffers, room = RaggedBuffers(*tensors[:7]), FixedRoom(*tensors[7:])
+    return reference(query, buffers, room, key, value, LogitOptions(scaling, softcap or None, sinks), max_length=max_length)
 
 
 def _shape(query, key_buffer, value_buffer, *rest):

@@ -62,29 +62,33 @@ class GlobalTopK:
                 f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
                 f"needs the same number in all layers. Use method='adakv'"
             )
-        within = torch.tensor(self.parts[:, self.layers])
+        within = self._parts[self.layers]
         self.layers += 1
         # The layers of a model may lie on several devices.
         so_far = (self.value.to(importance.device), self.owner.to(importance.device))
-        merged = dispatch.merge_largest(*so_far, importance, within, self._total, self.layers * heads)
+        merged = dispatch.merge_largest(*so_far, importance, within, self._totals, self.layers * heads)
         self.value, self.owner, self._counts, mine = merged
         self._arrived.append(mine)
         self._quota = None
 
     def _divide(self, means: np.ndarray, limits: np.ndarray) -> None:
-        """Equal parts of the total, of every layer [B, L] and of every head [B, L * Hkv]."""
+        """Equal parts of the total: of every layer, and of every head."""
         batch, layers, heads = limits.shape
-        every = limits.sum(axis=(1, 2))
+        every, of_layers = limits.sum(axis=(1, 2)), limits.sum(axis=-1)
         total = np.minimum(means * heads * layers, every)
-        self.limit, self.mean_candidates = limits.reshape(batch, -1), every // (layers * heads)
+        self.total, self.limit, self.within = (
+            total.tolist(),
+            limits.reshape(batch, -1),
+            np.zeros((batch, layers * heads), np.int64),
+        )
+        # Of how many of the most important rows each head's are counted: of one layer's, and of the whole model's.
+        self._parts = torch.tensor(apportion(level(total, of_layers), total, of_layers)).T.contiguous()
+        self._totals = torch.tensor(self.total)
+        self.mean_candidates, self.equal = every // (layers * heads), level(total, self.limit)
         self.base = np.minimum(means, self.mean_candidates)
-        self.parts = apportion(level(total, limits.sum(axis=-1)), total, limits.sum(axis=-1))
-        self.equal, self.total, self.within = level(total, self.limit), total.tolist(), np.zeros_like(self.limit)
-        self._total = torch.from_numpy(total)
         base, most = self.base[:, None], self.mean_candidates[:, None]
         share = (1 - self.floor) / most.clip(min=1)
-        # `apportion` rounds up by at most one; what is added covers the rounding of these products.
-        self._bound = (share * (most - base), share * base, self.floor * self.equal + 1 + 2e-6)
+        self._weights, self._least = (share * (most - base), share * base), self.floor * self.equal + 2e-6
 
     def quota(self) -> np.ndarray:
         """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
@@ -97,15 +101,17 @@ class GlobalTopK:
         counts, *arrived = to_host(self._counts, *(layer.to(device) for layer in self._arrived))
         heads = self.layers * self.heads
         if arrived:
-            self.within[:, heads - len(arrived) * self.heads : heads] = np.concatenate(arrived, axis=1)
+            first = heads - len(arrived) * self.heads
+            self.within[:, first:heads] = np.concatenate(arrived, axis=1)
             self._arrived = []
-        within, limit = self.within[:, :heads], self.limit[:, :heads]
+        within, limit, equal = self.within[:, :heads], self.limit[:, :heads], self.equal[:, :heads]
+        base, most = self.base[:, None], self.mean_candidates[:, None]
         if self.layers == self.num_layers:
-            base, most = self.base[:, None], self.mean_candidates[:, None]
             # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
             counts = ((most - base) * counts + base * within) / most.clip(min=1)
-            rows = apportion((1 - self.floor) * counts + self.floor * self.equal, np.array(self.total), limit)
+            rows = apportion((1 - self.floor) * counts + self.floor * equal, np.array(self.total), limit)
         else:
-            of_model, of_layer, least = self._bound
-            rows = np.minimum((of_model * counts + of_layer * within + least[:, :heads]).astype(np.int64), limit)
+            # The same but for rounding, for which there is room: `apportion` rounds up by at most one.
+            of_model, of_layer = self._weights
+            rows = np.minimum((of_model * counts + of_layer * within + self._least[:, :heads]).astype(np.int64) + 1, limit)
         return rows.reshape(batch, self.layers, self.heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from .. import registry
 from ..config import MixKVConfig, checked_config
 from ..ops import dispatch
 from ..tensor_parallel import HeadShard
+from .budget import base_entries
 from .context import AllocationContext, Measured, ScoreContext
 from .ranking import KEPT, Ranking, Selection
 
@@ -30,6 +32,7 @@ def select(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    measured: Measured | None = None,
 ) -> Selection:
     """Chooses the positions that each KV head keeps of a prompt: MixKV (arXiv 2510.20707) and what it builds on.
 
@@ -47,6 +50,7 @@ def select(
             entry by what it adds to the layer's output; None: by its value's norm.
         scaling: factor on the attention logits; D ** -0.5 by default.
         softcap, sinks: the model's logit soft-cap, and sink logits [Hq].
+        measured: what else was measured on the prompt, for a score that needs it.
 
     Returns: a `Selection`. Padding is never kept; a row of N real tokens within its budget is kept whole.
 
@@ -64,6 +68,7 @@ def select(
         attention_mask=attention_mask,
         redundancy=redundancy,
         output_factor=output_factor,
+        measured=measured,
         **logits,
     )
     if lengths is not None:
@@ -142,21 +147,23 @@ def rank(
     valid, measured = context.valid if unequal else None, context.redundancy
     # What the context has computed is not needed while candidates are sorted.
     del context
+    every = heads if shard is None else shard.total
+    entries = partial(base_entries, config, key=key, value=value, heads=every, num_layers=num_layers)
     if not unequal:
         real, choosable = (torch.full((batch, heads), count, device=key.device) for count in (length, length - window))
-        base, padding = base_entries(config, real[:, 0]), [0] * batch
+        base, padding = entries(real[:, 0]), [0] * batch
     else:
         real = valid.expand(batch, heads, length).sum(dim=-1)
         choosable = (real - window).clamp(min=0)
         longest = real.amax(dim=-1) if longest is None else longest
-        base, padding = base_entries(config, longest), (length - longest).tolist()
+        base, padding = entries(longest), (length - longest).tolist()
     if newest is None:
         ranks = _ranks(scores, padding)
     else:
         earlier = torch.arange(length - window, device=key.device) < (length - newest).view(-1, 1, 1)
         scores, importance = (numbers.masked_fill(earlier, -torch.inf) for numbers in (scores, importance))
         ranks = _ranks(scores, padding).masked_fill(earlier & (valid[..., : length - window] if unequal else True), KEPT)
-        choosable, base = choosable.minimum((newest - window).clamp(min=0).unsqueeze(-1)), base_entries(config, newest)
+        choosable, base = choosable.minimum((newest - window).clamp(min=0).unsqueeze(-1)), entries(newest)
     return Ranking(
         ranks=ranks,
         importance=importance,
@@ -181,17 +188,6 @@ def allocate(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: 
     entries = method.allocate(AllocationContext(budget, candidates, ranking.importance, layer_idx, num_layers, config))
     entries = entries if method.built_in else _checked_entries(method.name, entries, candidates)
     return entries.to(ranking.choosable.device)
-
-
-def base_entries(config: MixKVConfig, length: torch.Tensor) -> torch.Tensor:
-    """Candidates kept per head on average, window left out, for prompts of ``length`` [B] real tokens.
-
-    A budget that is a share of the prompt is rounded to the nearest entry.
-    """
-    if isinstance(config.budget, float):
-        entries = [round(tokens * config.budget) - config.window for tokens in length.tolist()]
-        return torch.tensor(entries, device=length.device).clamp(min=0)
-    return torch.full_like(length, max(config.budget - config.window, 0))
 
 
 def _compute(score: registry.Score, context: ScoreContext) -> torch.Tensor:

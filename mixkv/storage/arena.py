@@ -13,12 +13,13 @@ from ..hf.attention import MARK
 from ..ops import dispatch
 from ..ops import step as decode_step
 from ..ops.arguments import FixedRoom, LogitOptions, RaggedBuffers
+from ..ops.layout import empty_buffers
 from .counted import Counted, CountsSteps, Steps
 from .ragged import RaggedStore
 
 
 class Kind(NamedTuple):
-    """Which stores may share an arena."""
+    """Which stores may share an arena; ``dtype``: of their rows."""
 
     device: torch.device
     dtype: torch.dtype
@@ -44,13 +45,14 @@ class Region:
 
     is_step = True
 
-    def __init__(self, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], sequences: int, backend: str):
-        device = rows[0].device
+    def __init__(self, arena: RaggedBuffers, sequences: int, backend: str):
+        device = arena.key.device
         starts, lengths, ends, evicted = (torch.zeros(sequences, dtype=torch.int32, device=device) for _ in range(4))
-        self.buffers, self.room, self.backend = RaggedBuffers(*rows, starts, lengths), FixedRoom(ends, evicted), backend
+        self.buffers = arena._replace(starts=starts, lengths=lengths)
+        self.room, self.backend = FixedRoom(ends, evicted), backend
         self.max_length = 0
         self.queries: torch.Tensor | None = None
-        for tensor in (*self.buffers, *self.room):
+        for tensor in (*self.buffers.rows, starts, lengths, *self.room):
             torch._dynamo.mark_static_address(tensor)
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,30 +88,28 @@ class Arena:
 
     Attributes:
         kind: of the stores that may lie here.
-        key, value, position: [rows, D], [rows, Dv], int32 [rows].
+        buffers: the rows; no sequence.
     """
 
     def __init__(self, kind: Kind, rows: int):
-        self.kind = kind
-        self.key = torch.zeros(rows, kind.size, dtype=kind.dtype, device=kind.device)
-        self.value = torch.zeros(rows, kind.value_size, dtype=kind.dtype, device=kind.device)
-        self.position = torch.zeros(rows, dtype=torch.int32, device=kind.device)
+        none = torch.zeros(0, dtype=torch.int32, device=kind.device)
+        like = tuple(none.new_zeros(1, size, dtype=kind.dtype) for size in (kind.size, kind.value_size))
+        self.kind, self.buffers = kind, empty_buffers(none, rows, 1, like)
         self._regions: dict[tuple[int, ...], list[Region]] = {}
         decode_step.prepare()
 
     @property
     def rows(self) -> int:
-        return self.key.shape[0]
+        return self.buffers.key.shape[0]
 
     @property
     def nbytes(self) -> int:
-        return self.key.nbytes + self.value.nbytes + self.position.nbytes
+        return sum(part.nbytes for part in self.buffers.rows)
 
     def regions(self, sequences: tuple[int, ...]) -> list[Region]:
         """Those of layers with so many sequences each; the same objects whenever the numbers are the same."""
         if sequences not in self._regions:
-            buffers = (self.key, self.value, self.position)
-            self._regions[sequences] = [Region(buffers, count, self.kind.backend) for count in sequences]
+            self._regions[sequences] = [Region(self.buffers, count, self.kind.backend) for count in sequences]
         return self._regions[sequences]
 
     def take(self, stores: list[RaggedStore], steps: Steps) -> list[ArenaStore]:
@@ -118,7 +118,8 @@ class Arena:
         spare = (self.rows - sum(store.total for store in stores)) // sum(counts)
         if self.kind.backend != "native":
             # Plain torch reads rows that it masks: there must be no NaN of an earlier prompt.
-            self.key.zero_(), self.value.zero_()
+            for part in self.buffers.rows:
+                part.zero_()
         longest = _power_of_two(max(store.max_length for store in stores) + spare)
         if self.kind.backend == "native" and self.kind.device.type == "cpu":
             longest = self.rows // sum(counts)  # not used there
@@ -152,7 +153,7 @@ class ArenaStore(CountsSteps, RaggedStore):
     row_totals, max_length, spare, tail = Counted(), Counted(), Counted(), Counted()
 
     def __init__(self, store: RaggedStore, region: Region, spare: int, nbytes: int, steps: Steps):
-        super().__init__(store.batch, store.heads, store.backend)
+        super().__init__(store.batch, store.heads, store.backend, store.dtype)
         self.region, self.buffers, self._share = region, region.buffers, nbytes
         self.row_totals, self.max_length, self.tail = list(store.row_totals), store.max_length, store.tail
         self.spare, self.even = spare, False
@@ -181,7 +182,8 @@ class ArenaStore(CountsSteps, RaggedStore):
     def detached(self) -> RaggedStore:
         """A copy in buffers of its own."""
         lengths = self.lengths.view(self.batch, self.heads)
-        return RaggedStore.from_rows(self.held(), lengths, self.backend, tail=self.tail, bound=self.max_length)
+        options = {"dtype": self.dtype, "tail": self.tail, "bound": self.max_length}
+        return RaggedStore.from_rows(self.held(), lengths, self.backend, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detached().__reduce_ex__(protocol)

@@ -304,3 +304,10 @@ def test_nothing_compiles_anew():
         assert torch.equal(found, tokens)
     counters = torch._dynamo.utils.counters
     assert graphs() == 1 and not counters["graph_break"] and not counters["recompiles"]
+
+
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_library), "torch"])
+@pytest.mark.parametrize("rows", ["full", "int8"])
+def test_row_formats(rows, backend):
+    model = zoo.build("llama")
+    assert_same(*both(model, zoo.inputs("llama", 60, batch=2), compiled=None, rows=rows, backend=backend))

@@ -16,6 +16,7 @@ from support.stores import (
     assert_close,
     assert_same_buffers,
     clean,
+    coded,
     copied,
     make_store,
     needs_library,
@@ -301,15 +302,17 @@ def test_wrong_projections_are_refused(value, factor):
 def samples():
     """Arguments of every operation, for opcheck."""
     torch.manual_seed(7)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, codes in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         store = make_store([2, 1, 7, 4], 64, 80, dtype, poison=False)
+        store = coded(store) if codes else store
         query, key, value = (
             torch.randn(2, 6, 1, 64).to(dtype),
             torch.randn(2, 2, 1, 64).to(dtype),
             torch.randn(2, 2, 1, 80).to(dtype),
         )
         logits = (8, 0.1, 0.0, None)
-        read = (store.key, store.value, store.starts, store.lengths)
+        scales = (store.key_scale, store.value_scale)
+        read = (store.key, store.value, store.starts, store.lengths, *scales)
         yield "append", (*store, key, value, 3)
         yield "append", (*store, key, value, 3, torch.ones(2, 1, dtype=torch.bool))
         yield "attend", (query, *read, *logits)
@@ -318,7 +321,7 @@ def samples():
         offsets = (store.lengths.cumsum(0) - store.lengths).to(torch.int32)
         positions = torch.zeros(int(store.lengths.sum()), dtype=torch.int32)
         yield "compact", (*store, offsets, key, value, positions)
-        yield "move_rows", (*store, *copied(store).rows, store.starts, 7)
+        yield "move_rows", (*store, *copied(store).rows[:3], store.starts, *copied(store)[5:], 7)
         yield (
             "window_scores",
             (
@@ -387,6 +390,7 @@ def test_why_not():
 
 # Each instruction set has its own vector width: every operation, group size and kind of tail once.
 SAMPLE = "(attend_equals and (112 or 80)) or options or 256_steps or extreme or (extend_equals and row) or window_equals or projected_norm or directions"
+SAMPLE += " or (row_codes and (append_equals or gather or extend_equals))"
 
 
 INSTRUCTIONS = ["baseline", "avx2", "avx512"]
@@ -394,7 +398,7 @@ INSTRUCTIONS = ["baseline", "avx2", "avx512"]
 
 @pytest.fixture(scope="module")
 def other_runs():
-    files = [__file__, str(Path(__file__).with_name("test_native_selection.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_native_selection.py", "test_row_codes.py"))]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider", "-k", SAMPLE]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return {name: subprocess.Popen(command, env={**os.environ, "MIXKV_CPU": name}, **pipes) for name in INSTRUCTIONS}

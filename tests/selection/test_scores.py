@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.configs import measured_for
 
 from mixkv import MixKVConfig, registry
 from mixkv.ops import score_reference
@@ -161,6 +162,6 @@ def test_constant_inputs_give_finite_scores(score, constant):
     query, key, value = draw((1, 2, 2, 40, 8, 16))
     key = torch.ones_like(key) if constant != "values" else key
     value = torch.zeros_like(value) if constant != "keys" else value
-    context = context_for(score, query, key, value)
+    context = context_for(score, query, key, value, measured=measured_for(score, key))
     assert torch.isfinite(context.redundancy).all()
     assert torch.isfinite(registry.score(score).compute(context)).all()

@@ -4,6 +4,7 @@ import torch
 
 import mixkv
 from mixkv import registry
+from mixkv.selection.context import Measured
 
 
 def options_for(method, layers, heads=4):
@@ -17,3 +18,10 @@ def options_for(method, layers, heads=4):
         layers = len([layer for layer in mixkv.MixKVCache(layers).layers if hasattr(layer, "store")])
     profile = torch.rand(layers, heads, generator=torch.Generator().manual_seed(1))
     return dict(method=method, profile=profile)
+
+
+def measured_for(score, key):
+    """What a score needs of a prompt with keys [B, Hkv, N, D] besides its queries, keys and values."""
+    generator = torch.Generator().manual_seed(key.shape[2])
+    replay = torch.rand(key.shape[:3], generator=generator) if registry.score(score).needs_replay else None
+    return Measured(replay)

@@ -33,10 +33,11 @@ def keep_masks(cache, columns, batch):
 
 
 @contextmanager
-def masked(model, masks, prompt, refit_window=None):
+def masked(model, masks, prompt, refit_window=None, stored=None):
     """Within, forwards that come after `prompt` columns do not see the entries that `masks` leave out.
 
     `refit_window`: how many of the prompt's last queries the values of kept entries are refitted to; None: they are not.
+    `stored`: from rows of keys or values [..., D] to what a cache's format holds of them; None: the rows themselves.
     """
     base = model.get_decoder().config._attn_implementation
     refitted = {}
@@ -51,6 +52,8 @@ def masked(model, masks, prompt, refit_window=None):
             return function(module, query, key, value, attention_mask, **kwargs)
         if refit_window is not None:
             value = torch.cat([refitted[module.layer_idx], value[:, :, prompt:]], dim=2)
+        if stored is not None:
+            key, value = stored(key), stored(value)
         return naive_attention(query, key, value, mask, past, kwargs), None
 
     with replaced(model, attention):

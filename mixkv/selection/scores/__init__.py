@@ -10,6 +10,7 @@ from . import mix
 from . import attention
 from . import keydiff
 from . import output
+from . import replay
 
 from .diversity import Directions, directions, modal_redundancy, redundancy, similarity
 from ...ops.score_reference import match, pool
