@@ -26,22 +26,42 @@ inline void check_ints(const Tensor& tensor, int64_t count, const char* name) {
   STD_TORCH_CHECK(count < 0 || tensor.numel() == count, name, " must have ", count, " entries, has ", tensor.numel());
 }
 
-inline void check_flat(const Tensor& buffer, const char* name) {
+inline bool is_floating(const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+inline void check_flat(const Tensor& buffer, const char* name, bool coded = false) {
   STD_TORCH_CHECK(buffer.dim() == 2 && buffer.is_contiguous(), name, " must be a contiguous [rows, size] tensor");
-  const auto type = buffer.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
-                  " must be float32, float16 or bfloat16");
+  if (coded) {
+    STD_TORCH_CHECK(buffer.scalar_type() == ScalarType::Char, name, " with scales must be int8");
+  } else {
+    STD_TORCH_CHECK(is_floating(buffer), name, " must be float32, float16 or bfloat16");
+  }
   STD_TORCH_CHECK(buffer.size(1) > 0 && buffer.size(1) % 16 == 0 && buffer.size(1) <= 256, name,
                   ": the head size must be a multiple of 16 up to 256, is ", buffer.size(1));
 }
 
-// Flat storage of S sequences.
+// The float16 scale of each row; or none.
+inline void check_scale(const std::optional<Tensor>& scale, int64_t rows, const char* name) {
+  if (!scale) return;
+  STD_TORCH_CHECK(scale->scalar_type() == ScalarType::Half && scale->dim() == 1 && scale->is_contiguous() && scale->numel() == rows, name,
+                  " must be a contiguous float16 vector with an entry for each of ", rows, " rows");
+}
+
+// Flat storage of S sequences. Rows with scales are codes in int8.
 struct Store {
   int64_t sequences, rows, size, value_size;
+  bool coded;
 
-  Store(const Tensor& key, const Tensor& value, const Tensor& starts, const Tensor& lengths) {
-    check_flat(key, "key_buffer");
-    check_flat(value, "value_buffer");
+  Store(const Tensor& key, const Tensor& value, const Tensor& starts, const Tensor& lengths, const std::optional<Tensor>& key_scale,
+        const std::optional<Tensor>& value_scale)
+      : coded(key_scale.has_value()) {
+    STD_TORCH_CHECK(key_scale.has_value() == value_scale.has_value(), "keys and values must both have scales, or neither");
+    check_flat(key, "key_buffer", coded);
+    check_flat(value, "value_buffer", coded);
+    check_scale(key_scale, key.size(0), "key_scale");
+    check_scale(value_scale, value.size(0), "value_scale");
     check_ints(starts, -1, "starts");
     check_ints(lengths, starts.numel(), "lengths");
     STD_TORCH_CHECK(key.scalar_type() == value.scalar_type(), "key_buffer and value_buffer must have one dtype");
@@ -60,8 +80,8 @@ inline void check_new(const Store& store, const Tensor& key_buffer, const Tensor
                   " sequences, the store ", store.sequences);
   for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(key.size(d) == value.size(d), "key and value must agree in all but their last dimension");
   STD_TORCH_CHECK(key.size(3) == store.size && value.size(3) == store.value_size, "new rows must be as wide as the store's");
-  STD_TORCH_CHECK(key.scalar_type() == key_buffer.scalar_type() && value.scalar_type() == key_buffer.scalar_type(),
-                  "new rows must have the store's dtype");
+  STD_TORCH_CHECK(store.coded ? is_floating(key) : key.scalar_type() == key_buffer.scalar_type(), "new rows must have the store's dtype");
+  STD_TORCH_CHECK(value.scalar_type() == key.scalar_type(), "key and value must have one dtype");
 }
 
 // Query heads over the store's sequences.
@@ -70,7 +90,7 @@ struct Heads {
 
   Heads(const Store& store, const Tensor& query, const Tensor& key_buffer, const std::optional<Tensor>& sinks) {
     STD_TORCH_CHECK(query.dim() == 4 && query.size(3) == store.size, "query must be [B, Hq, n, D] with the store's D = ", store.size);
-    STD_TORCH_CHECK(query.scalar_type() == key_buffer.scalar_type(), "query must have the store's dtype");
+    STD_TORCH_CHECK(store.coded ? is_floating(query) : query.scalar_type() == key_buffer.scalar_type(), "query must have the store's dtype");
     batch = query.size(0);
     query_heads = query.size(1);
     rows = query.size(2);

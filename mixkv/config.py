@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import registry
+from .byte_budget import parse_bytes
 from .head_profile import Profile, Table, as_profile, as_table
 from .head_profile import load as load_profile
 
@@ -31,8 +32,11 @@ class MixKVConfig:
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
             attention times what the entry adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``; or
             one of your own: `mixkv.register_score`.
-        budget: entries kept per KV head and layer, on average, window included (int), or a share of the prompt
-            (float in (0, 1]). A prompt no longer than its budget is kept whole.
+        budget: entries kept per KV head and layer, on average, window included (int); or a share of the prompt (float in
+            (0, 1]); or the bytes of all entries that a prompt may keep, whatever ``rows`` is (str): such as ``"64MiB"``, or
+            ``"10%"`` of the bytes that the full cache of the prompt takes. Of bytes all layers have equal parts on average; they
+            are those of keys, values, scales and positions, without the room for tokens to come. A prompt no longer than its
+            budget is kept whole.
         window: the last prompt tokens, whose queries score the others; always kept.
         kernel_size: width of the pooling of attention over neighbouring positions; odd.
         output_kernel_size: width of the max pooling of output importance, for ``output``, ``mix-output``, ``global`` and
@@ -60,6 +64,8 @@ class MixKVConfig:
             the model's device, and only what is read of them a step is saved.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a file with
             one, JSON or what ``mixkv calibrate`` writes; see `mixkv.head_profile`. Layers are those that attend to everything.
+        gate: for the score ``gate``, the path of a file that ``mixkv.calibrate`` wrote. None: one that comes with mixkv, if it fits
+            the model; else one is fitted when it is first needed, and kept in mixkv's cache folder.
         refit: whether the values of kept rows are changed by ridge regression so that the window's queries get what they got from
             the whole prompt; see `mixkv.selection.refit`. Where nothing was evicted they stay as they are. Of ``hybridkv``
             those of pruned heads are.
@@ -67,8 +73,14 @@ class MixKVConfig:
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
+        turns: which turns of a conversation are compressed. ``first`` the prompt alone, later turns are kept whole; ``each`` every
+            later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
+            ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
+            turn being read and what was generated since the turn before.
         replay_chunk: for the score ``replay``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
             prompt's first four.
+        rows: how the kept keys and values are stored: ``full`` in the model's dtype, ``int8`` in 8 bits an element with a float16
+            scale for each key and each value. Scores are computed from the model's keys and values whatever the format.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
 
@@ -78,7 +90,7 @@ class MixKVConfig:
 
     method: str = "global"
     score: str = "mix-output"
-    budget: int | float = 128
+    budget: int | float | str = 128
     window: int = 32
     kernel_size: int = 5
     pooling: str = "avg"
@@ -101,14 +113,24 @@ class MixKVConfig:
     hybrid_first: int = 4
     hybrid_last: int = 8
     replay_chunk: int = 1024
+    rows: str = "full"
     refit: bool = False
+    gate: str | None = None
+    turns: str = "first"
 
     def __post_init__(self) -> None:
         registry.method(self.method)
         registry.score(self.score)
+        registry.row_format(self.rows)
+        if self.rows != "full" and registry.method(self.method).keeps_chunks:
+            raise ValueError(
+                f"rows={self.rows!r} does not go with method={self.method!r}, whose chunks are in the model's dtype: leave rows "
+                f"out, or use another method"
+            )
         _one_of("backend", self.backend, registry.BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
+        _one_of("turns", self.turns, ("first", "each", "all"))
         _positive_int("window", self.window)
         for name in ("kernel_size", "output_kernel_size"):
             _positive_int(name, getattr(self, name))
@@ -125,14 +147,21 @@ class MixKVConfig:
         for name in ("offload", "refit"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if isinstance(self.gate, Path):
+            object.__setattr__(self, "gate", str(self.gate))
+        if self.gate is not None and not isinstance(self.gate, str):
+            raise ValueError(f"gate={self.gate!r} must be the path of a file that mixkv.calibrate wrote, or None")
         self._check_budget()
         self._check_tables()
 
     def _check_budget(self) -> None:
         budget = self.budget
-        if not _is_number(budget):
+        if isinstance(budget, str):
+            parse_bytes(budget)
+        elif not _is_number(budget):
             raise ValueError(
-                f"budget={budget!r} must be an int (entries per KV head) or a float in (0, 1] (share of the prompt)"
+                f"budget={budget!r} must be an int (entries per KV head), a float in (0, 1] (share of the prompt) or bytes such as "
+                f"'64MiB' or '10%' (of the full cache's)"
             )
         if isinstance(budget, float) and not 0 < budget <= 1:
             raise ValueError(f"budget={budget} as a share of the prompt must lie in (0, 1]; entries are given as an int")
@@ -140,6 +169,15 @@ class MixKVConfig:
             raise ValueError(
                 f"budget={budget} must exceed window={self.window}: the window is always kept and counts in the budget. "
                 f"Raise the budget or lower the window"
+            )
+        if self.turns != "first" and not registry.method(self.method).turns:
+            raise ValueError(
+                f"turns={self.turns!r} does not go with method={self.method!r}, which keeps later turns whole: leave it out, or use "
+                f"another method"
+            )
+        if self.turns == "all" and (isinstance(budget, float) or str(budget).endswith("%")):
+            raise ValueError(
+                f"budget={budget} is a share of a prompt, and turns='all' needs a bound on all that is held: give budget as an int"
             )
         if self.decode_budget is not None and not registry.method(self.method).decode_budget:
             raise ValueError(
@@ -181,7 +219,8 @@ class MixKVConfig:
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # Fields that came later have their defaults.
+        self.__dict__.update({field.name: field.default for field in dataclasses.fields(self)} | state)
         # A method or a score of the user's may not be registered in the process that unpickles.
         registry.method(self.method)
         registry.score(self.score)

@@ -1,4 +1,4 @@
-"""Methods and scores by name: those built in, which `mixkv.selection` adds, and the user's. Also the names of back ends."""
+"""Methods, scores and row formats by name: those built in, and the user's. Also the names of back ends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Method:
         allocate: ``allocate(context) -> entries``: the number of candidates [B, Hkv] (int64) that each head of a layer keeps
             beside its observation window; ``context`` is a `mixkv.selection.context.AllocationContext`. None for a method
             with a ``plan``.
-        new_budget: ``new_budget(config, num_layers, patient=False) -> budget``: makes the budget that the layers of one prompt
-            share, see `mixkv.selection.global_budget`; None: every layer has its own.
+        new_budget: ``new_budget(config, num_layers, patient=False, limits=None) -> budget``: makes the budget that the layers of
+            one prompt share, see `mixkv.selection.global_budget`; None: every layer has its own.
         plan: divides heads into those that are pruned and those that keep all entries in chunks, see
             `mixkv.selection.hybrid.plan`; None: all heads are pruned.
         options: fields of `MixKVConfig` that the allocation reads and no score does.
@@ -33,6 +33,7 @@ class Method:
         uses_importance: whether it reads the candidates' importance; under tensor parallelism that of all heads is gathered.
         uses_output_importance: whether that importance is `ScoreContext.output_importance`, whatever the score.
         decode_budget: whether it works with ``MixKVConfig(decode_budget=...)``.
+        turns: whether it works with ``MixKVConfig(turns=...)`` other than ``first``.
         tensor_parallel: whether it works where each process has some of a layer's KV heads.
         built_in: False for the user's.
     """
@@ -48,6 +49,7 @@ class Method:
     uses_importance: bool = False
     uses_output_importance: bool = False
     decode_budget: bool = True
+    turns: bool = True
     tensor_parallel: bool = True
     built_in: bool = True
 
@@ -84,6 +86,7 @@ class Score:
         comparable: whether the scores, all >= 0, of different heads and layers can be compared as they are. Methods that allocate by importance
             then use the scores in its place, ``global`` without normalising layers.
         needs_replay: whether the score is computed from what a replay of the prompt measures.
+        needs_gate: whether the score is computed by a gate that was fitted to the model.
         built_in: False for the user's.
     """
 
@@ -94,21 +97,47 @@ class Score:
     uses_output_importance: bool = False
     comparable: bool = False
     needs_replay: bool = False
+    needs_gate: bool = False
+    built_in: bool = True
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the rows of a cache are stored.
+
+    Attributes:
+        name: of ``MixKVConfig(rows=name)``.
+        rows: ``rows(key, value, selection, backend) -> rows``: a `mixkv.storage.rows.Rows` with the entries of key [B, Hkv, N, D]
+            and value [B, Hkv, N, Dv] that ``selection`` keeps.
+        row_bytes: ``row_bytes(key_size, value_size, itemsize) -> bytes`` of the key and the value of a selected entry;
+            ``itemsize`` is that of the model's dtype.
+        recent_bytes: likewise of an entry of the window or of a token that came later.
+        description: one line for tables.
+        built_in: False for the user's.
+    """
+
+    name: str
+    rows: Callable[..., Any]
+    row_bytes: Callable[[int, int, int], int]
+    recent_bytes: Callable[[int, int, int], int]
+    description: str = ""
     built_in: bool = True
 
 
 METHODS: dict[str, Method] = {}
 SCORES: dict[str, Score] = {}
+FORMATS: dict[str, RowFormat] = {}
 
 
-def add(entry: Method | Score) -> None:
-    """Adds a method or a score; one that has its name is replaced, unless it is built in.
+def add(entry: Method | Score | RowFormat) -> None:
+    """Adds a method, a score or a row format; one that has its name is replaced, unless it is built in.
 
     Raises:
         ValueError: the name cannot be used.
     """
-    kind = "method" if isinstance(entry, Method) else "score"
-    entries: dict[str, Any] = METHODS if isinstance(entry, Method) else SCORES
+    kinds: dict[type, tuple[str, dict[str, Any]]]
+    kinds = {Method: ("method", METHODS), Score: ("score", SCORES), RowFormat: ("row format", FORMATS)}
+    kind, entries = kinds[type(entry)]
     if not isinstance(entry.name, str) or not _NAME.fullmatch(entry.name):
         raise ValueError(
             f"{kind} name {entry.name!r} must be a letter followed by letters, digits, '-', '_' or '.': take another name"
@@ -134,6 +163,17 @@ def score(name: str) -> Score:
         ValueError: there is none; the message names those there are.
     """
     return _find("score", SCORES, name)
+
+
+def row_format(name: str) -> RowFormat:
+    """The row format of that name.
+
+    Raises:
+        ValueError: there is none; the message names those there are.
+    """
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"unknown rows={name!r}; choose from {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def register_method(name: str, function: Callable[[Any], Any], *, uses_output_importance: bool = False) -> None:

@@ -37,6 +37,25 @@ static void merge(const State& into, const State& other, int64_t count, int64_t 
   }
 }
 
+// Rows `from` .. `to` of a run; `bytes`: of an element of rows without scales.
+static Run part_of(const Run& run, int64_t from, int64_t to, int64_t bytes) {
+  if (run.key_scale != nullptr) bytes = 1;
+  Run part = run;
+  part.key = static_cast<const char*>(run.key) + from * run.key_stride * bytes;
+  part.value = static_cast<const char*>(run.value) + from * run.value_stride * bytes;
+  part.rows = to - from;
+  if (run.key_scale != nullptr) {
+    part.key_scale = run.key_scale + from;
+    part.value_scale = run.value_scale + from;
+  }
+  return part;
+}
+
+// Takes a run that every query sees into the state.
+static void take(const ElementKernels& kernel, const Queries& queries, const Run& run, const State& state, float* scratch) {
+  (run.key_scale != nullptr ? kernel.attend_codes : kernel.attend)(queries, run, nullptr, state, scratch);
+}
+
 // The rows that each sequence attends to, in runs: those of sequence s are all[first[s]] .. all[first[s + 1]].
 struct Runs {
   std::vector<Run> all;
@@ -61,13 +80,13 @@ struct Runs {
   void end() { first.push_back(int64_t(all.size())); }
 };
 
-static Tensor attend_runs(Tensor query, const Store& store, const Heads& heads, Element element, const Runs& runs, double scaling,
-                          double softcap, const std::optional<Tensor>& sinks) {
+static Tensor attend_runs(Tensor query, const Store& store, const Heads& heads, const Runs& runs, double scaling, double softcap,
+                          const std::optional<Tensor>& sinks) {
   query = row_dense(query);
   Tensor out = torch::stable::new_empty(query, {heads.batch, 1, heads.query_heads, store.value_size});
 
   const Kernels& set = kernels();
-  const ElementKernels& kernel = set.of[element];
+  const ElementKernels& kernel = set.of[element_of(query)];
   const int64_t groups = heads.groups, value_size = store.value_size, bytes = query.element_size();
   const int64_t value_bytes = value_size * bytes;
   const int64_t query_batch = query.stride(0) * bytes, query_head = query.stride(1) * bytes;
@@ -110,14 +129,11 @@ static Tensor attend_runs(Tensor query, const Store& store, const Heads& heads, 
         for (int64_t g = 0; g < groups; ++g) rows[g] = first + g * query_head;
         int64_t passed = 0;
         for (int64_t i = runs.first[s]; i < runs.first[s + 1] && passed < to; passed += runs.all[i].rows, ++i) {
-          Run run = runs.all[i];
+          const Run& run = runs.all[i];
           const int64_t skip = std::max<int64_t>(from - passed, 0), stop = std::min(to - passed, run.rows);
           if (skip >= stop) continue;
-          run.key = static_cast<const char*>(run.key) + skip * run.key_stride * bytes;
-          run.value = static_cast<const char*>(run.value) + skip * run.value_stride * bytes;
-          run.rows = stop - skip;
-          kernel.attend({rows.data(), int(groups), int(store.size), int(value_size), float(scaling), float(softcap)}, run, nullptr,
-                        state, memory.get() + piece_floats);
+          take(kernel, {rows.data(), int(groups), int(store.size), int(value_size), float(scaling), float(softcap)},
+               part_of(run, skip, stop, bytes), state, memory.get() + piece_floats);
         }
         if (whole) {
           finish(s, state, targets);
@@ -146,55 +162,70 @@ static Tensor attend_runs(Tensor query, const Store& store, const Heads& heads, 
   return out;
 }
 
-// The stored rows of sequence s.
-static Run stored_rows(const Store& store, const Extents& extents, const Tensor& key_buffer, const Tensor& value_buffer, int64_t s) {
-  const int64_t bytes = key_buffer.element_size(), row = extents.starts[s];
-  return {data<char>(key_buffer) + row * store.size * bytes, data<char>(value_buffer) + row * store.value_size * bytes, store.size,
-          store.value_size, extents.lengths[s]};
-}
+// A store's buffers, read in runs of rows.
+struct Buffers {
+  const char *key, *value;
+  const uint16_t *key_scale, *value_scale;
+  int64_t size, value_size, bytes;
 
-static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, int64_t, double scaling,
-                     double softcap, std::optional<Tensor> sinks) {
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  Buffers(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales)
+      : key(data<char>(keys)),
+        value(data<char>(values)),
+        key_scale(key_scales ? data<uint16_t>(*key_scales) : nullptr),
+        value_scale(value_scales ? data<uint16_t>(*value_scales) : nullptr),
+        size(keys.size(1)),
+        value_size(values.size(1)),
+        bytes(keys.element_size()) {}
+
+  Run run(int64_t row, int64_t rows) const {
+    return {key + row * size * bytes, value + row * value_size * bytes, size, value_size, rows,
+            key_scale ? key_scale + row : nullptr, value_scale ? value_scale + row : nullptr};
+  }
+};
+
+static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
+                     std::optional<Tensor> value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
+  const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);
   const Extents extents(store, starts, lengths);
+  const Buffers buffers(key_buffer, value_buffer, key_scale, value_scale);
   Runs runs(store.sequences);
   runs.all.reserve(store.sequences);
   for (int64_t s = 0; s < store.sequences; ++s) {
     runs.begin();
-    runs.add(stored_rows(store, extents, key_buffer, value_buffer, s));
+    runs.add(buffers.run(extents.starts[s], extents.lengths[s]));
   }
   runs.end();
-  return attend_runs(query, store, heads, element_of(key_buffer), runs, scaling, softcap, sinks);
+  return attend_runs(query, store, heads, runs, scaling, softcap, sinks);
 }
 
-static Tensor attend_chunks(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, Tensor chunk_key,
-                            Tensor chunk_value, Tensor blocks, Tensor block_rows, int64_t chunk, int64_t, double scaling, double softcap,
+static Tensor attend_chunks(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor chunk_key, Tensor chunk_value,
+                            Tensor blocks, Tensor block_rows, int64_t chunk, int64_t, double scaling, double softcap,
                             std::optional<Tensor> sinks) {
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend_chunks takes one query position, not ", heads.rows);
   const Extents extents(store, starts, lengths);
   const Chosen chosen(store, key_buffer, chunk_key, chunk_value, blocks, block_rows, chunk);
   const int32_t* first = data<int32_t>(blocks);
   const int32_t* rows = data<int32_t>(block_rows);
-  const int64_t bytes = chunk_key.element_size();
+  const Buffers buffers(key_buffer, value_buffer, key_scale, value_scale), chunks(chunk_key, chunk_value, std::nullopt, std::nullopt);
   Runs runs(store.sequences);
   runs.all.reserve(store.sequences * (1 + chosen.most));
   for (int64_t s = 0; s < store.sequences; ++s) {
     runs.begin();
-    runs.add(stored_rows(store, extents, key_buffer, value_buffer, s));
+    runs.add(buffers.run(extents.starts[s], extents.lengths[s]));
     for (int64_t i = s * chosen.most; i < (s + 1) * chosen.most; ++i) {
       if (rows[i] == 0) continue;
       STD_TORCH_CHECK(first[i] >= 0 && rows[i] > 0 && rows[i] <= chunk && first[i] + int64_t(rows[i]) <= chosen.rows, "a chunk of sequence ",
                       s, " (first row ", first[i], ", rows ", rows[i], ") reaches beyond the buffer of ", chosen.rows, " rows");
-      runs.add({data<char>(chunk_key) + first[i] * store.size * bytes, data<char>(chunk_value) + first[i] * store.value_size * bytes,
-                store.size, store.value_size, rows[i]});
+      runs.add(chunks.run(first[i], rows[i]));
     }
   }
   runs.end();
-  return attend_runs(query, store, heads, element_of(key_buffer), runs, scaling, softcap, sinks);
+  return attend_runs(query, store, heads, runs, scaling, softcap, sinks);
 }
 
 static Tensor chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor starts, Tensor counts, int64_t longest) {
@@ -230,17 +261,19 @@ static Tensor chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor start
 }
 
 static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
-                            Tensor key, Tensor value, int64_t first_position, int64_t max_length, double scaling, double softcap,
-                            std::optional<Tensor> sinks) {
-  append(key_buffer, value_buffer, position_buffer, starts, lengths, key, value, first_position, std::nullopt);
-  return attend(query, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks);
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
+                            int64_t first_position, int64_t max_length, double scaling, double softcap, std::optional<Tensor> sinks) {
+  append(key_buffer, value_buffer, position_buffer, starts, lengths, key_scale, value_scale, key, value, first_position, std::nullopt);
+  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, max_length, scaling, softcap, sinks);
 }
 
-static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
+static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
                             std::optional<Tensor> mask, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   check_new(store, key_buffer, key, value);
   const Heads heads(store, query, key_buffer, sinks);
+  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type(), "query and new rows must have one dtype");
   const int64_t rows = heads.rows;
   STD_TORCH_CHECK(key.size(0) == heads.batch && key.size(2) == rows, "query and new rows must agree in batch and number");
   if (mask) {
@@ -256,7 +289,8 @@ static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer
   if (rows == 0) return out;
 
   const Kernels& set = kernels();
-  const ElementKernels& kernel = set.of[element_of(key_buffer)];
+  const ElementKernels& kernel = set.of[element_of(query)];
+  const Buffers buffers(key_buffer, value_buffer, key_scale, value_scale);
   const int64_t groups = heads.groups, value_size = store.value_size, bytes = query.element_size();
   const int64_t block = std::clamp<int64_t>(kExtendQueries / groups, 1, rows), blocks = (rows + block - 1) / block;
   const int64_t most = block * groups;
@@ -268,8 +302,6 @@ static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer
   const int64_t mask_row = mask ? mask->stride(3) : 0;
   const uint8_t* seen = mask ? data<uint8_t>(*mask) : nullptr;
   const char* queries = data<char>(query);
-  const char* keys = data<char>(key_buffer);
-  const char* values = data<char>(value_buffer);
   const char* new_keys = data<char>(key);
   const char* new_values = data<char>(value);
   char* outs = data<char>(out);
@@ -299,10 +331,7 @@ static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer
       const State state = fresh_state(memory.get(), count, value_size);
       const Queries block_queries{query_rows.data(), int(count), int(store.size), int(value_size), float(scaling), float(softcap)};
       float* free = row_sinks + most;
-      const int64_t row = extents.starts[s];
-      kernel.attend(block_queries,
-                    {keys + row * store.size * bytes, values + row * value_size * bytes, store.size, value_size, extents.lengths[s]},
-                    nullptr, state, free);
+      take(kernel, block_queries, buffers.run(extents.starts[s], extents.lengths[s]), state, free);
       const Visible visible{seen ? nullptr : limits.data(), seen ? masks.data() : nullptr, mask_row};
       kernel.attend(block_queries,
                     {new_keys + b * key_strides[0] + h * key_strides[1], new_values + b * value_strides[0] + h * value_strides[1], key_row,

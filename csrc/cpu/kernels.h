@@ -14,6 +14,9 @@ struct Run {
   int64_t key_stride;
   int64_t value_stride;
   int64_t rows;
+  // Of rows of codes in int8: the scale of each row, in float16.
+  const uint16_t* key_scale = nullptr;
+  const uint16_t* value_scale = nullptr;
 };
 
 // Query rows that attend to the same keys.
@@ -91,6 +94,10 @@ struct Rows {
 struct ElementKernels {
   // Takes a run into the state. scratch: `attend_scratch` floats.
   void (*attend)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
+  // The same for a run of codes in int8.
+  void (*attend_codes)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
+  // Writes a row's codes in int8, and its scale in float16.
+  void (*quantise)(const void* row, int size, int8_t* codes, uint16_t* scale);
   // Writes query i's result to out[i]; sinks (may be null) holds one logit per query.
   void (*finish)(const State&, int count, int value_size, const float* sinks, void* const* out);
   // Writes the mean, or root mean square, over the window's queries for tokens 0 .. N - W. scratch: `window_scratch` floats.

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "store.h"
+#include "row_buffer.h"
 
 namespace mixkv::cpu {
 
@@ -21,9 +21,9 @@ static int64_t grain(const Tensor& buffer, int64_t rows) {
   return kGrain / (bytes + 1) + 1;
 }
 
-void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
-            int64_t first_position, std::optional<Tensor> valid) {
-  const Store store(key_buffer, value_buffer, starts, lengths);
+void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
+            std::optional<Tensor> value_scale, Tensor key, Tensor value, int64_t first_position, std::optional<Tensor> valid) {
+  const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   check_positions(store, position_buffer);
   check_new(store, key_buffer, key, value);
   key = row_dense(key);
@@ -36,13 +36,11 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
   const Extents extents(store, starts, lengths, valid ? 0 : rows);
 
   const int64_t bytes = key.element_size();
-  const int64_t key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
   const int64_t key_strides[] = {key.stride(0) * bytes, key.stride(1) * bytes, key.stride(2) * bytes};
   const int64_t value_strides[] = {value.stride(0) * bytes, value.stride(1) * bytes, value.stride(2) * bytes};
   const char* from_key = data<char>(key);
   const char* from_value = data<char>(value);
-  char* to_key = data<char>(key_buffer);
-  char* to_value = data<char>(value_buffer);
+  const RowBuffer to_key(key_buffer, key_scale, &key), to_value(value_buffer, value_scale, &value);
   int32_t* to_position = data<int32_t>(position_buffer);
   int32_t* counts = data<int32_t>(lengths);
   const bool* real = valid ? data<bool>(*valid) : nullptr;
@@ -62,25 +60,25 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
       int64_t row = extents.starts[s] + counts[s];
       for (int64_t i = 0; i < rows; ++i) {
         if (real && !real[b * real_batch + i * real_row]) continue;
-        std::memcpy(to_key + row * key_bytes, from_key + b * key_strides[0] + h * key_strides[1] + i * key_strides[2], key_bytes);
-        std::memcpy(to_value + row * value_bytes, from_value + b * value_strides[0] + h * value_strides[1] + i * value_strides[2],
-                    value_bytes);
+        to_key.write(row, from_key + b * key_strides[0] + h * key_strides[1] + i * key_strides[2]);
+        to_value.write(row, from_value + b * value_strides[0] + h * value_strides[1] + i * value_strides[2]);
         to_position[row] = int32_t(first_position + i);
         ++row;
       }
       counts[s] = int32_t(row - extents.starts[s]);
     }
   };
-  if (store.sequences * rows * (key_bytes + value_bytes) <= kGrain) {
+  if (store.sequences * rows * (to_key.bytes() + to_value.bytes()) <= kGrain) {
     work(0, store.sequences);
   } else {
     torch::stable::parallel_for(0, store.sequences, grain(key_buffer, rows), work);
   }
 }
 
-static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor offsets,
-                    Tensor key, Tensor value, Tensor positions) {
-  const Store store(key_buffer, value_buffer, starts, lengths);
+static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
+                    std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor offsets, Tensor key, Tensor value,
+                    Tensor positions) {
+  const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   check_positions(store, position_buffer);
   check_new(store, key_buffer, key, value);
   check_ints(offsets, store.sequences, "offsets");
@@ -96,13 +94,11 @@ static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buff
   for (int64_t i = 0; i < total; ++i) STD_TORCH_CHECK(taken[i] >= 0 && taken[i] < tokens, "position ", taken[i], " is not below ", tokens);
 
   const int64_t bytes = key.element_size();
-  const int64_t key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
   const int64_t key_strides[] = {key.stride(0) * bytes, key.stride(1) * bytes, key.stride(2) * bytes};
   const int64_t value_strides[] = {value.stride(0) * bytes, value.stride(1) * bytes, value.stride(2) * bytes};
   const char* from_key = data<char>(key);
   const char* from_value = data<char>(value);
-  char* to_key = data<char>(key_buffer);
-  char* to_value = data<char>(value_buffer);
+  const RowBuffer to_key(key_buffer, key_scale, &key), to_value(value_buffer, value_scale, &value);
   int32_t* to_position = data<int32_t>(position_buffer);
   torch::stable::parallel_for(0, store.sequences, grain(key_buffer, total / store.sequences), [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
@@ -110,46 +106,37 @@ static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buff
       const char* value_head = from_value + s / heads * value_strides[0] + s % heads * value_strides[1];
       const int32_t* tokens_taken = taken + first[s];
       for (int64_t i = 0, row = extents.starts[s]; i < extents.lengths[s]; ++i, ++row) {
-        std::memcpy(to_key + row * key_bytes, key_head + tokens_taken[i] * key_strides[2], key_bytes);
-        std::memcpy(to_value + row * value_bytes, value_head + tokens_taken[i] * value_strides[2], value_bytes);
+        to_key.write(row, key_head + tokens_taken[i] * key_strides[2]);
+        to_value.write(row, value_head + tokens_taken[i] * value_strides[2]);
         to_position[row] = tokens_taken[i];
       }
     }
   });
 }
 
-static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor from_key,
-                      Tensor from_value, Tensor from_position, Tensor from_starts, int64_t) {
-  const Store to(key_buffer, value_buffer, starts, lengths);
-  const Store from(from_key, from_value, from_starts, lengths);
+static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
+                      std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor from_key, Tensor from_value,
+                      Tensor from_position, Tensor from_starts, std::optional<Tensor> from_key_scale,
+                      std::optional<Tensor> from_value_scale, int64_t) {
+  const Store to(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
+  const Store from(from_key, from_value, from_starts, lengths, from_key_scale, from_value_scale);
   check_positions(to, position_buffer);
   check_positions(from, from_position);
   STD_TORCH_CHECK(to.size == from.size && to.value_size == from.value_size && key_buffer.scalar_type() == from_key.scalar_type(),
                   "both stores must have one dtype and one head size");
   const Extents into(to, starts, lengths), out_of(from, from_starts, lengths);
-  const int64_t key_bytes = to.size * int64_t(key_buffer.element_size()), value_bytes = to.value_size * int64_t(key_buffer.element_size());
-  char* to_key = data<char>(key_buffer);
-  char* to_value = data<char>(value_buffer);
+  const RowBuffer to_key(key_buffer, key_scale), to_value(value_buffer, value_scale);
+  const RowBuffer old_key(from_key, from_key_scale), old_value(from_value, from_value_scale);
   int32_t* to_position = data<int32_t>(position_buffer);
-  const char* old_key = data<char>(from_key);
-  const char* old_value = data<char>(from_value);
   const int32_t* old_position = data<int32_t>(from_position);
   torch::stable::parallel_for(0, to.sequences, grain(key_buffer, into.total / to.sequences), [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t row = into.starts[s], old_row = out_of.starts[s], count = into.lengths[s];
-      std::memcpy(to_key + row * key_bytes, old_key + old_row * key_bytes, count * key_bytes);
-      std::memcpy(to_value + row * value_bytes, old_value + old_row * value_bytes, count * value_bytes);
+      to_key.move(row, old_key, old_row, count);
+      to_value.move(row, old_value, old_row, count);
       std::memcpy(to_position + row, old_position + old_row, count * sizeof(int32_t));
     }
   });
-}
-
-// Zeros, so that a masked read of spare rows never meets a nan.
-static void clear_rows(const Tensor& key, const Tensor& value, const Tensor& position, int64_t first, int64_t count) {
-  const int64_t key_bytes = key.size(1) * key.element_size(), value_bytes = value.size(1) * value.element_size();
-  std::memset(data<char>(key) + first * key_bytes, 0, count * key_bytes);
-  std::memset(data<char>(value) + first * value_bytes, 0, count * value_bytes);
-  std::memset(data<int32_t>(position) + first, 0, count * sizeof(int32_t));
 }
 
 static int64_t spare_of(int64_t total, int64_t sequences, int64_t least, double share) {
@@ -157,8 +144,32 @@ static int64_t spare_of(int64_t total, int64_t sequences, int64_t least, double 
   return std::max(least, int64_t(double(total) / double(sequences) * share));
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather(Tensor key, Tensor value, Tensor positions, Tensor counts,
-                                                                 int64_t spare_rows, double spare_share) {
+// New buffers of so many rows; scales have none where rows have no scales.
+struct NewRows {
+  Tensor key, value, position, key_scale, value_scale;
+  std::optional<Tensor> of_key, of_value;
+
+  NewRows(const Tensor& like, int64_t rows, int64_t size, int64_t value_size, ScalarType type, bool coded)
+      : key(torch::stable::new_empty(like, {rows, size}, type)),
+        value(torch::stable::new_empty(like, {rows, value_size}, type)),
+        position(torch::stable::new_empty(like, {rows}, ScalarType::Int)),
+        key_scale(torch::stable::new_empty(like, {coded ? rows : 0}, ScalarType::Half)),
+        value_scale(torch::stable::new_empty(like, {coded ? rows : 0}, ScalarType::Half)) {
+    if (coded) {
+      of_key = key_scale;
+      of_value = value_scale;
+    }
+  }
+
+  void clear(int64_t first, int64_t count) const {
+    RowBuffer(key, of_key).clear(first, count);
+    RowBuffer(value, of_value).clear(first, count);
+    std::memset(data<int32_t>(position) + first, 0, count * sizeof(int32_t));
+  }
+};
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather(Tensor key, Tensor value, Tensor positions, Tensor counts,
+                                                                                 bool codes, int64_t spare_rows, double spare_share) {
   STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "key and value must be [B, Hkv, n, size]");
   const int64_t sequences = key.size(0) * key.size(1);
   STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == sequences,
@@ -179,19 +190,16 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gather(Tensor key, Ten
   }
   STD_TORCH_CHECK(row == total, "counts must sum to the ", total, " positions");
   const int64_t rows = total + sequences * spare;
-  Tensor to_key = torch::stable::new_empty(key, {rows, key.size(3)}, key.scalar_type());
-  Tensor to_value = torch::stable::new_empty(value, {rows, value.size(3)}, value.scalar_type());
-  Tensor to_position = torch::stable::new_empty(positions, {rows}, ScalarType::Int);
-  compact(to_key, to_value, to_position, starts, lengths, offsets, key, value, positions);
-  for (int64_t s = 0; s < sequences; ++s)
-    clear_rows(to_key, to_value, to_position, data<int32_t>(starts)[s] + data<int32_t>(lengths)[s], spare);
-  return {to_key, to_value, to_position, starts, lengths};
+  const NewRows to(key, rows, key.size(3), value.size(3), codes ? ScalarType::Char : key.scalar_type(), codes);
+  compact(to.key, to.value, to.position, starts, lengths, to.of_key, to.of_value, offsets, key, value, positions);
+  for (int64_t s = 0; s < sequences; ++s) to.clear(data<int32_t>(starts)[s] + data<int32_t>(lengths)[s], spare);
+  return {to.key, to.value, to.position, starts, lengths, to.key_scale, to.value_scale};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer,
-                                                                        Tensor starts, Tensor lengths, Tensor ranks, Tensor quota,
-                                                                        int64_t tail, int64_t spare_rows, double spare_share) {
-  const Store store(key_buffer, value_buffer, starts, lengths);
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(
+    Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
+    std::optional<Tensor> value_scale, Tensor ranks, Tensor quota, int64_t tail, int64_t spare_rows, double spare_share) {
+  const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   check_positions(store, position_buffer);
   check_ints(ranks, -1, "ranks");
   STD_TORCH_CHECK(quota.dim() == 1 && quota.scalar_type() == ScalarType::Long && quota.is_contiguous() && quota.numel() == store.sequences,
@@ -216,15 +224,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor k
   }
   const int64_t spare = spare_of(total, store.sequences, spare_rows, spare_share);
   const int64_t rows = total + store.sequences * spare;
-  Tensor key = torch::stable::new_empty(key_buffer, {rows, store.size}, key_buffer.scalar_type());
-  Tensor value = torch::stable::new_empty(value_buffer, {rows, store.value_size}, value_buffer.scalar_type());
-  Tensor position = torch::stable::new_empty(starts, {rows}, ScalarType::Int);
+  const NewRows to(key_buffer, rows, store.size, store.value_size, key_buffer.scalar_type(), store.coded);
   Tensor left = torch::stable::new_empty(ranks, {total - store.sequences * tail}, ScalarType::Int);
-  const int64_t bytes = key_buffer.element_size(), key_bytes = store.size * bytes, value_bytes = store.value_size * bytes;
-  const char *old_key = data<char>(key_buffer), *old_value = data<char>(value_buffer);
+  const RowBuffer old_key(key_buffer, key_scale), old_value(value_buffer, value_scale);
+  const RowBuffer to_key(to.key, to.of_key), to_value(to.value, to.of_value);
   const int32_t* old_position = data<int32_t>(position_buffer);
-  char *to_key = data<char>(key), *to_value = data<char>(value);
-  int32_t *to_position = data<int32_t>(position), *to_rank = data<int32_t>(left);
+  int32_t *to_position = data<int32_t>(to.position), *to_rank = data<int32_t>(left);
   int64_t row = 0;
   for (int64_t s = 0; s < store.sequences; ++s) {
     to_starts[s] = int32_t(row);
@@ -235,14 +240,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> evict(Tensor k
         if (place >= most[s]) continue;
         *to_rank++ = place;
       }
-      std::memcpy(to_key + row * key_bytes, old_key + (first + n) * key_bytes, key_bytes);
-      std::memcpy(to_value + row * value_bytes, old_value + (first + n) * value_bytes, value_bytes);
+      to_key.move(row, old_key, first + n, 1);
+      to_value.move(row, old_value, first + n, 1);
       to_position[row++] = old_position[first + n];
     }
-    clear_rows(key, value, position, row, spare);
+    to.clear(row, spare);
     row += spare;
   }
-  return {key, value, position, new_starts, new_lengths, left};
+  return {to.key, to.value, to.position, new_starts, new_lengths, to.key_scale, to.value_scale, left};
 }
 
 }  // namespace mixkv::cpu

@@ -81,21 +81,25 @@ static Tensor run(Attention& a, const Tensor& query, const Store& store, const H
   return out;
 }
 
-static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, int64_t max_length,
-                     double scaling, double softcap, std::optional<Tensor> sinks) {
+static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
+                     std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, int64_t max_length, double scaling,
+                     double softcap, std::optional<Tensor> sinks) {
   const Place place(query);
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  refuse_codes(key_scale);
+  const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);
   Attention a{};
   return run(a, query, store, heads, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks, place);
 }
 
-static Tensor attend_chunks(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, Tensor chunk_key,
-                            Tensor chunk_value, Tensor blocks, Tensor block_rows, int64_t chunk, int64_t max_length, double scaling,
-                            double softcap, std::optional<Tensor> sinks) {
+static Tensor attend_chunks(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor chunk_key,
+                            Tensor chunk_value, Tensor blocks, Tensor block_rows, int64_t chunk, int64_t max_length,
+                            double scaling, double softcap, std::optional<Tensor> sinks) {
   const Place place(query);
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  refuse_codes(key_scale);
+  const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend_chunks takes one query position, not ", heads.rows);
   const Chosen chosen(store, key_buffer, chunk_key, chunk_value, blocks, block_rows, chunk);
@@ -122,11 +126,13 @@ static void take_new(Attention& a, const Tensor& key, const Tensor& value) {
   a.new_rows = narrow(key.size(2));
 }
 
-static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
-                            Tensor key, Tensor value, int64_t first_position, int64_t max_length, double scaling, double softcap,
+static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts,
+                            Tensor lengths, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key,
+                            Tensor value, int64_t first_position, int64_t max_length, double scaling, double softcap,
                             std::optional<Tensor> sinks) {
   const Place place(query);
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  refuse_codes(key_scale);
+  const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
   check_new(store, key_buffer, key, value);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "append_attend takes one query position, not ", heads.rows);
@@ -135,8 +141,8 @@ static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer
   place.check({&position_buffer, &key, &value});
   if (heads.groups > 16) {
     // Several blocks read a sequence's length: it is raised in a launch of its own.
-    append(key_buffer, value_buffer, position_buffer, starts, lengths, key, value, first_position, std::nullopt);
-    return attend(query, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks);
+    append(key_buffer, value_buffer, position_buffer, starts, lengths, key_scale, value_scale, key, value, first_position, std::nullopt);
+    return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, max_length, scaling, softcap, sinks);
   }
   key = vector_rows(key);
   value = vector_rows(value);
@@ -148,10 +154,13 @@ static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer
   return run(a, query, store, heads, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks, place);
 }
 
-static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
-                            std::optional<Tensor> mask, int64_t max_length, double scaling, double softcap, std::optional<Tensor> sinks) {
+static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
+                            std::optional<Tensor> mask, int64_t max_length, double scaling, double softcap,
+                            std::optional<Tensor> sinks) {
   const Place place(query);
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  refuse_codes(key_scale);
+  const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
   check_new(store, key_buffer, key, value);
   const Heads heads(store, query, key_buffer, sinks);
   const int64_t rows = heads.rows;

@@ -51,6 +51,10 @@ inline void check_aligned(const Tensor& buffer, const char* name) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(buffer.data_ptr()) % 16 == 0, name, " must begin at a multiple of 16 bytes");
 }
 
+inline void refuse_codes(const std::optional<Tensor>& scale) {
+  STD_TORCH_CHECK(!scale, "there are no compiled operations on rows of codes for CUDA");
+}
+
 // Sizes that kernels hold in 32 bits.
 inline int narrow(int64_t size) {
   STD_TORCH_CHECK(size >= 0 && size < int64_t(1) << 30, size, " is too large");

@@ -190,12 +190,14 @@ static int blocks_for(int64_t rows) {
   return int(std::clamp<int64_t>((rows + kRowsOfBlock - 1) / kRowsOfBlock, 1, kMost));
 }
 
-void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
-            int64_t first_position, std::optional<Tensor> valid) {
+void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
+            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value, int64_t first_position,
+            std::optional<Tensor> valid) {
   const Place place(key_buffer);
   place.check({&value_buffer, &position_buffer, &starts, &lengths, &key, &value});
   place.check(valid);
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  refuse_codes(key_scale);
+  const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
   check_new(store, key_buffer, key, value);
   const RowTarget target = target_of(store, key_buffer, value_buffer, position_buffer, starts);
   const int rows = narrow(key.size(2));
@@ -217,11 +219,13 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
   if (blocks > 1) launch<raise_lengths>(place.device(), place.stream(), store.sequences, kThreads, 0, data<int32_t>(lengths), validity);
 }
 
-static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor offsets,
-                    Tensor key, Tensor value, Tensor positions) {
+static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
+                    std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor offsets, Tensor key, Tensor value,
+                    Tensor positions) {
   const Place place(key_buffer);
   place.check({&value_buffer, &position_buffer, &starts, &lengths, &offsets, &key, &value, &positions});
-  const Store store(key_buffer, value_buffer, starts, lengths);
+  refuse_codes(key_scale);
+  const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
   check_new(store, key_buffer, key, value);
   check_ints(offsets, store.sequences, "offsets");
   check_ints(positions, -1, "positions");
@@ -234,12 +238,15 @@ static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buff
                       data<int32_t>(lengths), data<int32_t>(offsets), data<int32_t>(positions), narrow(key.size(1)), blocks);
 }
 
-static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor from_key,
-                      Tensor from_value, Tensor from_position, Tensor from_starts, int64_t max_length) {
+static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
+                      std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor from_key, Tensor from_value,
+                      Tensor from_position, Tensor from_starts, std::optional<Tensor> from_key_scale,
+                      std::optional<Tensor> from_value_scale, int64_t max_length) {
   const Place place(key_buffer);
   place.check({&value_buffer, &position_buffer, &starts, &lengths, &from_key, &from_value, &from_position, &from_starts});
-  const Store to(key_buffer, value_buffer, starts, lengths);
-  const Store from(from_key, from_value, from_starts, lengths);
+  refuse_codes(key_scale);
+  const Store to(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
+  const Store from(from_key, from_value, from_starts, lengths, std::nullopt, std::nullopt);
   check_ints(from_position, from.rows, "from_position");
   STD_TORCH_CHECK(to.size == from.size && to.value_size == from.value_size && key_buffer.scalar_type() == from_key.scalar_type(),
                   "both stores must have one dtype and one head size");

@@ -4,7 +4,7 @@
 
 namespace mixkv::cuda {
 
-void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor key, Tensor value,
-            int64_t first_position, std::optional<Tensor> valid);
+void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
+            std::optional<Tensor> value_scale, Tensor key, Tensor value, int64_t first_position, std::optional<Tensor> valid);
 
 }  // namespace mixkv::cuda

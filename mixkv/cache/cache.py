@@ -17,7 +17,7 @@ from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageTokens
-from . import save, stats
+from . import gates, save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
 from .replay import Replayer, check_watched, replayer
@@ -69,6 +69,8 @@ class MixKVCache(TrackedCache):
         if registry.method(self.config.method).needs_profile:
             head_profile.check_model(cast(head_profile.Table, self.config.profile), model.config.model_type)
         slots = binding.bind(model, self)
+        if registry.score(self.config.score).needs_gate:
+            self._state.gate = gates.of_model(model, self.config.gate)
         self._bound_to = binding.ModelReference(model)
         # The layers of a cache that was unpickled, or whose model was loaded again, stay: only the binding is new.
         if not self.layers:
@@ -76,8 +78,7 @@ class MixKVCache(TrackedCache):
             self._state.num_layers = sum(slot is None for slot in self._slots)
             self._model_name, self._model = type(model).__name__, weakref.ref(model)
             self._make_layers()
-        if not self:
-            self._replayer = replayer(self, self._replayer)
+        self._replayer = replayer(self, self._replayer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_replayer": None}
@@ -92,8 +93,7 @@ class MixKVCache(TrackedCache):
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
-        if not self:
-            self._replayer = replayer(self, self._replayer)
+        self._replayer = replayer(self, self._replayer)
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -133,50 +133,39 @@ class MixKVCache(TrackedCache):
 
     def _read_plan(self, layer: MixKVLayer, key_states: torch.Tensor) -> None:
         """What the first compressed layer finds out for all of them about the tokens of a forward."""
-        self._state.valid.clear()
-        if layer.prompt is not None:
+        state, tokens = self._state, key_states.shape[2]
+        state.valid.clear()
+        if layer.prompt is not None or state.reads_turn(layer.seen):
             return
-        if layer.seen == 0:
+        if layer.seen == 0 or self.config.turns != "first":
             check_watched(self.config, self._replayer)
-        tokens, images = key_states.shape[2], copy.copy(self._state.images)
+        images = copy.copy(state.images)
         if layer.seen == 0:
-            self._plan_prompt(tokens)
-            tokens = self._state.prompt_length or tokens
-        self._state.images.read(layer.seen, tokens, key_states)
-        self._state.before.images = images
-
-    def _plan_prompt(self, tokens: int) -> None:
-        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
-        state = self._state
-        if state.expected_prompt is None:
-            state.prompt_length, assisted = call_stack.prompt_plan(tokens)
-            state.rollback_enabled |= assisted
+            tokens = turns.begin_prompt(state, tokens)
         else:
-            state.prompt_length = state.expected_prompt
-        drafts = state.prompt_length is not None and state.prompt_length < tokens
-        if drafts and self.reads_prompt_alone:
-            raise RuntimeError(
-                f"a prompt of {state.prompt_length} tokens came in one forward with {tokens - state.prompt_length} more, which would "
-                f"be read beside rows that method={self.config.method!r}, score={self.config.score!r} has not chosen for all layers yet: "
-                f"read the prompt alone. In assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
-            )
+            state.turn = turns.begin(state, layer.seen, tokens)
+            tokens = tokens if state.turn is None else max(tokens, state.turn.end - layer.seen)
+        state.images.read(layer.seen, tokens, key_states)
+        state.before.images = images
 
     def expect_prompt(self, length: int) -> None:
         """Says how long the next prompt is, so that it is compressed when all of it has been read.
 
         Needed where you read a prompt in several forwards of your own; `generate` with ``prefill_chunk_size`` or assisted decoding
-        needs it only in a transformers that this library does not know.
+        needs it only in a transformers that this library does not know. Where later turns are compressed
+        (``MixKVConfig(turns=...)``), the same is true of them, between two turns.
 
         Args:
-            length: the length of the prompt in tokens, padding included, images as the tokens that stand for them.
+            length: the length of the prompt or turn in tokens, padding included, images as the tokens that stand for them.
 
         Raises:
             ValueError: it is not a positive int.
-            RuntimeError: something has been read already.
+            RuntimeError: something has been read already, and later turns are not compressed; or a prompt or turn has not been
+                read to its end.
         """
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"length={length!r} must be a positive int: the length of the prompt in tokens")
-        if self:
+        if self and (self.config.turns == "first" or not self._between_turns):
             raise RuntimeError(
                 f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
                 f"after cache.reset()"
@@ -184,10 +173,15 @@ class MixKVCache(TrackedCache):
         self._state.expected_prompt = length
 
     @property
+    def _between_turns(self) -> bool:
+        """Whether whatever was read has been read to its end."""
+        ours = [layer for layer in self.layers if isinstance(layer, MixKVLayer)]
+        return all(layer.prompt is None and not self._state.reads_turn(layer.seen) for layer in ours)
+
+    @property
     def reads_prompt_alone(self) -> bool:
         """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
-        method, score = registry.method(self.config.method), registry.score(self.config.score)
-        return (score.needs_replay or not method.drafts_with_prompt) and not self
+        return not turns.take_drafts(self.config) and (not self or self.config.turns != "first")
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -228,7 +222,7 @@ class MixKVCache(TrackedCache):
         state = self._state
         state.progress.change = "reset()"
         self._batch = state.prompt_length = state.expected_prompt = None
-        state.pending_layer = state.shared_budget = state.before = None
+        state.pending_layer = state.shared_budget = state.before = state.turn = None
         state.rollback_enabled = False
         state.images = ImageTokens()
         if self.layers:
@@ -273,6 +267,8 @@ class MixKVCache(TrackedCache):
                     here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
                     getattr(layer, stock_method)(here)
             self._state.images.take_rows(rows)
+            if self._state.turn is not None:
+                self._state.turn.take_rows(rows)
             if self._batch is not None:
                 self._batch = len(rows)
 

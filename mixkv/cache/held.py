@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .. import registry
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
 from ..storage.rows import Rows
-from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads
+from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, RowScores
 from .state import CacheState
 
 
@@ -20,7 +21,7 @@ class HeldEntries:
         dtype: of keys and values.
         seen: tokens seen, padding included.
         is_initialized: whether a forward has come.
-        prompt, rows, remote, window, statistics: the parts of `parts.PARTS`, None where there is nothing.
+        prompt, rows, remote, window, scores, statistics: the parts of `parts.PARTS`, None where there is nothing.
     """
 
     state: CacheState
@@ -32,6 +33,7 @@ class HeldEntries:
     rows: Rows | None
     remote: RemoteHeads | None
     window: QueryWindow | None
+    scores: RowScores | None = None
     statistics: PromptStatistics | None
 
     @property
@@ -73,6 +75,15 @@ class HeldEntries:
             return 0
         heads, key_size, value_size = self.shape
         return self.batch * heads * self.seen * (key_size + value_size) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the keys and values of `lengths`, with their scales, without positions and spare capacity."""
+        heads, key_size, value_size = self.shape
+        rows = int(self.lengths().sum())
+        if self.rows is None:
+            return rows * (key_size + value_size) * self.dtype.itemsize
+        return rows * registry.row_format(self.state.config.rows).row_bytes(key_size, value_size, self.dtype.itemsize)
 
     def lengths(self) -> torch.Tensor:
         """Rows resident, those of slots for chunks included: int64 [B, Hkv], on the CPU."""

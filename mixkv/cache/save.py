@@ -38,7 +38,7 @@ class Saved:
         far images move positions; None: the model had gone), about (what the caller of `save` gave, if anything), and under ``layers`` one entry a layer of the model: kind, and
         what that kind of layer needs beside its tensors.
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
-        lengths [B, Hkv], redundancy [B, Hkv], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
+        lengths [B, Hkv], redundancy [B, Hkv], of rows in int8 key_scale and value_scale [rows], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
         ``hybridkv`` sparsity and dynamic [B, Hkv], and where there are chunks chunk_key [rows, D], chunk_value [rows, Dv] and
         chunk_rows, chunk_columns (first positions), chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``; ``image_mask`` bool
         [B, tokens] where it is known which tokens are image tokens.
@@ -158,6 +158,11 @@ def _read_layers(cache) -> list[MixKVLayer]:
             f"this cache has read {max(layer.seen for layer in ours)} tokens of a prompt, not all of it: save it once the prompt has "
             f"been read to its end"
         )
+    if cache._state.reads_turn(ours[0].seen):
+        raise ValueError(
+            f"this cache has read {ours[0].seen} tokens, and its last turn ends after {cache._state.turn.end}: save it once the turn "
+            f"has been read to its end"
+        )
     if len({layer.seen for layer in ours}) > 1:
         raise ValueError("a forward with this cache was interrupted between two layers: make a new cache, and save that")
     return ours
@@ -172,6 +177,7 @@ def _state(layer: MixKVLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "heads": heads,
         "key_size": key_size,
         "value_size": value_size,
+        "dtype": _dtype_name(layer.dtype),
         "seen": layer.seen,
         "scaling": layer.logits.scaling,
         "softcap": layer.logits.softcap,
@@ -193,11 +199,12 @@ def _fill(
     config: MixKVConfig,
 ) -> None:
     copies = {name: tensor.to(device, copy=True) for name, tensor in held.items()}
+    dtype = getattr(torch, numbers["dtype"]) if "key_scale" in copies else copies["key"].dtype
     layer.restore(
-        {name: restore(copies, numbers, config) for name, restore in PARTS.items()},
+        {name: restore(copies, numbers, config, dtype) for name, restore in PARTS.items()},
         seen=numbers["seen"],
         shape=(numbers["heads"], numbers["key_size"], numbers["value_size"]),
-        dtype=copies["key"].dtype,
+        dtype=dtype,
         device=copies["key"].device,
         logits=LogitOptions(numbers["scaling"], numbers["softcap"], copies.get("sinks")),
         module=module,
@@ -274,6 +281,8 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         chunked = int(held["chunk_rows"].sum()) if "chunk_rows" in held else -1
         shapes |= {"chunk_key": [chunked, numbers["key_size"]], "chunk_value": [chunked, numbers["value_size"]]}
         shapes |= dict.fromkeys(_CHUNK_NUMBERS, [batch, heads])
+    if saved.config.rows != "full":
+        shapes |= {"key_scale": [rows], "value_scale": [rows]}
     if "modal_redundancy" in held:
         shapes["modal_redundancy"] = [batch, heads, 2]
     found = {name: list(held[name].shape) if name in held else None for name in shapes}

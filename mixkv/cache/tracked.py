@@ -67,7 +67,7 @@ class TrackedCache(Cache):
     def _start_forward(self) -> None:
         state = self._state
         seen = next(layer.seen for layer in self.layers if isinstance(layer, MixKVLayer))
-        state.before = Before(seen, self._batch, state.prompt_length, state.rollback_enabled)
+        state.before = Before(seen, self._batch, state.prompt_length, state.rollback_enabled, state.expected_prompt, state.turn)
         state.cache, state.storing = weakref.ref(self), False
 
     def _undo_forward(self) -> None:
@@ -87,6 +87,7 @@ class TrackedCache(Cache):
             state.shared_budget, state.rollback_enabled = None, before.rollback_enabled
             self._make_layers()
         self._batch, state.prompt_length = before.batch, before.prompt_length
+        state.expected_prompt, state.turn = before.expected_prompt, before.turn
         if before.images is not None:
             state.images = before.images
         state.progress.forget()

@@ -17,7 +17,15 @@ def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[s
         type=list_of(budget),
         default=[64, 128],
         metavar="N,N",
-        help="KV entries per KV head (whole numbers), or shares of the prompt in (0, 1] (default 64,128)",
+        help="KV entries per KV head (whole numbers), or shares of the prompt in (0, 1], or bytes of a prompt's entries: 64MiB, "
+        "or 10%% of the full cache's (default 64,128)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=list_of(str),
+        default=["full"],
+        metavar="NAME,NAME",
+        help=f"how entries are stored: any of {', '.join(registry.FORMATS)} (default full)",
     )
     for name, default, names in (("method", methods, registry.METHODS), ("score", scores, registry.SCORES)):
         parser.add_argument(
@@ -34,19 +42,21 @@ def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[s
         help="pairs of a method and a score, instead of every --method with every --score",
     )
     parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm, written by mixkv calibrate or as JSON")
+    parser.add_argument("--gate", metavar="FILE", help="gate for score gate, written by mixkv calibrate --gate")
+    parser.add_argument("--refit", action="store_true", help="refit the values of kept rows")
 
 
 def configs(options: argparse.Namespace) -> list:
-    """A `MixKVConfig` for every method, score and budget of `add_grid`.
+    """A `MixKVConfig` for every row format, method, score and budget of `add_grid`.
 
     Raises:
         InputError: a value is invalid.
     """
     from ..evaluation import compare
 
-    profile = {"profile": options.profile} if options.profile else {}
+    given = {name: getattr(options, name) for name in ("profile", "gate", "refit") if getattr(options, name)}
     kinds = options.cache or list(product(options.method, options.score))
-    return compare.grid(kinds, options.budget, **profile)
+    return [config for rows in options.rows for config in compare.grid(kinds, options.budget, rows=rows, **given)]
 
 
 def add_model(parser: argparse.ArgumentParser, default: str = "SmolLM2-135M-Instruct") -> None:
@@ -94,10 +104,13 @@ def natural(text: str) -> int:
     return int(text)
 
 
-def budget(text: str) -> int | float:
+def budget(text: str) -> int | float | str:
+    if text.endswith(("B", "%")):
+        return text
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number of KV entries, for example 128, nor a share, for example 0.1"
+            f"{text!r} is neither a number of KV entries, for example 128, nor a share, for example 0.1, nor bytes, for example "
+            f"64MiB or 10%"
         ) from None

@@ -23,7 +23,7 @@ FULL = "full"
 Plan = dict[int, MixKVConfig | None]
 
 
-def grid(kinds: list[tuple[str, str]], budgets: list[int | float], **options: Any) -> list[MixKVConfig]:
+def grid(kinds: list[tuple[str, str]], budgets: list[int | float | str], **options: Any) -> list[MixKVConfig]:
     """A config for every (method, score) of ``kinds`` and every budget; ``options`` are further fields of all of them.
 
     Raises:
@@ -117,7 +117,10 @@ def run(
 
 def label(config: MixKVConfig | None) -> str:
     """A name for tables and pictures."""
-    return "full cache" if config is None else f"{config.method} {config.score} {config.budget}"
+    if config is None:
+        return "full cache"
+    rows = "" if config.rows == "full" else f" {config.rows}"
+    return f"{config.method} {config.score} {config.budget}{rows}"
 
 
 def _answers(

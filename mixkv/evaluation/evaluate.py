@@ -156,9 +156,9 @@ def _chunk(config: MixKVConfig) -> int | None:
 
 
 def _resident(cache: MixKVCache) -> float:
-    """The bytes of resident KV entries and of chunk bounds, as a share of the full cache's in the same layers."""
+    """The bytes of resident KV entries, with scales, and of chunk bounds, as a share of the full cache's in the same layers."""
     layers = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
-    rows = sum(int(layer.lengths().sum()) * sum(layer.shape[1:]) * layer.dtype.itemsize for layer in layers)
+    rows = sum(layer.row_bytes for layer in layers)
     bounds = sum(layer.chunks.bound_bytes for layer in layers if layer.chunks is not None)
     return (rows + bounds) / sum(layer.nbytes_full for layer in layers)
 

@@ -34,11 +34,11 @@ def summary(
     Args:
         records: of `evaluate.run`.
         configs: the configs of their results, as dicts, in order.
-        reference: method and score. If it was not evaluated, the ``change`` keys are None.
+        reference: method and score, of the first config of them. If it was not evaluated, the ``change`` keys are None.
         equal_bytes: compare with the smallest budget for which the reference has at least as many resident bytes, on average,
             within half a percent of the full cache's bytes.
 
-    Returns: a dict per task, length and config, with task, tokens, method, score, budget, samples; resident (None in older
+    Returns: a dict per task, length and config, with task, tokens, method, score, budget, rows, samples; resident (None in older
         files); kl; kl_change, kl_low, kl_high (relative, with its interval); top1; answered and kept (sums; None if the task
         has no correct answers); kept_change, kept_low, kept_high (in answers per sample).
     """
@@ -54,6 +54,7 @@ def summary(
                 "task": task,
                 "tokens": tokens,
                 **{name: config[name] for name in ("method", "score", "budget")},
+                "rows": config.get("rows", "full"),
                 "samples": len(mine),
                 "resident": _mean(results, "resident") if "resident" in results[0] else None,
                 "kl": _mean(results, "kl"),

@@ -19,12 +19,12 @@ from ..cache.layer import MixKVLayer
 from ..cache.parts import PromptStatistics
 from ..config import MixKVConfig
 from ..hf.versions import cache_argument
+from ..selection.budget import base_entries
 from ..selection.context import Measured
 from ..selection.ranking import Ranking
-from ..selection.select import base_entries
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
-from ..storage.rows import with_chunks
+from ..storage.rows import RaggedRows, with_chunks
 from .measure import bind, end_tokens, last_logits_only
 
 
@@ -117,9 +117,9 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
         parts = [cache.layers[index] for cache in caches]
         rows = tuple(torch.cat(part) for part in zip(*(part.store.held() for part in parts)))
         lengths = torch.cat([part.store.lengths.view(1, -1) for part in parts])
-        store = RaggedStore.from_rows(rows, lengths, layer.store.backend)
+        store = RaggedStore.from_rows(rows, lengths, layer.store.backend, dtype=layer.dtype)
         chunks = ChunkStore.joined([part.chunks for part in parts], [part.store.batch for part in parts])
-        layer.rows = with_chunks(store, chunks)
+        layer.rows = with_chunks(RaggedRows(store), chunks)
         layer.statistics = PromptStatistics(torch.cat([part.statistics.redundancy for part in parts]))
         layer.window = None
     together._batch = len(caches)
@@ -128,7 +128,7 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
 
 def _name(config: MixKVConfig) -> str:
     """A key that is equal for configs that differ only in the allocation of the budget."""
-    allocation = {"budget", "refit"}.union(*(method.options for method in registry.METHODS.values()))
+    allocation = {"budget", "refit", "rows"}.union(*(method.options for method in registry.METHODS.values()))
     importance = {"method": registry.method(config.method).uses_output_importance}
     return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 
@@ -147,7 +147,8 @@ class _RecordedCompressor(Compressor):
         if self.name not in self.known:
             self.known[self.name] = super().rank(*args, **options)
         found = self.known[self.name]
-        return replace(found, base=base_entries(self.config, found.real.amax(dim=-1)))
+        key, value, place = args[1], args[2], {"heads": self.shard.total, "num_layers": self.num_layers}
+        return replace(found, base=base_entries(self.config, found.real.amax(dim=-1), key, value, **place))
 
 
 class _RecordedLayer(MixKVLayer):
@@ -155,8 +156,8 @@ class _RecordedLayer(MixKVLayer):
     known: dict[str, Ranking] | None = None
     name: str
 
-    def _compressor(self) -> Compressor:
-        compressor = cast(_RecordedCompressor, super()._compressor())
+    def compressor(self) -> Compressor:
+        compressor = cast(_RecordedCompressor, super().compressor())
         if self.known is not None:
             compressor.known, compressor.name = self.known, self.name
         return compressor

@@ -45,7 +45,7 @@ class Tally:
             "bytes_ratio": sum(self._bytes) / sum(self._bytes_full) if self._bytes_full else None,
         }
 
-    def warning(self, budget: int | float) -> str | None:
+    def warning(self, budget: int | float | str) -> str | None:
         """A warning if there were prompts and none was compressed; else None."""
         if not self._rows or self.report()["compressed"]:
             return None

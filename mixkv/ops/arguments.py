@@ -19,6 +19,8 @@ class RaggedBuffers(NamedTuple):
         position: int32 [rows], the position in the sequence of tokens that each row came from.
         starts: int32 [S], the first row of each sequence.
         lengths: int32 [S], the rows of each sequence.
+        key_scale, value_scale: float16 [rows], the scales of keys and values in int8, see `mixkv.ops.row_codes`; None: they are
+            in the model's dtype.
     """
 
     key: torch.Tensor
@@ -26,16 +28,19 @@ class RaggedBuffers(NamedTuple):
     position: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
     @property
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The buffers that have a row for each row: key, value, position."""
-        return self.key, self.value, self.position
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """The buffers that have an entry for each row: key, value, position, and key_scale, value_scale where there are any."""
+        rows = (self.key, self.value, self.position)
+        return rows if self.key_scale is None or self.value_scale is None else (*rows, self.key_scale, self.value_scale)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the buffers keep, spare rows included."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self if tensor is not None)
 
 
 class ChosenChunks(NamedTuple):

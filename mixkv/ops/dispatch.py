@@ -11,22 +11,28 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
+from typing import Any
 
 import torch
 
 from ..registry import BACKENDS
-from . import flash, native, reference, score_reference, selection_reference
+from . import flash, mixing_reference, native, reference, score_reference, selection_reference
 from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from .selection_reference import Largest
 
 # `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
 _UNASKED_ON_GPU = ("torch",)
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str:
+def choose(
+    requested: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int, *, codes: bool = False
+) -> str:
     """The back end for a store of this device, dtype and head sizes.
 
     Args:
         requested: a name from `mixkv.registry.BACKENDS`; ``auto`` asks the environment, then takes the first that works.
+        codes: rows are in int8, and ``dtype`` is that of queries and new rows.
 
     Raises:
         ValueError: the back end asked for cannot be used; the message says why.
@@ -39,29 +45,35 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, key_size: i
         if device.type == "cpu":
             return "torch" if native.why_not(device, dtype, key_size, value_size) else "native"
         names = _UNASKED_ON_GPU
-        return next(name for name in names if why_not(name, device, dtype, key_size, value_size) is None)
-    reason = why_not(requested, device, dtype, key_size, value_size)
+        return next(name for name in names if why_not(name, device, dtype, key_size, value_size, codes=codes) is None)
+    reason = why_not(requested, device, dtype, key_size, value_size, codes=codes)
     if reason is not None:
         raise ValueError(f"backend={requested!r} cannot be used: {reason}. Leave it at 'auto', or use 'torch'")
     return requested
 
 
-def choose_again(former: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str:
+def choose_again(
+    former: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int, *, codes: bool = False
+) -> str:
     """The back end for a store of another process or machine, which had chosen ``former``: that one if it can be used here.
 
     Raises:
         ValueError: it cannot, and the environment asks for one that cannot be used either.
     """
     place = (device, dtype, key_size, value_size)
-    return former if why_not(former, *place) is None else choose("auto", *place)
+    return former if why_not(former, *place, codes=codes) is None else choose("auto", *place, codes=codes)
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
+def why_not(
+    name: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int, *, codes: bool = False
+) -> str | None:
     """Why back end ``name`` cannot hold such a store; None if it can."""
-    if name == "native":
-        return native.why_not(device, dtype, key_size, value_size)
     if name == "torch":
         return None
+    if codes and (name != "native" or device.type != "cpu"):
+        return "it has no operations on rows of codes" + (f" for {device.type}" if name == "native" else "")
+    if name == "native":
+        return native.why_not(device, dtype, key_size, value_size)
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -182,10 +194,10 @@ def fetch_chunks(
 
 
 def gather(
-    backend: str, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor
+    backend: str, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor, *, codes: bool = False
 ) -> RaggedBuffers:
     """`selection_reference.gather`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows], ``counts`` int64 [B, Hkv]."""
-    return (native if backend == "native" else selection_reference).gather(key, value, positions, counts)
+    return (native if backend == "native" else selection_reference).gather(key, value, positions, counts, codes=codes)
 
 
 def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:
@@ -196,15 +208,21 @@ def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, to
         reference.move_rows(buffers, source, total=total)
 
 
-def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor:
+def window_attention(
+    backend: str, query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions, **options: str
+) -> torch.Tensor:
     """`score_reference.window_attention`: compiled where queries and keys have one dtype."""
     compiled = backend == "native" and query.dtype == key.dtype
-    return (native if compiled else score_reference).window_attention(query, key, valid, **options)
+    return (native if compiled else score_reference).window_attention(query, key, valid, logits, **options)
 
 
-def projected_norm(backend: str, value, factor) -> torch.Tensor:
-    """`score_reference.projected_norm`; as all that follows compiled for the CPU only: a GPU multiplies matrices at full speed."""
-    return _scores(backend, value).projected_norm(value, factor)
+def importance(
+    backend: str, query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions, **options: Any
+) -> torch.Tensor:
+    """`score_reference.importance`; as all that follows compiled for the CPU only: a GPU multiplies matrices at full speed."""
+    if query.dtype == key.dtype and _scores(backend, key) is native:
+        return native.importance(query, key, valid, logits, **options)
+    return score_reference.importance(query, key, valid, logits, **options, attend=partial(window_attention, backend))
 
 
 def norm(backend: str, rows: torch.Tensor) -> torch.Tensor:
@@ -212,25 +230,15 @@ def norm(backend: str, rows: torch.Tensor) -> torch.Tensor:
     return _scores(backend, rows).norm(rows)
 
 
-def directions(backend: str, key: torch.Tensor, valid: torch.Tensor | None) -> score_reference.Directions:
-    """`score_reference.directions`."""
-    return _scores(backend, key).directions(key, valid)
-
-
-def redundancy(backend: str, found: score_reference.Directions) -> torch.Tensor:
-    """`score_reference.redundancy`."""
-    return _scores(backend, found.mean).redundancy(found)
-
-
-def similarity(backend: str, key: torch.Tensor, found: score_reference.Directions) -> torch.Tensor:
-    """`score_reference.similarity`."""
-    return _scores(backend, key).similarity(key, found)
+def diversity(backend: str, key: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score_reference.diversity`."""
+    return _scores(backend, key).diversity(key, valid)
 
 
 def match(backend: str, raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """`score_reference.match`: compiled for float32."""
+    """`mixing_reference.match`: compiled for float32."""
     alike = raw.dtype == reference.dtype == torch.float32 and raw.shape == reference.shape
-    return (_scores(backend, raw) if alike else score_reference).match(raw, reference, valid)
+    return (_mixing(backend, raw) if alike else mixing_reference).match(raw, reference, valid)
 
 
 def mix(
@@ -241,21 +249,14 @@ def mix(
     share: torch.Tensor,
     valid: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`score_reference.mix`."""
-    return _scores(backend, importance).mix(importance, similarity, value_norm, share, valid)
+    """`mixing_reference.mix`."""
+    return _mixing(backend, importance).mix(importance, similarity, value_norm, share, valid)
 
 
 def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
-    """`score_reference.normalized`, compiled where the library has been loaded."""
+    """`mixing_reference.normalized`, compiled where the library has been loaded."""
     compiled = importance.device.type == "cpu" and native.status("cpu", load=False).available
-    return (native if compiled else score_reference).normalized(importance, exponent)
-
-
-def pool(
-    backend: str, attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`score_reference.pool`."""
-    return _scores(backend, attention).pool(attention, kernel_size, pooling, norm)
+    return (native if compiled else mixing_reference).normalized(importance, exponent)
 
 
 def evict(
@@ -283,11 +284,9 @@ def take(
     return _selection(ranks).take(ranks, entries, window, width)
 
 
-def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def merge_largest(so_far: Largest, importance: torch.Tensor, *limits: torch.Tensor, floor: float) -> Largest:
     """`selection_reference.merge_largest`."""
-    return _selection(importance).merge_largest(value, owner, importance, within, totals, owners)
+    return _selection(importance).merge_largest(so_far, importance, *limits, floor)
 
 
 def report() -> list[str]:
@@ -310,6 +309,10 @@ def _rows(backend: str):
 
 def _scores(backend: str, tensor: torch.Tensor):
     return native if backend == "native" and tensor.device.type == "cpu" else score_reference
+
+
+def _mixing(backend: str, tensor: torch.Tensor):
+    return native if backend == "native" and tensor.device.type == "cpu" else mixing_reference
 
 
 def _selection(tensor: torch.Tensor):

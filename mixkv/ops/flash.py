@@ -19,7 +19,7 @@ def torch_attend(
 
     if logits.softcap is not None or logits.sinks is not None:
         return reference.attend(query, buffers, logits, max_length=max_length, stride=stride)
-    key, value, _, starts, lengths = buffers
+    key, value, starts, lengths = buffers.key, buffers.value, buffers.starts, buffers.lengths
     folded, ends = _fold(query, starts, key.shape[0])
     out = varlen_attn(
         folded,
@@ -47,7 +47,7 @@ def flash_attend(
 
     if logits.sinks is not None:
         return reference.attend(query, buffers, logits, max_length=max_length, stride=stride)
-    key, value, _, starts, lengths = buffers
+    key, value, starts, lengths = buffers.key, buffers.value, buffers.starts, buffers.lengths
     # Packed to the upper bound of each length, so that the host need not know the true ones: cu_seqlens holds those.
     offsets = torch.arange(max_length, dtype=torch.int32, device=starts.device)
     ends = torch.zeros(starts.numel() + 1, dtype=torch.int32, device=starts.device)

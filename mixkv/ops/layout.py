@@ -17,12 +17,24 @@ def spare_per_sequence(total: int, sequences: int, new: int = 0) -> int:
     return new + max(SPARE_ROWS, int(total / sequences * SPARE_SHARE))
 
 
-def empty_buffers(lengths: torch.Tensor, total: int, spare: int, like: tuple[torch.Tensor, ...]) -> RaggedBuffers:
-    """Buffers for ``total`` rows in sequences of ``lengths`` [S], each with ``spare`` rows, in the dtypes and widths of ``like``."""
+def empty_buffers(
+    lengths: torch.Tensor, total: int, spare: int, like: tuple[torch.Tensor, ...], *, codes: bool = False
+) -> RaggedBuffers:
+    """Buffers for ``total`` rows in sequences of ``lengths`` [S], each with ``spare`` rows.
+
+    Args:
+        like: key [..., D] and value [..., Dv], and whatever else `RaggedBuffers.rows` has: dtypes and widths are as there.
+        codes: keys and values are in int8 all the same.
+    """
     lengths = lengths.to(torch.int32, copy=True)
     order = torch.arange(0, spare * lengths.numel(), spare, dtype=torch.int32, device=lengths.device)
     starts = lengths.cumsum(0, dtype=torch.int32).sub_(lengths).add_(order)
     rows = total + lengths.numel() * spare
     # Zeros, so that a masked read of spare rows never meets a NaN.
-    key, value = (part.new_zeros(rows, part.shape[-1]) for part in like[:2])
-    return RaggedBuffers(key, value, torch.zeros(rows, dtype=torch.int32, device=lengths.device), starts, lengths)
+    dtype = torch.int8 if codes else like[0].dtype
+    key, value = (part.new_zeros(rows, part.shape[-1], dtype=dtype) for part in like[:2])
+    position = torch.zeros(rows, dtype=torch.int32, device=lengths.device)
+    if dtype != torch.int8:
+        return RaggedBuffers(key, value, position, starts, lengths)
+    scales = (key.new_zeros(rows, dtype=torch.float16) for _ in range(2))
+    return RaggedBuffers(key, value, position, starts, lengths, *scales)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from .row_codes import dequantised, quantised
 
 # Queries attended at once by `attend_extend`: bounds its mask and logits at this many rows per prefix row.
 _EXTEND_BLOCK = 256
@@ -35,26 +36,43 @@ def append(
     lengths = buffers.lengths
     ends = (buffers.starts + lengths).long()
     if valid is None and new == 1:
-        buffers[0].index_copy_(0, ends, key.reshape(batch * heads, -1))
-        buffers[1].index_copy_(0, ends, value.reshape(batch * heads, -1))
-        buffers[2].index_fill_(0, ends, position)
+        write_rows(buffers, ends, key.reshape(batch * heads, -1), value.reshape(batch * heads, -1))
+        buffers.position.index_fill_(0, ends, position)
         lengths.add_(1)
         return
     positions = torch.arange(position, position + new, dtype=torch.int32, device=key.device)
     if valid is None:
         rows = (ends.unsqueeze(1) + torch.arange(new, device=key.device)).flatten()
-        buffers[0].index_copy_(0, rows, key.reshape(batch * heads * new, -1))
-        buffers[1].index_copy_(0, rows, value.reshape(batch * heads * new, -1))
-        buffers[2].index_copy_(0, rows, positions.repeat(batch * heads))
+        write_rows(buffers, rows, key.reshape(batch * heads * new, -1), value.reshape(batch * heads * new, -1))
+        buffers.position.index_copy_(0, rows, positions.repeat(batch * heads))
         lengths.add_(new)
         return
     offsets = valid.cumsum(dim=-1) - 1
     taken = valid.unsqueeze(1).expand(batch, heads, new)
     rows = (ends.view(batch, heads, 1) + offsets.unsqueeze(1))[taken]
-    buffers[0].index_copy_(0, rows, key[taken])
-    buffers[1].index_copy_(0, rows, value[taken])
-    buffers[2].index_copy_(0, rows, positions.expand(batch, heads, new)[taken])
+    write_rows(buffers, rows, key[taken], value[taken])
+    buffers.position.index_copy_(0, rows, positions.expand(batch, heads, new)[taken])
     lengths.add_(valid.sum(dim=-1, dtype=torch.int32).repeat_interleave(heads))
+
+
+def write_rows(buffers: RaggedBuffers, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Writes ``key`` [n, D] and ``value`` [n, Dv] to buffer rows ``rows`` int64 [n], in the buffers' format."""
+    _write(buffers.key, buffers.key_scale, rows, key)
+    write_values(buffers, rows, value)
+
+
+def write_values(buffers: RaggedBuffers, rows: torch.Tensor, value: torch.Tensor) -> None:
+    """`write_rows` of ``value`` [n, Dv] alone."""
+    _write(buffers.value, buffers.value_scale, rows, value)
+
+
+def _write(buffer: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor, part: torch.Tensor) -> None:
+    if scale is None:
+        buffer.index_copy_(0, rows, part)
+        return
+    codes, new_scale = quantised(part)
+    buffer.index_copy_(0, rows, codes)
+    scale.index_copy_(0, rows, new_scale)
 
 
 def attend(
@@ -238,8 +256,8 @@ def compact(buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, posi
     sequence = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths.long(), output_size=total)
     row, head = sequence // key.shape[1], sequence % key.shape[1]
     rows, kept = flat_rows(buffers.starts, lengths, total), positions.long()
-    for buffer, part in zip(buffers.rows, (key[row, head, kept], value[row, head, kept], positions)):
-        buffer.index_copy_(0, rows, part)
+    write_rows(buffers, rows, key[row, head, kept], value[row, head, kept])
+    buffers.position.index_copy_(0, rows, positions)
 
 
 def move_rows(buffers: RaggedBuffers, source: RaggedBuffers, *, total: int) -> None:
@@ -269,10 +287,13 @@ def flat_rows(starts: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.
 def _padded(
     buffers: RaggedBuffers, max_length: int, stride: int | None, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Sequences side by side: [B, Hkv, max_length, D], [.., Dv] and, unless all are of that length, the bool mask [B, Hkv, max_length]."""
-    key, value, _, starts, lengths = buffers
+    """Sequences side by side: [B, Hkv, max_length, D], [.., Dv] and, unless all are of that length, the bool mask [B, Hkv, max_length].
+
+    Rows in int8 are dequantised to float32.
+    """
+    key, value, starts, lengths = buffers.key, buffers.value, buffers.starts, buffers.lengths
     heads = starts.numel() // batch
-    if stride is not None:
+    if stride is not None and buffers.key_scale is None:
         shape = (batch, heads, stride, -1)
         return key.view(shape)[:, :, :max_length], value.view(shape)[:, :, :max_length], None
     offsets = torch.arange(max_length, dtype=torch.int32, device=starts.device)
@@ -280,7 +301,19 @@ def _padded(
     rows = (starts.unsqueeze(1) + offsets).clamp_(max=key.shape[0] - 1).flatten()
     shape = (batch, heads, max_length, -1)
     mask = (offsets < lengths.unsqueeze(1)).view(batch, heads, max_length)
-    return key.index_select(0, rows).view(shape), value.index_select(0, rows).view(shape), mask
+    key, value = (part.view(shape) for part in read_rows(buffers, rows))
+    return key, value, mask
+
+
+def read_rows(
+    buffers: RaggedBuffers, rows: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [n, D] and values [n, Dv] of buffer rows ``rows`` int [n], as they are, or of int8 dequantised to ``dtype``."""
+    key, value = buffers.key.index_select(0, rows), buffers.value.index_select(0, rows)
+    if buffers.key_scale is None or buffers.value_scale is None:
+        return key, value
+    scales = (buffers.key_scale.index_select(0, rows), buffers.value_scale.index_select(0, rows))
+    return dequantised(key, scales[0], dtype), dequantised(value, scales[1], dtype)
 
 
 def _attention(
@@ -292,6 +325,10 @@ def _attention(
 ) -> torch.Tensor:
     """[B, Hkv, R, D] queries, R = G * rows (head-major), over [B, Hkv, L, D]; the mask is bool and broadcasts to [B, Hkv, R, L]."""
     softcap, sinks = options.softcap, options.sinks
+    if key.dtype != query.dtype:
+        # Rows that were dequantised are in float32.
+        wide = torch.promote_types(query.dtype, key.dtype)
+        return _attention(query.to(wide), key.to(wide), value.to(wide), mask, options).to(query.dtype)
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=options.scaling)
     logits = (query.float() * options.scaling) @ key.float().transpose(-1, -2)

@@ -9,6 +9,7 @@ import torch
 from ..ops import dispatch, reference
 from ..ops.arguments import LogitOptions, RaggedBuffers
 from ..ops.layout import empty_buffers, spare_per_sequence
+from ..ops.row_codes import dequantised, quantised
 from ..selection.ranking import Selection, split_positions
 
 
@@ -18,6 +19,7 @@ class RaggedStore:
     Attributes:
         buffers: the rows with spare ones, and where each sequence lies.
         batch, heads: B and Hkv.
+        dtype: of queries and of new rows, the model's; rows are in it too, unless they are in int8.
         row_totals: rows held per batch row (host).
         max_length: at least the longest sequence (host).
         spare: rows that every sequence can still take in place (host).
@@ -30,17 +32,19 @@ class RaggedStore:
     spare: int
     tail: int
 
-    def __init__(self, batch: int, heads: int, backend: str):
-        self.batch, self.heads, self.backend = batch, heads, backend
+    def __init__(self, batch: int, heads: int, backend: str, dtype: torch.dtype):
+        self.batch, self.heads, self.backend, self.dtype = batch, heads, backend, dtype
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # mixkv 0.1.0 pickled the buffers one by one.
         if "buffers" not in state:
-            state["buffers"] = RaggedBuffers(*(state.pop(name) for name in RaggedBuffers._fields))
+            state["buffers"] = RaggedBuffers(*(state.pop(name) for name in RaggedBuffers._fields[:5]))
+        state.setdefault("dtype", state["buffers"].key.dtype)
         self.__dict__.update(state)
         # Where it was pickled there may have been another back end than here.
         key, value = self.key, self.value
-        self.backend = dispatch.choose_again(self.backend, key.device, key.dtype, key.shape[1], value.shape[1])
+        place = (key.device, self.dtype, key.shape[1], value.shape[1])
+        self.backend = dispatch.choose_again(self.backend, *place, codes=self.coded)
 
     @property
     def key(self) -> torch.Tensor:
@@ -57,40 +61,53 @@ class RaggedStore:
         """int32 [B * Hkv], the rows of each sequence."""
         return self.buffers.lengths
 
+    @property
+    def coded(self) -> bool:
+        """Whether rows are in int8."""
+        return self.buffers.key_scale is not None
+
     @classmethod
-    def from_selection(cls, key: torch.Tensor, value: torch.Tensor, selection: Selection, backend: str = "auto") -> RaggedStore:
+    def from_selection(
+        cls, key: torch.Tensor, value: torch.Tensor, selection: Selection, backend: str = "auto", *, codes: bool = False
+    ) -> RaggedStore:
         """Copies the selected rows of ``key`` [B, Hkv, N, D] and ``value`` [B, Hkv, N, Dv] into new buffers.
 
-        ``backend`` is a name from `mixkv.registry.BACKENDS`.
+        Args:
+            backend: a name from `mixkv.registry.BACKENDS`.
+            codes: rows are stored in int8, those appended later too.
         """
         key, value = key.detach(), value.detach()
-        chosen = dispatch.choose(backend, key.device, key.dtype, key.shape[3], value.shape[3])
-        store = cls(key.shape[0], key.shape[1], chosen)
-        store._compact(key, value, selection.flat_positions, selection.lengths)
+        chosen = dispatch.choose(backend, key.device, key.dtype, key.shape[3], value.shape[3], codes=codes)
+        store = cls(key.shape[0], key.shape[1], chosen, key.dtype)
+        store.buffers = dispatch.gather(chosen, key, value, selection.flat_positions, selection.lengths, codes=codes)
+        store._measure(selection.lengths.tolist())
+        store.spare, store.tail = store.spare_rows // store.lengths.numel(), 0
         return store
 
     @classmethod
     def from_rows(
         cls,
-        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        rows: tuple[torch.Tensor, ...],
         lengths: torch.Tensor,
         backend: str = "auto",
         *,
+        dtype: torch.dtype | None = None,
         tail: int = 0,
         bound: int | None = None,
     ) -> RaggedStore:
         """The inverse of `held`: copies ``rows`` into new buffers.
 
         Args:
-            rows: ``(key [rows, D], value [rows, Dv], position int32 [rows])``, sequence after sequence.
+            rows: as `held` returns them, sequence after sequence.
             lengths: int32 [B, Hkv], on the rows' device; its sum is the number of rows.
             backend: a name from `mixkv.registry.BACKENDS`.
+            dtype: the model's; None: that of the rows.
             tail: as the former store had it.
             bound: the former store's ``max_length`` if it was not ``even``: with it attention sums in the same order as there.
         """
-        key, value, _ = rows
-        chosen = dispatch.choose(backend, key.device, key.dtype, key.shape[1], value.shape[1])
-        store = cls(lengths.shape[0], lengths.shape[1], chosen)
+        key, value, dtype = rows[0], rows[1], dtype or rows[0].dtype
+        chosen = dispatch.choose(backend, key.device, dtype, key.shape[1], value.shape[1], codes=len(rows) > 3)
+        store = cls(lengths.shape[0], lengths.shape[1], chosen, dtype)
         store._measure(lengths.tolist())
         store.spare = spare_per_sequence(store.total, lengths.numel())
         store.buffers = empty_buffers(lengths.flatten(), store.total, store.spare, rows)
@@ -102,11 +119,17 @@ class RaggedStore:
             buffer.index_copy_(0, order, part)
         return store
 
-    def held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Copies of the rows held, without spare ones, sequence after sequence: key [rows, D], value [rows, Dv], position."""
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """Copies of the rows held, without spare ones, sequence after sequence.
+
+        Returns: key [rows, D], value [rows, Dv], position int32 [rows], and for rows in int8 key_scale and value_scale [rows].
+        """
         rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)
-        key, value, position = (part[rows] for part in self.buffers.rows)
-        return key, value, position
+        return tuple(part[rows] for part in self.buffers.rows)
+
+    def as_stored(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` [..., D] as they are read once they have been stored, in their dtype."""
+        return dequantised(*quantised(rows), rows.dtype) if self.coded else rows
 
     @property
     def nbytes(self) -> int:
@@ -195,7 +218,7 @@ class RaggedStore:
         counts = selection.lengths.flatten()
         first = (self.buffers.starts + self.lengths).long() - padded_length
         rows = first.repeat_interleave(counts) + selection.flat_positions
-        self._keep_rows(rows.to(torch.int32), selection.lengths)
+        self._keep_rows(rows, selection.lengths)
 
     def evict(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """Evicts the selected rows whose rank is not below their sequence's quota; rows appended since then stay.
@@ -212,12 +235,13 @@ class RaggedStore:
         return left
 
     def padded(self, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv], valid bool [B, Hkv, N].
+        """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv] in `dtype`, valid bool [B, Hkv, N].
 
         N is ``length``, no less than the longest sequence; by default `max_length`.
         """
         rows, valid = self._padded_rows(self.max_length if length is None else length)
-        return self.key[rows], self.value[rows], valid
+        key, value = reference.read_rows(self.buffers, rows.flatten(), self.dtype)
+        return key.view(*rows.shape, -1), value.view(*rows.shape, -1), valid
 
     def padded_positions(self) -> torch.Tensor:
         """The positions of `padded` rows: int32 [B, Hkv, N]."""
@@ -227,7 +251,7 @@ class RaggedStore:
         """Gives the rows the values [B, Hkv, N, Dv], in the order of `padded`, of the sequences that ``heads`` bool [B, Hkv] names."""
         rows, valid = self._padded_rows(value.shape[2])
         changed = valid & heads.unsqueeze(-1)
-        self.value[rows[changed]] = value[changed]
+        reference.write_values(self.buffers, rows[changed], value[changed])
 
     def _padded_rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffer rows of all sequences aligned to the right, int64 [B, Hkv, length], and which of them are a sequence's own."""
@@ -255,10 +279,12 @@ class RaggedStore:
         *,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`reference.attend_extend` over the store and a new block: ``query`` [B, Hq, n, D] to [B, n, Hq, Dv]."""
-        return dispatch.attend_extend(
-            self.backend, query.detach(), self.buffers, key.detach(), value.detach(), logits, mask=mask, **self._extent
-        )
+        """`reference.attend_extend` over the store and a new block: ``query`` [B, Hq, n, D] to [B, n, Hq, Dv].
+
+        The block is seen as it will be stored: the same as one token after another would see.
+        """
+        key, value = (self.as_stored(part.detach()) for part in (key, value))
+        return dispatch.attend_extend(self.backend, query.detach(), self.buffers, key, value, logits, mask=mask, **self._extent)
 
     @property
     def _extent(self) -> dict[str, int | None]:
@@ -279,24 +305,20 @@ class RaggedStore:
         """Copies the rows that ``starts``, ``lengths`` name in the present buffers into new ones."""
         total = sum(row_totals)
         spare = spare_per_sequence(total, lengths.numel(), new)
-        buffers = empty_buffers(lengths, total, spare, self.buffers)
+        buffers = empty_buffers(lengths, total, spare, self.buffers.rows)
         source = self.buffers._replace(starts=starts)
         dispatch.move_rows(self.backend, buffers, source, total=total, max_length=self.max_length)
         self.buffers, self.spare, self.row_totals, self.batch = buffers, spare, row_totals, len(row_totals)
 
     def _keep_rows(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
-        """Keeps buffer rows ``rows``, sequence after sequence, ``counts`` [B, Hkv] of each."""
-        key, value, position = self.buffers.rows
-        key, value = (buffer.expand(self.batch, self.heads, -1, -1) for buffer in (key, value))
-        self._compact(key, value, rows, counts)
-        # What was written there is the rows they came from.
-        self.buffers = self.buffers._replace(position=position.index_select(0, self.buffers.position))
-
-    def _compact(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
-        """New buffers with ``counts`` [B, Hkv] rows of ``key`` [B, Hkv, N, D] and ``value``, at ``positions``."""
-        self.buffers, self.tail = dispatch.gather(self.backend, key, value, positions, counts), 0
+        """Keeps buffer rows ``rows`` int64, sequence after sequence, ``counts`` [B, Hkv] of each."""
+        former = self.buffers
         self._measure(counts.tolist())
-        self.spare = self.spare_rows // counts.numel()
+        self.spare, self.tail = spare_per_sequence(self.total, counts.numel()), 0
+        self.buffers = empty_buffers(counts.flatten(), self.total, self.spare, former.rows)
+        to_rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)
+        for buffer, part in zip(self.buffers.rows, former.rows):
+            buffer.index_copy_(0, to_rows, part.index_select(0, rows))
 
     def _measure(self, host_lengths: list[list[int]]) -> None:
         self.row_totals = [sum(row) for row in host_lengths]

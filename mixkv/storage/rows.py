@@ -15,6 +15,8 @@ from .ragged import RaggedStore
 Tensors = dict[str, torch.Tensor]
 Numbers = dict[str, Any]
 
+# Names in files of what `RaggedStore.held` returns.
+_ROWS = ("key", "value", "position", "key_scale", "value_scale")
 # Name in files -> attribute of a `ChunkStore`.
 _CHUNK_LAYOUT = {"chunk_rows": "rows", "chunk_columns": "first_positions", "chunk_slots": "slots"}
 
@@ -124,8 +126,7 @@ class RaggedRows:
 
     def state(self) -> tuple[Tensors, Numbers]:
         store = self.resident
-        key, value, position = store.held()
-        tensors = {"key": key, "value": value, "position": position, "lengths": store.lengths.view(store.batch, store.heads)}
+        tensors = dict(zip(_ROWS, store.held())) | {"lengths": store.lengths.view(store.batch, store.heads)}
         return tensors, {"tail": store.tail, "bound": None if store.even else store.max_length}
 
 
@@ -190,15 +191,16 @@ class ChunkedRows(RaggedRows):
         return {**tensors, "chunk_key": key, "chunk_value": value, **layout}, numbers
 
 
-def with_chunks(resident: RaggedStore, chunks: ChunkStore | None) -> Rows:
+def with_chunks(rows: Rows, chunks: ChunkStore | None) -> Rows:
     """Rows of a layer, in chunks as well or not."""
-    return RaggedRows(resident) if chunks is None else ChunkedRows(resident, chunks)
+    return rows if chunks is None else ChunkedRows(rows.resident, chunks)
 
 
-def restore(tensors: Tensors, numbers: Numbers, config: MixKVConfig) -> Rows:
-    """The rows whose ``state`` these are, on the tensors' device."""
-    rows = (tensors["key"], tensors["value"], tensors["position"])
-    store = RaggedStore.from_rows(rows, tensors["lengths"], config.backend, tail=numbers["tail"], bound=numbers["bound"])
+def restore(tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> Rows:
+    """The rows whose ``state`` these are, on the tensors' device, of a model of ``dtype``."""
+    rows = tuple(tensors[name] for name in _ROWS if name in tensors)
+    tail, bound = numbers["tail"], numbers["bound"]
+    store = RaggedStore.from_rows(rows, tensors["lengths"], config.backend, dtype=dtype, tail=tail, bound=bound)
     if "chunk_key" not in tensors:
         return RaggedRows(store)
     chunks = ChunkStore.from_rows(

@@ -16,6 +16,7 @@ from support.stores import (
     assert_close,
     assert_same_buffers,
     clean,
+    coded,
     copied,
     make_store,
     needs_library,
@@ -220,16 +221,10 @@ def test_window_equals_oracle(dtype, groups, window, columns, size, statistic, r
     sinks = torch.randn(2 * groups) if with_sinks else None
     valid = (torch.arange(columns) >= torch.tensor([[0], [columns // 3]]).clamp(max=columns - window)).view(2, 1, columns)
     valid = valid if padded else None
-    options = {
-        "scaling": size**-0.5,
-        "statistic": statistic,
-        "group_reduce": reduce,
-        "softcap": softcap,
-        "sinks": sinks,
-    }
-    result = native.window_attention(query, key, valid, **options)
-    twin = score_reference.window_attention(query, key, valid, **options)
-    exact = scores_in_double(query, key, valid, **options)
+    logits, options = LogitOptions(size**-0.5, softcap, sinks), {"statistic": statistic, "group_reduce": reduce}
+    result = native.window_attention(query, key, valid, logits, **options)
+    twin = score_reference.window_attention(query, key, valid, logits, **options)
+    exact = scores_in_double(query, key, valid, **vars(logits), **options)
     assert result.shape == twin.shape and result.dtype == torch.float32
     if result.numel():
         assert_close(result, exact, twin)
@@ -255,11 +250,20 @@ def scores_in_double(query, key, valid, scaling, statistic, group_reduce, softca
     return out.amax(dim=2) if group_reduce == "max" else out.mean(dim=2)
 
 
+def projected_norm(value, factor):
+    """The norms that compiled `importance` weighs tokens by, where all get the same attention."""
+    batch, heads, rows, size = value.shape
+    value = torch.cat([value, value.new_zeros(batch, heads, 1, size)], dim=2)
+    query, key, options = value.new_zeros(batch, heads, 1, 16), value.new_zeros(batch, heads, rows + 1, 16), LogitOptions(1.0)
+    found = native.importance(query, key, None, options, kernel_size=1, pooling="max", value=value, factor=factor)
+    return found * (rows + 1)
+
+
 @needs_library
 def test_window_padding_query_counts_as_nothing():
     query, key = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 6, 64)
     valid = torch.tensor([[[False, False, False, True, True, True]]])
-    result = native.window_attention(query, key, valid, scaling=0.1)
+    result = native.window_attention(query, key, valid, LogitOptions(0.1))
     assert torch.equal(result, torch.zeros(1, 2, 2))
 
 
@@ -274,7 +278,7 @@ def test_projected_norm_equals_oracle(dtype, rows, size, outputs, triangular):
     value, factor = strided(2, 3, rows, size, dtype), torch.randn(3, outputs, size)
     factor = factor.triu() if triangular else factor
     exact = (value.double() @ factor.double().transpose(-1, -2)).norm(dim=-1)
-    result = native.projected_norm(value, factor)
+    result = projected_norm(value, factor)
     assert result.shape == (2, 3, rows) and result.dtype == torch.float32
     # bfloat16 values meet a factor rounded to bfloat16 where the chip multiplies those. What cancels leaves its error behind.
     tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-6
@@ -295,21 +299,23 @@ def test_projected_norm_equals_oracle(dtype, rows, size, outputs, triangular):
 )
 def test_wrong_projections_are_refused(value, factor):
     with pytest.raises(RuntimeError):
-        native.projected_norm(value, factor)
+        projected_norm(value, factor)
 
 
 def samples():
     """Arguments of every operation, for opcheck."""
     torch.manual_seed(7)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, codes in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         store = make_store([2, 1, 7, 4], 64, 80, dtype, poison=False)
+        store = coded(store) if codes else store
         query, key, value = (
             torch.randn(2, 6, 1, 64).to(dtype),
             torch.randn(2, 2, 1, 64).to(dtype),
             torch.randn(2, 2, 1, 80).to(dtype),
         )
         logits = (8, 0.1, 0.0, None)
-        read = (store.key, store.value, store.starts, store.lengths)
+        scales = (store.key_scale, store.value_scale)
+        read = (store.key, store.value, store.starts, store.lengths, *scales)
         yield "append", (*store, key, value, 3)
         yield "append", (*store, key, value, 3, torch.ones(2, 1, dtype=torch.bool))
         yield "attend", (query, *read, *logits)
@@ -318,7 +324,7 @@ def samples():
         offsets = (store.lengths.cumsum(0) - store.lengths).to(torch.int32)
         positions = torch.zeros(int(store.lengths.sum()), dtype=torch.int32)
         yield "compact", (*store, offsets, key, value, positions)
-        yield "move_rows", (*store, *copied(store).rows, store.starts, 7)
+        yield "move_rows", (*store, *copied(store).rows[:3], store.starts, *copied(store)[5:], 7)
         yield (
             "window_scores",
             (
@@ -332,7 +338,6 @@ def samples():
                 torch.randn(4),
             ),
         )
-        yield "projected_norm", (torch.randn(1, 2, 9, 64).to(dtype), torch.randn(2, 64, 64))
 
 
 @needs_library
@@ -387,6 +392,7 @@ def test_why_not():
 
 # Each instruction set has its own vector width: every operation, group size and kind of tail once.
 SAMPLE = "(attend_equals and (112 or 80)) or options or 256_steps or extreme or (extend_equals and row) or window_equals or projected_norm or directions"
+SAMPLE += " or (row_codes and (append_equals or gather or extend_equals))"
 
 
 INSTRUCTIONS = ["baseline", "avx2", "avx512"]
@@ -394,7 +400,7 @@ INSTRUCTIONS = ["baseline", "avx2", "avx512"]
 
 @pytest.fixture(scope="module")
 def other_runs():
-    files = [__file__, str(Path(__file__).with_name("test_native_selection.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_native_selection.py", "test_row_codes.py"))]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider", "-k", SAMPLE]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return {name: subprocess.Popen(command, env={**os.environ, "MIXKV_CPU": name}, **pipes) for name in INSTRUCTIONS}
