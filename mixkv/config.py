@@ -175,11 +175,6 @@ class MixKVConfig:
                 f"turns={self.turns!r} does not go with method={self.method!r}, which keeps later turns whole: leave it out, or use "
                 f"another method"
             )
-        if self.turns != "first" and registry.score(self.score).needs_replay:
-            raise ValueError(
-                f"turns={self.turns!r} does not go with score={self.score!r}, which is known of the prompt alone: leave it out, or use "
-                f"another score"
-            )
         if self.turns == "all" and (isinstance(budget, float) or str(budget).endswith("%")):
             raise ValueError(
                 f"budget={budget} is a share of a prompt, and turns='all' needs a bound on all that is held: give budget as an int"

@@ -78,8 +78,7 @@ class MixKVCache(TrackedCache):
             self._state.num_layers = sum(slot is None for slot in self._slots)
             self._model_name, self._model = type(model).__name__, weakref.ref(model)
             self._make_layers()
-        if not self:
-            self._replayer = replayer(self, self._replayer)
+        self._replayer = replayer(self, self._replayer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_replayer": None}
@@ -94,8 +93,7 @@ class MixKVCache(TrackedCache):
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
-        if not self:
-            self._replayer = replayer(self, self._replayer)
+        self._replayer = replayer(self, self._replayer)
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -139,27 +137,16 @@ class MixKVCache(TrackedCache):
         state.valid.clear()
         if layer.prompt is not None or state.reads_turn(layer.seen):
             return
+        if layer.seen == 0 or self.config.turns != "first":
+            check_watched(self.config, self._replayer)
         images = copy.copy(state.images)
         if layer.seen == 0:
-            check_watched(self.config, self._replayer)
-            self._plan_prompt(tokens)
-            tokens = state.prompt_length or tokens
+            tokens = turns.begin_prompt(state, tokens)
         else:
             state.turn = turns.begin(state, layer.seen, tokens)
             tokens = tokens if state.turn is None else max(tokens, state.turn.end - layer.seen)
         state.images.read(layer.seen, tokens, key_states)
         state.before.images = images
-
-    def _plan_prompt(self, tokens: int) -> None:
-        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
-        state = self._state
-        if state.expected_prompt is None:
-            state.prompt_length, assisted = call_stack.prompt_plan(tokens)
-            state.rollback_enabled |= assisted
-        else:
-            state.prompt_length, state.expected_prompt = state.expected_prompt, None
-        if state.prompt_length is not None and state.prompt_length < tokens:
-            turns.check_drafts(self.config, state.prompt_length, tokens)
 
     def expect_prompt(self, length: int) -> None:
         """Says how long the next prompt is, so that it is compressed when all of it has been read.

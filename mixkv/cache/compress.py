@@ -116,7 +116,7 @@ class Compressor:
         entries = self.allocate(ranking, output, shared_budget)[0]
         chunks = sparsity = dynamic = remote = None
         if self.method.keeps_chunks:
-            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, **vars(logits))
+            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, logits=logits)
             chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
             sparsity, dynamic = plan.sparsity, plan.dynamic
             selection = plan.ranking.take(plan.entries)
@@ -225,8 +225,8 @@ class Compressor:
             longest=longest,
             newest=newest,
             measured=measured,
+            logits=logits,
             **self.layer_position,
-            **vars(logits),
         )
 
     def gather_heads(

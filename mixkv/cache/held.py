@@ -8,7 +8,7 @@ from .. import registry
 from ..storage.chunks import ChunkStore
 from ..storage.ragged import RaggedStore
 from ..storage.rows import Rows
-from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads
+from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, RowScores
 from .state import CacheState
 
 
@@ -21,7 +21,7 @@ class HeldEntries:
         dtype: of keys and values.
         seen: tokens seen, padding included.
         is_initialized: whether a forward has come.
-        prompt, rows, remote, window, statistics: the parts of `parts.PARTS`, None where there is nothing.
+        prompt, rows, remote, window, scores, statistics: the parts of `parts.PARTS`, None where there is nothing.
     """
 
     state: CacheState
@@ -33,6 +33,7 @@ class HeldEntries:
     rows: Rows | None
     remote: RemoteHeads | None
     window: QueryWindow | None
+    scores: RowScores | None = None
     statistics: PromptStatistics | None
 
     @property

@@ -211,7 +211,11 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             self.append_query_window(query)
             query = self.window.query
         if measured is None and registry.score(state.config.score).needs_replay:
-            self._await_replay(query, key, value, output, valid, logits)
+            last = slice(-state.config.window, None)
+            query, output = query[:, :, last].detach().clone(), output[:, last].detach().clone()
+            self.prompt = WholePrompt(key.detach(), value.detach(), query, output, valid, logits)
+            self.window = self.window if state.keeps_window else None
+            state.progress.awaits = "the replay of a prompt"
             return
         if self.ordinal == 0:
             state.shared_budget = compressor.new_shared_budget()
@@ -234,13 +238,6 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         if not state.keeps_window:
             self.window = None
 
-    def _await_replay(self, query, key, value, output, valid, logits) -> None:
-        last = slice(-self.state.config.window, None)
-        query, output = query[:, :, last].detach().clone(), output[:, last].detach().clone()
-        self.prompt = WholePrompt(key.detach(), value.detach(), query, output, valid, logits)
-        self.window = None
-        self.state.progress.awaits = "the replay of a prompt"
-
     def replay(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         """Attention of tokens that repeat a part of the prompt: [B, n, Hq, Dv]; their keys and values are not kept."""
         part, prompt = self.state.replay, cast(WholePrompt, self.prompt)
@@ -250,9 +247,12 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def compress_replayed(self) -> None:
         """`compress`, after the replay."""
         prompt = cast(WholePrompt, self.prompt)
-        self.compress(
-            prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=prompt.measured()
-        )
+        if self.rows is not None:
+            turns.compress_replayed(self, prompt)
+            return
+        measured = prompt.measured()
+        self.compress(prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=measured)
+        turns.keep_scores(self, measured.replay)
 
     def refit(self) -> None:
         """Refits the values of the rows, which are those that stay."""

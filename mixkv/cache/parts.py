@@ -70,6 +70,7 @@ class WholePrompt(PromptSoFar):
         valid: bool [B, N], False for padding; None: there is none.
         logits: how the model computes its logits.
         replay: float32 [B, Hkv, N], the largest weight that each token has got in the replay so far.
+        before: of a later turn, how many of the N rows are of tokens before it; the others are the turn's.
         samples: queries of the replay.
     """
 
@@ -81,8 +82,10 @@ class WholePrompt(PromptSoFar):
         output: torch.Tensor,
         valid: torch.Tensor | None,
         logits: LogitOptions,
+        before: int = 0,
     ):
         super().__init__(key, value)
+        self.before = before
         self.query, self.output, self.valid, self.logits = query, output, valid, logits
         self.replay = torch.zeros(key.shape[:3], device=key.device)
         self.samples = ReplaySamples()
@@ -90,6 +93,11 @@ class WholePrompt(PromptSoFar):
     @property
     def nbytes(self) -> int:
         return super().nbytes + _bytes(self.query, self.output, self.replay, *self.samples.queries)
+
+    @property
+    def length(self) -> int:
+        """Tokens that are repeated, padding included."""
+        return self.key.shape[2] - self.before
 
     def measured(self) -> Measured:
         """What the replay measured; the prompt's first tokens, which are always needed, have the largest weight there is."""
@@ -177,6 +185,35 @@ class QueryWindow:
         return cls(tensors["query_tail"]) if "query_tail" in tensors else None
 
 
+class RowScores:
+    """Scores of rows from when they were read, where they are not measured again.
+
+    ``position`` int32 [B, Hkv, N], ascending, -1 where there is no row; ``score`` float32 [B, Hkv, N].
+    """
+
+    def __init__(self, position: torch.Tensor, score: torch.Tensor):
+        self.position, self.score = position.contiguous(), score
+
+    def of(self, position: torch.Tensor) -> torch.Tensor:
+        """The scores [B, Hkv, n] of the rows at ``position`` int32 [B, Hkv, n]; 0 for those that have none."""
+        found = torch.searchsorted(self.position, position.contiguous()).clamp(max=self.position.shape[2] - 1)
+        return self.score.gather(2, found).masked_fill((self.position.gather(2, found) != position) | (position < 0), 0.0)
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.position, self.score)
+
+    def take_rows(self, rows: list[int]) -> None:
+        self.position, self.score = self.position[rows], self.score[rows]
+
+    def state(self) -> tuple[Tensors, Numbers]:
+        return {"scored_position": self.position, "row_score": self.score}, {}
+
+    @classmethod
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> RowScores | None:
+        return cls(tensors["scored_position"], tensors["row_score"]) if "row_score" in tensors else None
+
+
 @dataclass
 class PromptStatistics:
     """What compression measured on the prompt.
@@ -242,6 +279,7 @@ PARTS: dict[str, Callable[..., Any]] = {
     "rows": stored_rows.restore,
     "remote": RemoteHeads.restore,
     "window": QueryWindow.restore,
+    "scores": RowScores.restore,
     "statistics": PromptStatistics.restore,
 }
 

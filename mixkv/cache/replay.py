@@ -66,11 +66,12 @@ def count_parts(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def parts(batch: int, length: int, padding: torch.Tensor | None, size: int) -> Iterator[ReplayPart]:
+def parts(batch: int, length: int, padding: torch.Tensor | None, size: int, before: int = 0) -> Iterator[ReplayPart]:
     """A prompt [batch, length] in parts of at most ``size`` tokens, a batch row in the parts that it has alone.
 
     Args:
         padding: int64 [batch], the padding on the left of each batch row; None: there is none.
+        before: rows held before those of the [batch, length] tokens, all of which are visible in every part.
     """
     start = torch.zeros(batch, 1, dtype=torch.long) if padding is None else padding.view(-1, 1)
     real = length - start
@@ -83,10 +84,16 @@ def parts(batch: int, length: int, padding: torch.Tensor | None, size: int) -> I
         index = begin + torch.arange(int((end - begin).max()), device=start.device)
         exists = index < end
         index = index.clamp(max=length - 1)
-        if number == 0:
-            visible, shown, read, scored = index, exists, index, exists
-        else:
-            visible, shown = torch.cat([first, index], dim=1), torch.nn.functional.pad(exists, (FIRST, 0), value=True)
+        visible, shown, front = index + before, exists, None
+        if before:
+            front = torch.arange(before, device=start.device).expand(batch, -1)
+        elif number > 0:
+            front = first
+        if front is not None:
+            visible = torch.cat([front, visible], dim=1)
+            shown = torch.nn.functional.pad(exists, (front.shape[1], 0), value=True)
+        read, scored = index, exists
+        if number > 0:
             read, scored = torch.cat([(begin + cue).maximum(start), index], dim=1), torch.nn.functional.pad(exists, (CUE, 0))
         yield ReplayPart(visible, None if shown.all() else shown, read, scored)
 
@@ -107,17 +114,18 @@ def replay(cache, decoder: nn.Module, inputs: DecoderInputs, size: int) -> None:
     state = cache._state
     layers = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
     held = cache.layers
-    batch, length = layers[0].batch, layers[0].seen
-    valid = cast(WholePrompt, layers[0].prompt).valid
+    prompt = cast(WholePrompt, layers[0].prompt)
+    batch, length, valid = layers[0].batch, prompt.length, prompt.valid
     padding = None if valid is None else (~valid).sum(dim=1)
     inputs.join()
     try:
-        for part in parts(batch, length, padding, size):
+        for part in parts(batch, length, padding, size, prompt.before):
             cache.layers = [copy.deepcopy(layer) if stock_layers.is_bounded(layer) else layer for layer in held]
             state.replay = part
             arguments = inputs.take(part.index)
             if valid is not None:
-                arguments["attention_mask"] = torch.cat([valid, torch.ones_like(part.scored)], dim=1)
+                earlier = torch.ones(batch, layers[0].seen - length, dtype=torch.bool, device=valid.device)
+                arguments["attention_mask"] = torch.cat([earlier, valid, torch.ones_like(part.scored)], dim=1)
             decoder(**arguments, **cache_argument(cache), use_cache=True)
     finally:
         state.replay, cache.layers = None, held
@@ -151,11 +159,18 @@ class Replayer:
         cache = self.cache()
         if cache is None or arguments.get(CACHE_ARGUMENT) is not cache or cache._state.replay is not None:
             return
-        if any(isinstance(layer, MixKVLayer) and layer.rows is not None for layer in cache.layers):
+        seen, in_prompt = (
+            cache.get_seq_length(),
+            all(layer.rows is None for layer in cache.layers if isinstance(layer, MixKVLayer)),
+        )
+        if not in_prompt and cache.config.turns == "first":
             # What follows a prompt is not repeated.
             self.remove()
-        else:
-            self.inputs.append(arguments, cache.get_seq_length())
+            return
+        if not in_prompt and not cache._state.reads_turn(seen):
+            # Whether these tokens begin a turn shows later.
+            self.inputs = DecoderInputs()
+        self.inputs.append(arguments, seen)
 
     def after(self, arguments: dict[str, Any]) -> None:
         """The decoder has been called. If the prompt has been read to its end, it is repeated and compressed."""
@@ -163,18 +178,20 @@ class Replayer:
         ours = cache is not None and arguments.get(CACHE_ARGUMENT) is cache and cache._state.replay is None
         if not ours or cache._state.progress.awaits is None:
             return
-        self.remove()
+        if cache.config.turns == "first":
+            self.remove()
         inputs, self.inputs = self.inputs, DecoderInputs()
         replay(cache, decoder, inputs, cache.config.replay_chunk)
         cache._state.progress.awaits = None
 
 
 def replayer(cache, former: Replayer | None) -> Replayer | None:
-    """The one for the next prompt of a `MixKVCache`, in place of ``former``; None: its score needs no replay, or it has no model."""
+    """The one for the next prompt or turn of a `MixKVCache`, in place of ``former``; None: nothing will be repeated."""
     if former is not None:
         former.remove()
     model = cache._bound_to and cache._bound_to()
-    if not model or not registry.score(cache.config.score).needs_replay:
+    waits = registry.score(cache.config.score).needs_replay and (not cache or cache.config.turns != "first")
+    if not model or not waits:
         return None
     return Replayer(cache, model.get_decoder())
 

@@ -14,6 +14,6 @@ from . import replay
 from . import gate
 
 from .diversity import Directions, directions, modal_redundancy, redundancy, similarity
-from ...ops.score_reference import match, pool
+from ...ops.mixing_reference import match, pool
 
 __all__ = ["Directions", "directions", "match", "modal_redundancy", "pool", "redundancy", "similarity"]
