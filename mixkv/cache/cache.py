@@ -6,6 +6,8 @@ import copy
 import os
 import warnings
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -15,10 +17,10 @@ from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageTokens
-from . import save, stats, turns
+from . import gates, save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
-from .replay import Replayer, check_seen
+from .replay import Replayer, check_watched, replayer
 from .state import CacheState
 from .tracked import TrackedCache
 
@@ -67,25 +69,16 @@ class MixKVCache(TrackedCache):
         if registry.method(self.config.method).needs_profile:
             head_profile.check_model(cast(head_profile.Table, self.config.profile), model.config.model_type)
         slots = binding.bind(model, self)
+        if registry.score(self.config.score).needs_gate:
+            self._state.gate = gates.of_model(model, self.config.gate)
         self._bound_to = binding.ModelReference(model)
-        if self.layers:
-            # A cache that was unpickled, or whose model was loaded again: only the binding is new.
-            self._watch_decoder()
-            return
-        self._slots = slots
-        self._state.num_layers = sum(slot is None for slot in self._slots)
-        self._model_name, self._model = type(model).__name__, weakref.ref(model)
-        self._make_layers()
-        self._watch_decoder()
-
-    def _watch_decoder(self) -> None:
-        """Where the score needs a replay, has the next prompt or turn repeated when it has been read."""
-        model = self._bound_to and self._bound_to()
-        if self._replayer is not None:
-            self._replayer.remove()
-        waits = registry.score(self.config.score).needs_replay and (not self or self.config.turns != "first")
-        if model and waits:
-            self._replayer = Replayer(self, model.get_decoder())
+        # The layers of a cache that was unpickled, or whose model was loaded again, stay: only the binding is new.
+        if not self.layers:
+            self._slots = slots
+            self._state.num_layers = sum(slot is None for slot in self._slots)
+            self._model_name, self._model = type(model).__name__, weakref.ref(model)
+            self._make_layers()
+        self._replayer = replayer(self, self._replayer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_replayer": None}
@@ -100,7 +93,7 @@ class MixKVCache(TrackedCache):
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
-        self._watch_decoder()
+        self._replayer = replayer(self, self._replayer)
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -145,7 +138,7 @@ class MixKVCache(TrackedCache):
         if layer.prompt is not None or state.reads_turn(layer.seen):
             return
         if layer.seen == 0 or self.config.turns != "first":
-            check_seen(self.config, self._replayer)
+            check_watched(self.config, self._replayer)
         images = copy.copy(state.images)
         if layer.seen == 0:
             tokens = turns.begin_prompt(state, tokens)
@@ -234,7 +227,7 @@ class MixKVCache(TrackedCache):
         state.images = ImageTokens()
         if self.layers:
             self._make_layers()
-            self._watch_decoder()
+            self._replayer = replayer(self, self._replayer)
         else:
             state.progress = Progress()
 
@@ -307,8 +300,10 @@ class MixKVCache(TrackedCache):
         self._check_usable()
         return stats.stats(self)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Saves what is held, as one safetensors file that `load` reads; a file at ``path`` is replaced once all is written.
+
+        ``about``: JSON values of your own to go with it, such as the context's token ids; `mixkv.cache.save.read` has them.
 
         Raises:
             ValueError: nothing is held yet, the prompt has not been read to its end, a layer of the model keeps a state of
@@ -316,7 +311,7 @@ class MixKVCache(TrackedCache):
             OSError: the file cannot be written.
         """
         self._check_usable()
-        save.save(self, path)
+        save.save(self, path, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: PreTrainedModel, *, backend: str | None = None) -> MixKVCache:

@@ -230,7 +230,9 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
                 state.shared_budget = None
         self.prompt, self.logits = None, logits
         if state.config.refit:
-            self.pending_refit = PendingRefit.of_window(query, key, value, output, valid, logits, state.config.window)
+            asked = measured.queries if measured is not None else None
+            given = (query, key, value, output, valid, logits, state.config.window)
+            self.pending_refit = PendingRefit.of_prompt(*given, asked)
             for layer in [self] if budget is None else budget.finished:
                 layer.refit()
         if not state.keeps_window:
@@ -238,7 +240,9 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
 
     def replay(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         """Attention of tokens that repeat a part of the prompt: [B, n, Hq, Dv]; their keys and values are not kept."""
-        return self.state.replay.attend(self.prompt, query, key, value, logits)
+        part, prompt = self.state.replay, cast(WholePrompt, self.prompt)
+        prompt.samples.add(query, part.scored)
+        return part.attend(prompt, query, key, value, logits)
 
     def compress_replayed(self) -> None:
         """`compress`, after the replay."""
@@ -321,7 +325,10 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def compressor(self) -> Compressor:
         """One that chooses what this layer keeps."""
         module = self.module and self.module()
-        return self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+        compressor = self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+        if self.state.gate is not None:
+            compressor.gate = self.state.gate.layers[self.ordinal].to(self.device)
+        return compressor
 
     # What the budget that layers share calls.
 

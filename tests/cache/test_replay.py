@@ -98,6 +98,50 @@ def test_replay_measures_what_a_forward_over_everything_attends_to(name, size):
             torch.testing.assert_close(mine[0], theirs, atol=2e-6, rtol=1e-5)
 
 
+def given_to_decoder(model, prompts):
+    """The arguments of the decoder while `generate` reads a prompt."""
+    given = {}
+    hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    model.generate(**prompts, max_new_tokens=1, do_sample=False)
+    hook.remove()
+    return given
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3_vision"])
+@torch.no_grad()
+def test_images_are_replayed_as_embeddings_at_positions_after_the_prompt(name):
+    model = zoo.build(name, "eager")
+    prompts = zoo.inputs(name, zoo.FAMILIES[name].min_length + 20)
+    cache = read(model, prompts)
+    mixkv.unpatch(model)
+    given = given_to_decoder(model, prompts)
+    embedded, positions = given["inputs_embeds"], given["position_ids"]
+    length = embedded.shape[1]
+    rows = torch.arange(2 * length)
+    causal = rows[None, :] <= rows[:, None]
+    masks = {"full_attention": causal, "sliding_attention": causal & (rows[:, None] - rows[None, :] < zoo.WINDOW)}
+    masks = {kind: torch.where(mask, 0.0, torch.finfo(torch.float32).min)[None, None] for kind, mask in masks.items()}
+    if isinstance(given["attention_mask"], dict):
+        for kind, mask in given["attention_mask"].items():
+            masks[kind][..., :length, :length] = mask
+    # The first of four rows are positions in the text, the others those of the rotary embedding.
+    parts = positions.split([1, 3]) if positions.shape[0] == 4 else [positions]
+    arguments = {
+        "inputs_embeds": torch.cat([embedded, embedded], dim=1),
+        "position_ids": torch.cat([torch.cat([part, part - part.min() + part.max() + 1], dim=-1) for part in parts]),
+        "attention_mask": masks if isinstance(given["attention_mask"], dict) else masks["full_attention"],
+    }
+    if "deepstack_visual_embeds" in given:
+        arguments["visual_pos_masks"] = given["visual_pos_masks"].repeat(1, 2)
+        arguments["deepstack_visual_embeds"] = [part.repeat(2, 1) for part in given["deepstack_visual_embeds"]]
+    weights = model.get_decoder()(**arguments, output_attentions=True).attentions
+    for mine, part in zip(cache.measured, weights, strict=True):
+        if mine is not None:
+            theirs = part[0, :, length:, :length].unflatten(0, (mine.shape[1], -1)).amax(dim=(1, 2))
+            theirs[:, :FIRST] = 1.0
+            torch.testing.assert_close(mine[0], theirs, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen2_vl", "qwen3_vl", "llava", "mllama"])
 def test_a_padded_batch_is_replayed_as_its_rows_alone(name):
     model = zoo.build(name, zoo.FAMILIES[name].attn[-1])
