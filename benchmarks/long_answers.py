@@ -18,12 +18,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.functional import normalize
+from torch.nn.functional import max_pool1d, normalize
 
 import mixkv
 from mixkv.evaluation import paired, smollm2, tasks
 from mixkv.hf.versions import cache_argument
-from mixkv.ops import dispatch
 
 BLOCK, FIRST, RKV_QUERIES, RKV_SHARE = 64, 4, 8, 0.1
 
@@ -43,7 +42,7 @@ def r_kv(context) -> torch.Tensor:
     attention = (
         logits.masked_fill(~context.valid_candidates.unsqueeze(2).unsqueeze(2), -torch.inf).softmax(dim=-1).mean(dim=(2, 3))
     )
-    attention = dispatch.pool("torch", attention, 7, "max")
+    attention = max_pool1d(attention, 7, stride=1, padding=3)
     keys = normalize(context.key[:, :, :count].float(), dim=-1) * context.valid_candidates.unsqueeze(-1)
     cosine = keys @ keys.mT
     cosine.diagonal(dim1=-2, dim2=-1).zero_()
