@@ -2,6 +2,7 @@
 
 from . import moved, plot
 from .cache import MixKVCache
+from .calibrate import calibrate
 from .config import MixKVConfig
 from .patch import patch, patched, unpatch
 from .read import read
@@ -15,6 +16,7 @@ __all__ = [
     "MixKVCache",
     "MixKVConfig",
     "Selection",
+    "calibrate",
     "patch",
     "patched",
     "plot",

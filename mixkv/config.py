@@ -64,6 +64,8 @@ class MixKVConfig:
             the model's device, and only what is read of them a step is saved.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a file with
             one, JSON or what ``mixkv calibrate`` writes; see `mixkv.head_profile`. Layers are those that attend to everything.
+        gate: for the score ``gate``, the path of a file that ``mixkv.calibrate`` wrote. None: one that comes with mixkv, if it fits
+            the model; else one is fitted when it is first needed, and kept in mixkv's cache folder.
         refit: whether the values of kept rows are changed by ridge regression so that the window's queries get what they got from
             the whole prompt; see `mixkv.selection.refit`. Where nothing was evicted they stay as they are. Of ``hybridkv``
             those of pruned heads are.
@@ -115,6 +117,7 @@ class MixKVConfig:
     replay_chunk: int = 2048
     rows: str = "full"
     refit: bool = False
+    gate: str | None = None
     turns: str = "first"
     compile: bool = False
 
@@ -147,6 +150,10 @@ class MixKVConfig:
         for name in ("offload", "refit", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if isinstance(self.gate, Path):
+            object.__setattr__(self, "gate", str(self.gate))
+        if self.gate is not None and not isinstance(self.gate, str):
+            raise ValueError(f"gate={self.gate!r} must be the path of a file that mixkv.calibrate wrote, or None")
         self._check_budget()
         self._check_tables()
 
@@ -170,11 +177,6 @@ class MixKVConfig:
             raise ValueError(
                 f"turns={self.turns!r} does not go with method={self.method!r}, which keeps later turns whole: leave it out, or use "
                 f"another method"
-            )
-        if self.turns != "first" and registry.score(self.score).needs_replay:
-            raise ValueError(
-                f"turns={self.turns!r} does not go with score={self.score!r}, which is known of the prompt alone: leave it out, or use "
-                f"another score"
             )
         if self.turns == "all" and (isinstance(budget, float) or str(budget).endswith("%")):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -35,11 +36,15 @@ def read(
 
     Args:
         model: a transformers model, on one device or several.
-        cache: an unused cache of the model, to be filled; None: a new one is made by ``config`` and the options.
+        cache: an unused cache of the model, to be filled; or one that has read something and compresses later turns
+            (``MixKVConfig(turns=...)``), which takes the context as its next page, frame or chunk; None: a new one is made by
+            ``config`` and the options.
         config: a `MixKVConfig`; None: ``method="global"``, ``score="replay"``.
         progress: whether to show a progress bar; None: if there is much to read.
         inputs_and_options: fields of `MixKVConfig`, such as ``budget``, in place of those of ``config``; all others are inputs of
-            ``model.generate``: input_ids or inputs_embeds, attention_mask (padding on the left), pixel_values, ...
+            ``model.generate``: input_ids or inputs_embeds, attention_mask (padding on the left), pixel_values, ... For a cache that
+            has read something: inputs of ``model``, those of the new tokens alone, with the attention_mask of all tokens if there
+            was padding before.
 
     Returns: the cache. ``model.generate(input_ids, cache=copy.deepcopy(cache))`` with the ids of the context and of a question
         goes on from a copy of it, so that it serves any number of questions.
@@ -65,8 +70,11 @@ def read(
         cache = MixKVCache(inner, checked_config(config, **options))
     elif config is not None or options:
         raise ValueError(f"read was given a cache and options for another ({', '.join(options) or 'config'}): leave one out")
-    elif cache:
-        raise ValueError(f"this cache has read {cache.get_seq_length()} tokens: give an unused one, or call cache.reset()")
+    elif cache and cache.config.turns == "first":
+        raise ValueError(
+            f"this cache has read {cache.get_seq_length()} tokens: give an unused one, call cache.reset(), or make it with turns='each' "
+            f"or turns='all', to go on reading"
+        )
     else:
         cache._bind(inner)
     length = context.shape[1]
@@ -74,8 +82,32 @@ def read(
     size = _FORWARD if length > _LONG and alone else None
     generation = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
     with _Bar(inner, length, _forwards(cache.config, length, size), progress):
+        if cache:
+            _read_on(inner, cache, inputs, length, size)
+            return cache
         inner.generate(**inputs, **generation, prefill_chunk_size=size, **cache_argument(cache))
     return cache
+
+
+def _read_on(model: PreTrainedModel, cache: MixKVCache, inputs: dict[str, Any], length: int, size: int | None) -> None:
+    """Reads ``length`` more tokens, in forwards of ``size``; None: in one."""
+    seen, mask = cache.get_seq_length(), inputs.pop("attention_mask", None)
+    if mask is not None:
+        mask = torch.nn.functional.pad(mask, (seen + length - mask.shape[1], 0), value=1)
+    mask = None if mask is None or mask.all() else mask
+    if mask is not None and "position_ids" not in inputs:
+        inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, seen:]
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    cache.expect_prompt(length)
+    for start in range(0, length, size or length):
+        end = min(start + (size or length), length)
+        given = dict(inputs)
+        if end - start < length:
+            given |= {name: inputs[name][..., start:end] for name in ("input_ids", "position_ids") if name in inputs}
+        if mask is not None:
+            given["attention_mask"] = mask[:, : seen + end]
+        model(**given, **cache_argument(cache), use_cache=True)
 
 
 def _forwards(config: MixKVConfig, length: int, size: int | None) -> int:

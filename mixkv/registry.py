@@ -86,6 +86,7 @@ class Score:
         comparable: whether the scores, all >= 0, of different heads and layers can be compared as they are. Methods that allocate by importance
             then use the scores in its place, ``global`` without normalising layers.
         needs_replay: whether the score is computed from what a replay of the prompt measures.
+        needs_gate: whether the score is computed by a gate that was fitted to the model.
         built_in: False for the user's.
     """
 
@@ -96,6 +97,7 @@ class Score:
     uses_output_importance: bool = False
     comparable: bool = False
     needs_replay: bool = False
+    needs_gate: bool = False
     built_in: bool = True
 
 

@@ -26,7 +26,8 @@ MIXKV_INLINE void fetch(const void* address) { __builtin_prefetch(address, 0, 3)
 template <int Q>
 constexpr int kRows = kLanes / Q;
 
-// A query in the form that the dot product wants: float, or bfloat16 where the chip multiplies that.
+// A query in the form that the dot product wants: float; bfloat16 where the chip multiplies that; for codes in int8 integers of 16 bits,
+// whose products the chip sums in 32, with a factor for each query.
 template <class T>
 struct QueryOf {
   typedef float Type;
@@ -42,6 +43,13 @@ MIXKV_INLINE __m512bh load_pairs(const Bfloat16* from, int count) {
   __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
   return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
+#endif
+
+#if defined(__AVX2__)
+template <>
+struct QueryOf<Int8> {
+  typedef int16_t Type;
+};
 #endif
 
 MIXKV_INLINE int padded_size(int size) { return (size + 31) / 32 * 32; }
@@ -62,6 +70,69 @@ MIXKV_INLINE void prepare(const Queries& queries, typename QueryOf<Row>::Type* o
   }
 }
 
+// At most this: 256 products with codes of at most 127 do not exceed 32 bits.
+constexpr float kWord = 32767.0f;
+
+// Queries as integers of 16 bits, and by what each is to be multiplied.
+template <class T>
+MIXKV_INLINE void prepare_words(const Queries& queries, int16_t* out, float* factor) {
+  const int padded = padded_size(queries.size);
+  for (int i = 0; i < queries.count; ++i) {
+    const T* row = (const T*)queries.rows[i];
+    Vec largest = {};
+    for (int d = 0; d < queries.size; d += kLanes) largest = maximum((Vec)((BitVec)load(row + d) & 0x7fffffffu), largest);
+    float most = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+    factor[i] = most / kWord;
+    const Vec inverse = all(most > 0.0f ? kWord / most : 0.0f);
+    int16_t* to = out + i * padded;
+    for (int d = 0; d < queries.size; d += kLanes) {
+      const Vec x = rounded(load(row + d) * inverse);
+      for (int lane = 0; lane < kLanes; ++lane) to[d + lane] = (int16_t)x[lane];
+    }
+    memset(to + queries.size, 0, (padded - queries.size) * sizeof *to);
+  }
+}
+
+#if defined(__AVX2__)
+// One block of dot products with codes. Rows beyond `last` are read as row `last`.
+template <int Q>
+MIXKV_INLINE Vec dots_words(const int16_t* query, int size, const Int8* key, int64_t stride, int last) {
+  constexpr int R = kRows<Q>;
+  const int padded = padded_size(size);
+  const Int8* row[R];
+  for (int r = 0; r < R; ++r) row[r] = key + (r < last ? r : last) * stride;
+  IntVec total[kLanes] = {};
+  for (int d = 0; d < size; d += 2 * kLanes) {
+#if defined(__AVX512F__)
+    const __mmask32 mask = size - d >= 32 ? ~0u : (1u << (size - d)) - 1;
+    __m512i q[Q];
+    for (int i = 0; i < Q; ++i) q[i] = _mm512_loadu_si512(query + i * padded + d);
+    for (int r = 0; r < R; ++r) {
+      const __m512i k = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, row[r] + d));
+      if (d % 64 == 0) fetch(row[r] + d + kAhead);
+      for (int i = 0; i < Q; ++i) {
+#if defined(__AVX512VNNI__)
+        total[i * R + r] = (IntVec)_mm512_dpwssd_epi32((__m512i)total[i * R + r], q[i], k);
+#else
+        total[i * R + r] += (IntVec)_mm512_madd_epi16(q[i], k);
+#endif
+      }
+    }
+#else
+    __m256i q[Q];
+    for (int i = 0; i < Q; ++i) q[i] = _mm256_loadu_si256((const __m256i*)(query + i * padded + d));
+    for (int r = 0; r < R; ++r) {
+      const __m256i k = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row[r] + d)));
+      if (d % 64 == 0) fetch(row[r] + d + kAhead);
+      for (int i = 0; i < Q; ++i) total[i * R + r] += (IntVec)_mm256_madd_epi16(q[i], k);
+    }
+#endif
+  }
+  return __builtin_convertvector(sums(total), Vec);
+}
+#endif
+
 // Memory is asked for a line at a time.
 template <class T>
 MIXKV_INLINE void fetch_line(const T* address, int element) {
@@ -71,6 +142,9 @@ MIXKV_INLINE void fetch_line(const T* address, int element) {
 // One block of dot products. Rows beyond `last` are read as row `last`.
 template <class T, int Q>
 MIXKV_INLINE Vec dots(const typename QueryOf<T>::Type* query, int size, const T* key, int64_t stride, int last) {
+#if defined(__AVX2__)
+  if constexpr (__is_same(T, Int8)) return dots_words<Q>(query, size, key, stride, last);
+#endif
   constexpr int R = kRows<Q>;
   const int padded = padded_size(size);
   const T* row[R];
@@ -90,7 +164,7 @@ MIXKV_INLINE Vec dots(const typename QueryOf<T>::Type* query, int size, const T*
     return sums(total);
   } else
 #endif
-  {
+  if constexpr (__is_same(typename QueryOf<T>::Type, float)) {
     for (int d = 0; d < size; d += kLanes) {
       Vec q[Q];
       for (int i = 0; i < Q; ++i) q[i] = load(query + i * padded + d);
@@ -148,9 +222,13 @@ MIXKV_INLINE void spread(const uint16_t* scale, int rows, float* lanes) {
 
 // Takes `rows` <= kTile rows into the state of Q queries.
 template <class T, int Q>
-static void attend_tile(const typename QueryOf<T>::Type* query, const Queries& queries, const Run& run, const Visible* visible,
-                        int64_t first, int offset, const State& state, float* logits) {
+static void attend_tile(const typename QueryOf<T>::Type* query, const Queries& queries, const float* factor, const Run& run,
+                        const Visible* visible, int64_t first, int offset, const State& state, float* logits) {
   constexpr int R = kRows<Q>;
+  Vec scaling = all(queries.scaling);
+  if (factor != nullptr)
+    for (int i = 0; i < Q; ++i)
+      for (int r = 0; r < R; ++r) scaling[i * R + r] = factor[offset + i] * queries.scaling;
   const int rows = run.rows - first < kTile ? int(run.rows - first) : kTile;
   const T* key = (const T*)run.key + first * run.key_stride;
   const T* value = (const T*)run.value + first * run.value_stride;
@@ -162,7 +240,7 @@ static void attend_tile(const typename QueryOf<T>::Type* query, const Queries& q
     const T* at = key + int64_t(b) * R * run.key_stride;
     Vec x = (b + 1) * R <= rows ? dots<T, Q>(query, queries.size, at, run.key_stride, R - 1)
                                 : dots<T, Q>(query, queries.size, at, run.key_stride, rows - 1 - b * R);
-    x = x * queries.scaling;
+    x = x * scaling;
     if constexpr (coded) x = x * load(row_scale + b * kLanes);
     if (queries.softcap != 0.0f) x = queries.softcap * tangent(x / queries.softcap);
     store(logits + b * kLanes, x);
@@ -223,15 +301,22 @@ static void attend(const Queries& queries, const Run& run, const Visible* visibl
   typedef typename QueryOf<Row>::Type Query;
   float* logits = scratch;
   Query* query = (Query*)(scratch + kTile * kLanes);
-  prepare<T, Row>(queries, query);
   const int padded = padded_size(queries.size);
+  float* factor = nullptr;
+  if constexpr (__is_same(Query, int16_t)) {
+    // The queries take half of their room.
+    factor = (float*)(query + queries.count * padded);
+    prepare_words<T>(queries, query, factor);
+  } else {
+    prepare<T, Row>(queries, query);
+  }
   for (int64_t first = 0; first < run.rows; first += kTile) {
     int i = 0;
     for (; i + kGroup <= queries.count; i += kGroup)
-      attend_tile<Row, kGroup>(query + i * padded, queries, run, visible, first, i, state, logits);
-    if (queries.count - i == 3) attend_tile<Row, 3>(query + i * padded, queries, run, visible, first, i, state, logits);
-    if (queries.count - i == 2) attend_tile<Row, 2>(query + i * padded, queries, run, visible, first, i, state, logits);
-    if (queries.count - i == 1) attend_tile<Row, 1>(query + i * padded, queries, run, visible, first, i, state, logits);
+      attend_tile<Row, kGroup>(query + i * padded, queries, factor, run, visible, first, i, state, logits);
+    if (queries.count - i == 3) attend_tile<Row, 3>(query + i * padded, queries, factor, run, visible, first, i, state, logits);
+    if (queries.count - i == 2) attend_tile<Row, 2>(query + i * padded, queries, factor, run, visible, first, i, state, logits);
+    if (queries.count - i == 1) attend_tile<Row, 1>(query + i * padded, queries, factor, run, visible, first, i, state, logits);
   }
 }
 

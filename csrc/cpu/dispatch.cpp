@@ -19,7 +19,7 @@ static const Kernels& choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   const Kernels* best = bf16 ? &table_avx512_bf16 : avx512 ? &table_avx512 : avx2 ? &table_avx2 : &table_baseline;
   // A lesser set can be asked for, to test it.
   if (const char* wanted = std::getenv("MIXKV_CPU")) {

@@ -159,21 +159,22 @@ MIXKV_INLINE float get(const Half* from) {
   return load((const Half*)block)[0];
 }
 
-// Sums each of kLanes vectors: lane i of the result is the sum of x[i]'s lanes.
-MIXKV_INLINE Vec sums(Vec* x) {
+// Sums each of kLanes vectors, of floats or of integers: lane i of the result is the sum of x[i]'s lanes.
+template <class V>
+MIXKV_INLINE V sums(V* x) {
 #if defined(__AVX512F__)
   for (int i = 0; i < 8; ++i) {
-    Vec a = x[2 * i], b = x[2 * i + 1];
+    V a = x[2 * i], b = x[2 * i + 1];
     x[i] = MIXKV_SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
            MIXKV_SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
   }
   for (int i = 0; i < 4; ++i) {
-    Vec a = x[2 * i], b = x[2 * i + 1];
+    V a = x[2 * i], b = x[2 * i + 1];
     x[i] = MIXKV_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
            MIXKV_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
   }
   for (int i = 0; i < 2; ++i) {
-    Vec a = x[2 * i], b = x[2 * i + 1];
+    V a = x[2 * i], b = x[2 * i + 1];
     x[i] = MIXKV_SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
            MIXKV_SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
   }
@@ -181,17 +182,17 @@ MIXKV_INLINE Vec sums(Vec* x) {
          MIXKV_SHUFFLE(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 #elif defined(__AVX2__)
   for (int i = 0; i < 4; ++i) {
-    Vec a = x[2 * i], b = x[2 * i + 1];
+    V a = x[2 * i], b = x[2 * i + 1];
     x[i] = MIXKV_SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + MIXKV_SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
   }
   for (int i = 0; i < 2; ++i) {
-    Vec a = x[2 * i], b = x[2 * i + 1];
+    V a = x[2 * i], b = x[2 * i + 1];
     x[i] = MIXKV_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + MIXKV_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
   }
   return MIXKV_SHUFFLE(x[0], x[1], 0, 1, 2, 3, 8, 9, 10, 11) + MIXKV_SHUFFLE(x[0], x[1], 4, 5, 6, 7, 12, 13, 14, 15);
 #else
-  Vec a = MIXKV_SHUFFLE(x[0], x[1], 0, 4, 2, 6) + MIXKV_SHUFFLE(x[0], x[1], 1, 5, 3, 7);
-  Vec b = MIXKV_SHUFFLE(x[2], x[3], 0, 4, 2, 6) + MIXKV_SHUFFLE(x[2], x[3], 1, 5, 3, 7);
+  V a = MIXKV_SHUFFLE(x[0], x[1], 0, 4, 2, 6) + MIXKV_SHUFFLE(x[0], x[1], 1, 5, 3, 7);
+  V b = MIXKV_SHUFFLE(x[2], x[3], 0, 4, 2, 6) + MIXKV_SHUFFLE(x[2], x[3], 1, 5, 3, 7);
   return MIXKV_SHUFFLE(a, b, 0, 1, 4, 5) + MIXKV_SHUFFLE(a, b, 2, 3, 6, 7);
 #endif
 }

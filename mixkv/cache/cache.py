@@ -6,6 +6,8 @@ import copy
 import os
 import warnings
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -16,10 +18,10 @@ from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageTokens
-from . import save, stats, turns
+from . import gates, save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
-from .replay import Replayer
+from .replay import Replayer, check_watched, replayer
 from .state import CacheState
 from .stepped import SteppedCache
 
@@ -69,26 +71,17 @@ class MixKVCache(SteppedCache):
         if registry.method(self.config.method).needs_profile:
             head_profile.check_model(cast(head_profile.Table, self.config.profile), model.config.model_type)
         slots = binding.bind(model, self)
+        if registry.score(self.config.score).needs_gate:
+            self._state.gate = gates.of_model(model, self.config.gate)
         self._bound_to = binding.ModelReference(model)
-        if self.layers:
-            # A cache that was unpickled, or whose model was loaded again: only the binding is new.
-            if not self:
-                self._watch_decoder()
-            return
-        self._slots = slots
-        self._state.num_layers = sum(slot is None for slot in self._slots)
-        self._model_name, self._model = type(model).__name__, weakref.ref(model)
-        self._make_layers()
-        self._check_compileable(model)
-        self._watch_decoder()
-
-    def _watch_decoder(self) -> None:
-        """Where the score needs a replay, has the next prompt repeated when it has been read."""
-        model = self._bound_to and self._bound_to()
-        if self._replayer is not None:
-            self._replayer.remove()
-        if model and registry.score(self.config.score).needs_replay:
-            self._replayer = Replayer(self, model.get_decoder())
+        # The layers of a cache that was unpickled, or whose model was loaded again, stay: only the binding is new.
+        if not self.layers:
+            self._slots = slots
+            self._state.num_layers = sum(slot is None for slot in self._slots)
+            self._model_name, self._model = type(model).__name__, weakref.ref(model)
+            self._make_layers()
+            self._check_compileable(model)
+        self._replayer = replayer(self, self._replayer)
 
     def __getstate__(self) -> dict[str, Any]:
         self._end_steps()
@@ -104,8 +97,7 @@ class MixKVCache(SteppedCache):
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
-        if not self:
-            self._watch_decoder()
+        self._replayer = replayer(self, self._replayer)
 
     @torch.compiler.disable
     def _update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -150,32 +142,16 @@ class MixKVCache(SteppedCache):
         state.valid.clear()
         if layer.prompt is not None or state.reads_turn(layer.seen):
             return
-        replayed = registry.score(self.config.score).needs_replay and layer.seen == 0
-        if replayed and not (self._replayer and self._replayer.reading):
-            raise RuntimeError(
-                f"score={self.config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it "
-                f"for the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
-            )
+        if layer.seen == 0 or self.config.turns != "first":
+            check_watched(self.config, self._replayer)
         images = copy.copy(state.images)
         if layer.seen == 0:
-            self._plan_prompt(tokens)
-            tokens = state.prompt_length or tokens
+            tokens = turns.begin_prompt(state, tokens)
         else:
             state.turn = turns.begin(state, layer.seen, tokens)
             tokens = tokens if state.turn is None else max(tokens, state.turn.end - layer.seen)
         state.images.read(layer.seen, tokens, key_states)
         state.before.images = images
-
-    def _plan_prompt(self, tokens: int) -> None:
-        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
-        state = self._state
-        if state.expected_prompt is None:
-            state.prompt_length, assisted = call_stack.prompt_plan(tokens)
-            state.rollback_enabled |= assisted
-        else:
-            state.prompt_length, state.expected_prompt = state.expected_prompt, None
-        if state.prompt_length is not None and state.prompt_length < tokens:
-            turns.check_drafts(self.config, state.prompt_length, tokens)
 
     def expect_prompt(self, length: int) -> None:
         """Says how long the next prompt is, so that it is compressed when all of it has been read.
@@ -258,7 +234,7 @@ class MixKVCache(SteppedCache):
         state.images = ImageTokens()
         if self.layers:
             self._make_layers()
-            self._watch_decoder()
+            self._replayer = replayer(self, self._replayer)
         else:
             state.progress = Progress()
 
@@ -332,8 +308,10 @@ class MixKVCache(SteppedCache):
         self._check_usable()
         return stats.stats(self)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Saves what is held, as one safetensors file that `load` reads; a file at ``path`` is replaced once all is written.
+
+        ``about``: JSON values of your own to go with it, such as the context's token ids; `mixkv.cache.save.read` has them.
 
         Raises:
             ValueError: nothing is held yet, the prompt has not been read to its end, a layer of the model keeps a state of
@@ -341,7 +319,7 @@ class MixKVCache(SteppedCache):
             OSError: the file cannot be written.
         """
         self._check_usable()
-        save.save(self, path)
+        save.save(self, path, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: PreTrainedModel, *, backend: str | None = None) -> MixKVCache:

@@ -17,6 +17,7 @@ from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
 from ..selection import scores
 from ..selection.context import Measured
+from ..selection.gate import LayerGate
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
@@ -56,6 +57,8 @@ class Compressor:
 
     # Evicts after the last layer only, where the prompt's keys and values are held anyway: see `GlobalBudget`.
     patient = False
+    # Of the layer, where the score needs it.
+    gate: LayerGate | None = None
 
     def __init__(self, config: MixKVConfig, layer_idx: int, num_layers: int, module: nn.Module | None, heads: int):
         self.config, self.module, self.num_layers = config, module, num_layers
@@ -113,7 +116,7 @@ class Compressor:
         entries = self.allocate(ranking, output, shared_budget)[0]
         chunks = sparsity = dynamic = remote = None
         if self.method.keeps_chunks:
-            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, **vars(logits))
+            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, logits=logits)
             chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
             sparsity, dynamic = plan.sparsity, plan.dynamic
             selection = plan.ranking.take(plan.entries)
@@ -209,6 +212,8 @@ class Compressor:
         measured: Measured | None = None,
     ) -> Ranking:
         """The candidates in order; ``longest``, ``newest``: as `mixkv.selection.select.rank` takes them."""
+        if self.gate is not None:
+            measured = dataclasses.replace(measured or Measured(), gate=self.gate)
         return rank(
             query,
             key,
@@ -220,8 +225,8 @@ class Compressor:
             longest=longest,
             newest=newest,
             measured=measured,
+            logits=logits,
             **self.layer_position,
-            **vars(logits),
         )
 
     def gather_heads(

@@ -9,7 +9,7 @@ from ..storage.chunks import ChunkStore
 from ..storage.counted import Counted, CountsSteps
 from ..storage.ragged import RaggedStore
 from ..storage.rows import Rows
-from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads
+from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, RowScores
 from .state import CacheState
 
 
@@ -22,7 +22,7 @@ class HeldEntries(CountsSteps):
         dtype: of keys and values.
         seen: tokens seen, padding included.
         is_initialized: whether a forward has come.
-        prompt, rows, remote, window, statistics: the parts of `parts.PARTS`, None where there is nothing.
+        prompt, rows, remote, window, scores, statistics: the parts of `parts.PARTS`, None where there is nothing.
     """
 
     state: CacheState
@@ -34,6 +34,7 @@ class HeldEntries(CountsSteps):
     rows: Rows | None
     remote: RemoteHeads | None
     window: QueryWindow | None
+    scores: RowScores | None = None
     statistics: PromptStatistics | None
 
     def _add_steps(self, new: int) -> None:

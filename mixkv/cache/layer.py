@@ -213,7 +213,11 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             self.append_query_window(query)
             query = self.window.query
         if measured is None and registry.score(state.config.score).needs_replay:
-            self._await_replay(query, key, value, output, valid, logits)
+            last = slice(-state.config.window, None)
+            query, output = query[:, :, last].detach().clone(), output[:, last].detach().clone()
+            self.prompt = WholePrompt(key.detach(), value.detach(), query, output, valid, logits)
+            self.window = self.window if state.keeps_window else None
+            state.progress.awaits = "the replay of a prompt"
             return
         if self.ordinal == 0:
             state.shared_budget = compressor.new_shared_budget()
@@ -228,29 +232,29 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
                 state.shared_budget = None
         self.prompt, self.logits = None, logits
         if state.config.refit:
-            self.pending_refit = PendingRefit.of_window(query, key, value, output, valid, logits, state.config.window)
+            asked = measured.queries if measured is not None else None
+            given = (query, key, value, output, valid, logits, state.config.window)
+            self.pending_refit = PendingRefit.of_prompt(*given, asked)
             for layer in [self] if budget is None else budget.finished:
                 layer.refit()
         if not state.keeps_window:
             self.window = None
 
-    def _await_replay(self, query, key, value, output, valid, logits) -> None:
-        last = slice(-self.state.config.window, None)
-        query, output = query[:, :, last].detach().clone(), output[:, last].detach().clone()
-        self.prompt = WholePrompt(key.detach(), value.detach(), query, output, valid, logits)
-        self.window = None
-        self.state.progress.awaits = "the replay of a prompt"
-
     def replay(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         """Attention of tokens that repeat a part of the prompt: [B, n, Hq, Dv]; their keys and values are not kept."""
-        return self.state.replay.attend(self.prompt, query, key, value, logits)
+        part, prompt = self.state.replay, cast(WholePrompt, self.prompt)
+        prompt.samples.add(query, part.scored)
+        return part.attend(prompt, query, key, value, logits)
 
     def compress_replayed(self) -> None:
         """`compress`, after the replay."""
         prompt = cast(WholePrompt, self.prompt)
-        self.compress(
-            prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=prompt.measured()
-        )
+        if self.rows is not None:
+            turns.compress_replayed(self, prompt)
+            return
+        measured = prompt.measured()
+        self.compress(prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=measured)
+        turns.keep_scores(self, measured.replay)
 
     def refit(self) -> None:
         """Refits the values of the rows, which are those that stay."""
@@ -323,7 +327,10 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def compressor(self) -> Compressor:
         """One that chooses what this layer keeps."""
         module = self.module and self.module()
-        return self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+        compressor = self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+        if self.state.gate is not None:
+            compressor.gate = self.state.gate.layers[self.ordinal].to(self.device)
+        return compressor
 
     # What the budget that layers share calls.
 

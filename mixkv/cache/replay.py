@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .. import registry
+from ..config import MixKVConfig
 from ..hf import stock_layers
 from ..hf.decoder_inputs import DecoderHook, DecoderInputs
 from ..hf.versions import CACHE_ARGUMENT, cache_argument
@@ -31,31 +33,31 @@ class ReplayPart:
     """The part of a prompt [B, N] that one forward repeats: m tokens of the context are visible, and n tokens are read.
 
     Attributes:
-        visible: int64 [B, m], their positions in the prompt; shown: bool [B, m], which of them exist.
+        visible: int64 [B, m], their positions in the prompt; shown: bool [B, m], which of them exist; None: all do.
         index: int64 [B, n], the positions of the tokens that are read again: the last ones before the part, and the part.
-        scored: bool [B, p + n], the tokens of the part among those, p tokens of an instruction before them.
+        scored: bool [B, n], which of those are the part.
     """
 
     visible: torch.Tensor
-    shown: torch.Tensor
+    shown: torch.Tensor | None
     index: torch.Tensor
     scored: torch.Tensor
 
     def attend(
         self, prompt: WholePrompt, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions
     ) -> torch.Tensor:
-        """Attention of the tokens read, [B, p + n, Hq, Dv]; ``prompt.replay`` has the weights afterwards."""
-        visible, shown, scored = (part.to(key.device) for part in (self.visible, self.shown, self.scored))
-        heads = key.shape[1]
-        rows = visible[:, None, :].expand(-1, heads, -1)
+        """Attention of the tokens read, [B, n, Hq, Dv]; ``prompt.replay`` has the weights afterwards."""
+        device = key.device
+        visible, scored = self.visible.to(device), self.scored.to(device)
+        shown = None if self.shown is None else self.shown.to(device)
+        rows = visible[:, None, :].expand(-1, key.shape[1], -1)
         context_key, context_value = (
             part.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, part.shape[3])) for part in (prompt.key, prompt.value)
         )
         output, score = replay_attention(
             query, context_key, context_value, key, value, visible=shown, scored=scored, **vars(logits)
         )
-        # What is not shown stands for no token: it adds nothing to the token that it names.
-        prompt.replay.scatter_reduce_(2, rows, score * shown[:, None, :], "amax")
+        prompt.replay.scatter_reduce_(2, rows, score, "amax")
         return output
 
 
@@ -64,64 +66,66 @@ def count_parts(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def parts(batch: int, length: int, padding: torch.Tensor | None, size: int, prefix: int) -> Iterator[ReplayPart]:
+def parts(batch: int, length: int, padding: torch.Tensor | None, size: int, before: int = 0) -> Iterator[ReplayPart]:
     """A prompt [batch, length] in parts of at most ``size`` tokens, a batch row in the parts that it has alone.
 
     Args:
         padding: int64 [batch], the padding on the left of each batch row; None: there is none.
-        prefix: tokens that are read before those of a part.
+        before: rows held before those of the [batch, length] tokens, all of which are visible in every part.
     """
-    start = torch.zeros(batch, dtype=torch.long) if padding is None else padding.cpu()
+    start = torch.zeros(batch, 1, dtype=torch.long) if padding is None else padding.view(-1, 1)
     real = length - start
-    count = (real + size - 1) // size
-    step = (real + count - 1) // count
-    first = torch.arange(min(FIRST, length)).expand(batch, -1) + start[:, None]
-    for number in range(int(count.max())):
+    step = -(-real // -(-real // size))
+    first = (start + torch.arange(FIRST, device=start.device)).clamp(max=length - 1)
+    cue = torch.arange(-CUE, 0, device=start.device)
+    for number in range(count_parts(int(real.max()), size)):
         begin = (start + number * step).clamp(max=length)
         end = (begin + step).clamp(max=length)
-        columns = torch.arange(int((end - begin).max()))
-        index = begin[:, None] + columns
-        exists = index < end[:, None]
+        index = begin + torch.arange(int((end - begin).max()), device=start.device)
+        exists = index < end
         index = index.clamp(max=length - 1)
-        visible, shown = index, exists
+        visible, shown, front = index + before, exists, None
+        if before:
+            front = torch.arange(before, device=start.device).expand(batch, -1)
+        elif number > 0:
+            front = first
+        if front is not None:
+            visible = torch.cat([front, visible], dim=1)
+            shown = torch.nn.functional.pad(exists, (front.shape[1], 0), value=True)
+        read, scored = index, exists
         if number > 0:
-            visible = torch.cat([first.clamp(max=length - 1), index], dim=1)
-            shown = torch.cat([first < length, exists], dim=1)
-        cue = min(CUE, int(step.min())) if number > 0 else 0
-        before = begin[:, None] + torch.arange(-cue, 0)
-        scored = torch.nn.functional.pad(exists, (prefix + cue, 0))
-        yield ReplayPart(visible, shown, torch.cat([before.clamp(0, length - 1), index], dim=1), scored)
+            read, scored = torch.cat([(begin + cue).maximum(start), index], dim=1), torch.nn.functional.pad(exists, (CUE, 0))
+        yield ReplayPart(visible, None if shown.all() else shown, read, scored)
 
 
 @torch.no_grad()
-def replay(cache, decoder: nn.Module, inputs: DecoderInputs, size: int, instruction: torch.Tensor | None = None) -> None:
+def replay(cache, decoder: nn.Module, inputs: DecoderInputs, size: int) -> None:
     """Repeats the prompt that ``cache`` holds whole, and compresses it.
 
-    Time grows in proportion to the number of parts: each sees the prompt's first tokens, its own and those read again.
+    KVzip has the model read an instruction before every part. Without one the largest weights are as good, and no tokenizer is
+    needed. Time grows in proportion to the number of parts: each sees the prompt's first tokens, its own and those read again.
 
     Args:
         cache: a `MixKVCache` whose layers hold a `WholePrompt`.
         decoder: of the model.
         inputs: what it was given for the prompt.
         size: tokens of a part.
-        instruction: int64 [p], token ids that come before every part.
     """
     state = cache._state
     layers = [layer for layer in cache.layers if isinstance(layer, MixKVLayer)]
     held = cache.layers
-    batch, length = layers[0].batch, layers[0].seen
-    valid = cast(WholePrompt, layers[0].prompt).valid
+    prompt = cast(WholePrompt, layers[0].prompt)
+    batch, length, valid = layers[0].batch, prompt.length, prompt.valid
     padding = None if valid is None else (~valid).sum(dim=1)
     inputs.join()
-    prefix = torch.zeros(batch, 0, dtype=torch.long) if instruction is None else instruction.expand(batch, -1)
     try:
-        for part in parts(batch, length, padding, size, prefix.shape[1]):
+        for part in parts(batch, length, padding, size, prompt.before):
             cache.layers = [copy.deepcopy(layer) if stock_layers.is_bounded(layer) else layer for layer in held]
             state.replay = part
-            arguments = inputs.take(part.index, prefix, decoder.get_input_embeddings())
+            arguments = inputs.take(part.index)
             if valid is not None:
-                mask = torch.ones(batch, part.scored.shape[1], dtype=torch.bool, device=valid.device)
-                arguments["attention_mask"] = torch.cat([valid, mask], dim=1)
+                earlier = torch.ones(batch, layers[0].seen - length, dtype=torch.bool, device=valid.device)
+                arguments["attention_mask"] = torch.cat([earlier, valid, torch.ones_like(part.scored)], dim=1)
             decoder(**arguments, **cache_argument(cache), use_cache=True)
     finally:
         state.replay, cache.layers = None, held
@@ -155,11 +159,18 @@ class Replayer:
         cache = self.cache()
         if cache is None or arguments.get(CACHE_ARGUMENT) is not cache or cache._state.replay is not None:
             return
-        if any(isinstance(layer, MixKVLayer) and layer.rows is not None for layer in cache.layers):
+        seen, in_prompt = (
+            cache.get_seq_length(),
+            all(layer.rows is None for layer in cache.layers if isinstance(layer, MixKVLayer)),
+        )
+        if not in_prompt and cache.config.turns == "first":
             # What follows a prompt is not repeated.
             self.remove()
-        else:
-            self.inputs.append(arguments, cache.get_seq_length())
+            return
+        if not in_prompt and not cache._state.reads_turn(seen):
+            # Whether these tokens begin a turn shows later.
+            self.inputs = DecoderInputs()
+        self.inputs.append(arguments, seen)
 
     def after(self, arguments: dict[str, Any]) -> None:
         """The decoder has been called. If the prompt has been read to its end, it is repeated and compressed."""
@@ -167,7 +178,32 @@ class Replayer:
         ours = cache is not None and arguments.get(CACHE_ARGUMENT) is cache and cache._state.replay is None
         if not ours or cache._state.progress.awaits is None:
             return
-        self.remove()
+        if cache.config.turns == "first":
+            self.remove()
         inputs, self.inputs = self.inputs, DecoderInputs()
         replay(cache, decoder, inputs, cache.config.replay_chunk)
         cache._state.progress.awaits = None
+
+
+def replayer(cache, former: Replayer | None) -> Replayer | None:
+    """The one for the next prompt or turn of a `MixKVCache`, in place of ``former``; None: nothing will be repeated."""
+    if former is not None:
+        former.remove()
+    model = cache._bound_to and cache._bound_to()
+    waits = registry.score(cache.config.score).needs_replay and (not cache or cache.config.turns != "first")
+    if not model or not waits:
+        return None
+    return Replayer(cache, model.get_decoder())
+
+
+def check_watched(config: MixKVConfig, replayer: Replayer | None) -> None:
+    """Checks that a prompt that the score needs a replay of has been seen from its start.
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    if registry.score(config.score).needs_replay and (replayer is None or not replayer.reading):
+        raise RuntimeError(
+            f"score={config.score!r} repeats the prompt, and this cache did not see what the model's decoder was given: make it for "
+            f"the model before the prompt, MixKVCache(model, ...), or use mixkv.read(model, **inputs, ...)"
+        )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class Saved:
     """A file's contents, whole and of a known format.
 
     ``header``: format, mixkv (version), model (class name), dtype, batch, recording, config, moved (whether the model knew how
-        far images move positions; None: the model had gone), and under ``layers`` one entry a layer of the model: kind, and
+        far images move positions; None: the model had gone), about (what the caller of `save` gave, if anything), and under ``layers`` one entry a layer of the model: kind, and
         what that kind of layer needs beside its tensors.
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
         lengths [B, Hkv], redundancy [B, Hkv], of rows in int8 key_scale and value_scale [rows], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
@@ -48,7 +50,7 @@ class Saved:
     config: MixKVConfig
 
 
-def save(cache, path: str | os.PathLike) -> None:
+def save(cache, path: str | os.PathLike, about: Mapping[str, Any] = MappingProxyType({})) -> None:
     """See `MixKVCache.save`."""
     from .. import __version__
 
@@ -84,6 +86,7 @@ def save(cache, path: str | os.PathLike) -> None:
         "moved": None if model is None else moved,
         "config": cache.config.to_dict(),
         "layers": layers,
+        **({"about": dict(about)} if about else {}),
     }
     checked_file.write(path, header, tensors)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..config import MixKVConfig
+from ..gate_file import Gate
 from ..hf.attention import visible
 from ..hf.image_tokens import ImageTokens
 from ..selection.global_budget import ChunkBudget, GlobalBudget
@@ -51,6 +52,7 @@ class CacheState:
     ``before``: what the present forward may change besides the layers, as it was.
     ``storing``: whether the present forward has begun to change what a layer holds.
     ``replay``: the part of the prompt that the present forward repeats; None: it reads new tokens.
+    ``gate``: of the model, where the score needs it.
     ``cache``: whose layers these are, while a forward runs.
     """
 
@@ -68,6 +70,7 @@ class CacheState:
     before: Before | None = field(default=None, repr=False)
     storing: bool = False
     replay: Any | None = None
+    gate: Gate | None = field(default=None, repr=False)
     cache: weakref.ref | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +78,15 @@ class CacheState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         renamed = {_FORMER.get(name, name): value for name, value in state.items()}
-        missing = {"progress": None, "before": None, "storing": False, "replay": None, "cache": None, "turn": None}
+        missing = {
+            "progress": None,
+            "before": None,
+            "storing": False,
+            "replay": None,
+            "gate": None,
+            "cache": None,
+            "turn": None,
+        }
         self.__dict__.update(missing | renamed)
 
     @property

@@ -12,6 +12,8 @@ from .. import registry
 from ..config import MixKVConfig
 from ..hf import call_stack
 from ..selection.budget import base_entries
+from ..selection.context import Measured
+from .parts import FIRST, RowScores, WholePrompt
 
 if TYPE_CHECKING:
     from .layer import MixKVLayer
@@ -38,6 +40,22 @@ class Turn:
 
     def take_rows(self, rows: list[int]) -> None:
         self.real = None if self.real is None else [self.real[row] for row in rows]
+
+
+def begin_prompt(state: CacheState, tokens: int) -> int:
+    """The length of the prompt whose first forward reads so many ``tokens``, drafts left out; the state has it if it is another.
+
+    Raises:
+        RuntimeError: as `begin`.
+    """
+    if state.expected_prompt is None:
+        state.prompt_length, assisted = call_stack.prompt_plan(tokens)
+        state.rollback_enabled |= assisted
+    else:
+        state.prompt_length, state.expected_prompt = state.expected_prompt, None
+    if state.prompt_length is not None and state.prompt_length < tokens:
+        check_drafts(state.config, state.prompt_length, tokens)
+    return state.prompt_length or tokens
 
 
 def begin(state: CacheState, seen: int, tokens: int) -> Turn | None:
@@ -101,29 +119,76 @@ def enforce_budgets(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor
             layer.append_query_window(query, valid)
         if end < turn.end:
             return
-        finished = compress(layer, query if layer.window is None else layer.window.query, output)
+        query = query if layer.window is None else layer.window.query
         layer.window = layer.window if state.keeps_window else None
+        if registry.score(state.config.score).needs_replay and not _is_kept_whole(layer, turn):
+            _await_replay(layer, query, output)
+            return
+        finished = compress(layer, query, output)
     if not state.rollback_enabled:
         for done in finished:
             done.evict_to_decode_budget()
 
 
-def compress(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) -> list[MixKVLayer]:
+def _await_replay(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) -> None:
+    """Has the turn that has been read repeated, before it is compressed."""
+    turn, store, last = layer.state.turn, layer.store, slice(-layer.state.config.window, None)
+    length, real = turn.end - turn.first, torch.tensor(turn.real, device=query.device)
+    key, value, held = store.padded(max(length + FIRST, store.max_length))
+    # The tokens that everything rests on are visible in a replay; they are the first that each head holds.
+    first = key.shape[2] - store.lengths.view(store.batch, -1, 1).long() + torch.arange(FIRST, device=key.device)
+    key, value = (
+        torch.cat([part.gather(2, first.unsqueeze(-1).expand(-1, -1, -1, part.shape[3])), part[:, :, -length:]], dim=2)
+        for part in (key, value)
+    )
+    padding = length - real
+    valid = torch.arange(length, device=key.device) >= padding.unsqueeze(-1) if int(padding.max()) > 0 else None
+    layer.prompt = WholePrompt(
+        key, value, query[:, :, last].detach().clone(), output[:, last].detach().clone(), valid, layer.logits, FIRST
+    )
+    layer.state.progress.awaits = "the replay of a turn"
+
+
+def compress_replayed(layer: MixKVLayer, prompt: WholePrompt) -> None:
+    """`compress`, after the turn that ``prompt`` is of has been repeated."""
+    layer.prompt = None
+    for done in compress(layer, prompt.query, prompt.output, prompt.replay[:, :, prompt.before :]):
+        done.evict_to_decode_budget()
+
+
+def keep_scores(layer: MixKVLayer, replay: torch.Tensor) -> None:
+    """Where rows compete again after later turns: keeps what the replay of the prompt [B, Hkv, N] measured of them."""
+    if layer.state.config.turns == "all":
+        every = torch.arange(replay.shape[2], dtype=torch.int32, device=replay.device).expand(replay.shape)
+        layer.scores = RowScores(every, replay)
+        layer.scores = RowScores(at := _positions(layer), layer.scores.of(at))
+
+
+def _positions(layer: MixKVLayer) -> torch.Tensor:
+    """Positions int32 [B, Hkv, N] of the rows held, -1 in front of the first."""
+    store = layer.store
+    return store.padded_positions().masked_fill(~store.padded()[2], -1)
+
+
+def compress(
+    layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor, replay: torch.Tensor | None = None
+) -> list[MixKVLayer]:
     """Evicts from ``layer`` what the turn that it has just read to its end is not to leave.
 
     Args:
         query: [B, Hq, n, D], the last ones: a window of them, or all that there were.
         output: attention's [B, n, Hq, Dv] for the last tokens.
+        replay: float32 [B, Hkv, tokens of the turn], what a replay of the turn measured; None: it has not been repeated.
 
     Returns: the layers of which that is done: where layers share a budget, all of them with the last, and until then none.
     """
     state, store, turn = layer.state, layer.store, layer.state.turn
     config, compressor, remote = state.config, layer.compressor(), layer.remote
     newest = torch.tensor(turn.real, device=query.device) if config.turns == "each" else None
-    if newest is not None and _is_kept_whole(layer, turn):
+    if _is_kept_whole(layer, turn):
         return [layer]
     if layer.ordinal == 0:
-        limits = _candidates(layer) if newest is None and compressor.method.cross_layer else None
+        limits = _candidates(layer, replay is not None) if newest is None and compressor.method.cross_layer else None
         state.shared_budget = compressor.new_shared_budget(limits)
     budget, length, longest = state.shared_budget, None, None
     if remote is not None:
@@ -132,10 +197,19 @@ def compress(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) -> li
     key, value, valid = store.padded(length)
     if store.even and remote is None:
         valid = None
-    ranking = compressor.rank(query, key, value, layer.logits, valid, longest, newest)
+    measured = None
+    if replay is not None:
+        score = torch.nn.functional.pad(replay, (key.shape[2] - replay.shape[2], 0))
+        if layer.scores is not None:
+            score = score.maximum(layer.scores.of(at := _positions(layer)))
+            layer.scores = RowScores(at, score)
+        measured = Measured(score)
+    ranking = compressor.rank(query, key, value, layer.logits, valid, longest, newest, measured)
     entries, fixed = compressor.allocate(ranking, output, budget, remote, newest)
     selection = ranking.take(compressor.shard.own(entries))
     store.keep(selection, key.shape[2])
+    if layer.scores is not None:
+        layer.scores = RowScores(at := _positions(layer), layer.scores.of(at))
     layer.remote = compressor.remote_heads(entries, key.device, fixed)
     if budget is None:
         return [layer]
@@ -145,8 +219,8 @@ def compress(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) -> li
     return budget.finished
 
 
-def _candidates(first: MixKVLayer) -> np.ndarray:
-    """The candidates of all heads, int64 [B, layers, all heads], when the ``first`` layer has stored the new tokens."""
+def _candidates(first: MixKVLayer, stored: bool) -> np.ndarray:
+    """The candidates of all heads, int64 [B, layers, all heads]; ``stored``: not only the ``first`` layer has stored the new tokens."""
     state = first.state
     layers = [layer for layer in state.cache().layers if getattr(layer, "state", None) is state]
     new = torch.tensor(state.turn.new).unsqueeze(-1)
@@ -154,12 +228,14 @@ def _candidates(first: MixKVLayer) -> np.ndarray:
     for layer in layers:
         own = layer.store.lengths.view(layer.store.batch, -1).long().cpu()
         held = own if layer.remote is None else layer.remote.lengths(own.to(layer.remote.beyond.device)).cpu()
-        rows.append(held + (0 if layer is first else new))
+        rows.append(held + (0 if stored or layer is first else new))
     return (torch.stack(rows, dim=1) - state.config.window).clamp(min=0).numpy()
 
 
 def _is_kept_whole(layer: MixKVLayer, turn: Turn) -> bool:
     """Whether no batch row's turn exceeds its budget."""
+    if layer.state.config.turns == "all":
+        return False
     real, config = torch.tensor(turn.real), layer.state.config
     key, value = (torch.empty(0, size, dtype=layer.dtype) for size in layer.shape[1:])
     place = {"heads": layer.compressor().shard.total, "num_layers": layer.state.num_layers}

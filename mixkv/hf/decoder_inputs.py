@@ -60,47 +60,37 @@ class DecoderInputs:
             if self._deepstack:
                 self._deepstack = [[torch.cat(parts) for parts in zip(*self._deepstack)]]
 
-    def take(self, index: torch.Tensor, prefix: torch.Tensor, embed: nn.Module) -> dict[str, Any]:
-        """Arguments of a decoder that reads token ids and then some tokens of the prompt again, after the prompt.
-
-        Args:
-            index: int64 [B, n], which tokens of the prompt.
-            prefix: int64 [B, p], token ids that come before them.
-            embed: the model's embedding of token ids.
-        """
+    def take(self, index: torch.Tensor) -> dict[str, Any]:
+        """Arguments of a decoder that reads tokens ``index`` (int64 [B, n]) of the prompt again, at positions after the prompt."""
         (held,) = self._forwards
-        tokens, positions = held["tokens"], held["positions"]
-        index, prefix = index.to(tokens.device), prefix.to(tokens.device)
+        tokens = held["tokens"]
+        index = index.to(tokens.device)
         if tokens.ndim == 2:
-            arguments = {"input_ids": torch.cat([prefix, tokens.gather(1, index)], dim=1)}
+            arguments: dict[str, Any] = {"input_ids": tokens.gather(1, index)}
         else:
-            again = tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
-            before = embed(prefix).to(tokens.device, tokens.dtype)
-            arguments = {"inputs_embeds": torch.cat([before, again], dim=1)}
-        arguments["position_ids"] = _continued(positions, index.to(positions.device), prefix.shape[1])
+            arguments = {"inputs_embeds": tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))}
+        arguments["position_ids"] = _continued(held["positions"], index.to(held["positions"].device))
         if self._deepstack:
-            rows = torch.nn.functional.pad(held["visual"].gather(1, index), (prefix.shape[1], 0), value=-1)
+            rows = held["visual"].gather(1, index.to(held["visual"].device))
             arguments["visual_pos_masks"] = rows >= 0
             arguments["deepstack_visual_embeds"] = [part[rows[rows >= 0].to(part.device)] for part in self._deepstack[0]]
         for name in _CROSS:
             if name in held:
-                last = torch.full_like(prefix, held[name].shape[2] - 1)
-                chosen = torch.cat([last, index], dim=1).to(held[name].device)[:, None, :, None]
+                chosen = index.to(held[name].device)[:, None, :, None]
                 arguments[name] = held[name].gather(2, chosen.expand(-1, 1, -1, held[name].shape[3]))
         return arguments
 
 
-def _continued(positions: torch.Tensor, index: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Positions of ``prefix`` tokens and of tokens ``index`` [B, n] read again, after all ``positions`` [..., B, N]."""
+def _continued(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Positions of tokens ``index`` [B, n] read again, after all ``positions`` [..., B, N] and as far apart as they were."""
     stacked = positions if positions.ndim == 3 else positions.unsqueeze(0)
     # Qwen-VL gives positions in the text before the three of its rotary embedding.
     parts = stacked.split([1, 3]) if stacked.shape[0] == 4 else [stacked]
     found = []
     for part in parts:
-        start = part.amax(dim=(0, 2), keepdim=True) + 1
-        before = (start + torch.arange(prefix, device=part.device)).expand(part.shape[0], part.shape[1], -1)
         again = part.gather(2, index.expand(part.shape[0], -1, -1))
-        found.append(torch.cat([before, again - again.amin(dim=(0, 2), keepdim=True) + start + prefix], dim=2))
+        after = part.amax(dim=(0, 2), keepdim=True) + 1
+        found.append(again - again.amin(dim=(0, 2), keepdim=True) + after)
     return torch.cat(found).view(*positions.shape[:-1], -1)
 
 

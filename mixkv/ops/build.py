@@ -31,11 +31,23 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # The oldest torch whose ABI the libraries use, as `TORCH_TARGET_VERSION` wants it.
 TARGET = (2, 10)
 _TARGET_FLAG = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-_CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-ignored-attributes"]
+_CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Files that are compiled for one instruction set each; which one runs is decided when the library is loaded.
-_TABLES = {"table_avx2.cpp": _AVX2, "table_avx512.cpp": _AVX512, "table_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16"]}
+_TABLES = {
+    "table_avx2.cpp": _AVX2,
+    "table_avx512.cpp": _AVX512,
+    "table_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],
+}
 _NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 _ARCHITECTURES = ("80", "86", "89", "90", "100")
 _TIMEOUT = {"cpu": 300, "cuda": 1200}

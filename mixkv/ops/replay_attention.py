@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# Attention weights of a block of queries, all heads and batch rows together: on a CPU they stay in its cache.
-_CPU_WEIGHTS, _WEIGHTS = 1 << 20, 1 << 27
+# Attention weights of a block of queries: on a CPU of one head, so that they stay in its cache; elsewhere of all heads.
+_CPU_WEIGHTS, _WEIGHTS = 1 << 18, 1 << 27
+_HEAD_BY_HEAD = ("cpu",)
 
 
 def replay_attention(
@@ -36,38 +37,74 @@ def replay_attention(
     Returns: the output [B, n, Hq, Dv], and float32 [B, Hkv, m], the largest softmax weight that each context token gets from a
         query of its KV head's group; 0 where no query counts.
     """
-    batch, query_heads, new, size = query.shape
+    batch, query_heads, new, _ = query.shape
     heads, seen = context_key.shape[1:3]
-    groups, length = query_heads // heads, seen + new
+    groups = query_heads // heads
+    query = query * scaling
     keys = torch.cat([context_key, key], dim=2).transpose(-1, -2)
     values = torch.cat([context_value, value], dim=2)
-    folded = (query * scaling).view(batch, heads, groups, new, size)
-    hidden = None if visible is None else ~visible.view(batch, 1, 1, 1, seen)
-    sink = None if sinks is None else sinks.float().view(1, heads, groups, 1, 1)
+    hidden = None if visible is None else ~visible
     output = query.new_empty(batch, new, query_heads, value.shape[-1])
     score = torch.zeros(batch, heads, seen, device=query.device)
-    weights = _CPU_WEIGHTS if query.device.type == "cpu" else _WEIGHTS
-    block = max(1, weights // (batch * query_heads * length))
-    for first in range(0, new, block):
-        last = min(first + block, new)
-        rows, columns = last - first, seen + last
-        queries = folded[:, :, :, first:last].reshape(batch, heads, groups * rows, size)
-        logits = (queries @ keys[..., :columns]).float().view(batch, heads, groups, rows, columns)
+    if query.device.type not in _HEAD_BY_HEAD:
+        folded = query.view(batch, heads, groups, new, -1)
+        sink = None if sinks is None else sinks.view(1, heads, groups, 1, 1)
+        hidden = None if hidden is None else hidden[:, None, None, None]
+        counted = None if scored is None else scored[:, None, None, :, None]
+        part = output.view(batch, new, heads, groups, -1).permute(0, 2, 3, 1, 4)
+        _attend(folded, keys[:, :, None], values[:, :, None], part, score, hidden, counted, softcap, sink, _WEIGHTS)
+        return output, score
+    for row in range(batch):
+        counted = None if scored is None else scored[row, :, None]
+        for head in range(query_heads):
+            own, sink = head // groups, None if sinks is None else sinks[head].view(1, 1)
+            part, best = output[row, :, head], score[row, own]
+            parts = query[row, head], keys[row, own], values[row, own], part, best
+            _attend(*parts, None if hidden is None else hidden[row], counted, softcap, sink, _CPU_WEIGHTS)
+    return output, score
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    output: torch.Tensor,
+    score: torch.Tensor,
+    hidden: torch.Tensor | None,
+    counted: torch.Tensor | None,
+    softcap: float | None,
+    sink: torch.Tensor | None,
+    weights: int,
+) -> None:
+    """Fills ``output`` [..., n, Dv] and raises ``score`` [..., m], in blocks of queries with so many ``weights``.
+
+    query [..., n, D], keys [..., D, m + n] and values [..., m + n, Dv] of one head, or of all with the dimensions of the batch, of KV
+    heads and of their groups before them; ``score`` has no dimension of groups.
+    """
+    new, length = query.shape[-2], values.shape[-2]
+    seen = length - new
+    rows = min(new, max(1, weights // (query.shape[:-2].numel() * length)))
+    future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+    single = query.ndim == 2
+    # Memory for the blocks of one head is taken once: fresh pages would take longer than the products.
+    space = torch.empty(2, rows * (length + 1) if single else 0, dtype=query.dtype, device=query.device)
+    for first in range(0, new, rows):
+        last = min(first + rows, new)
+        count, columns = last - first, seen + last
+        buffers = [part[: count * columns].view(count, columns) for part in space] if single else [None, None]
+        logits = torch.matmul(query[..., first:last, :], keys[..., :columns], out=buffers[0]).float()
         if softcap is not None:
             logits = logits.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:
             logits[..., :seen].masked_fill_(hidden, -torch.inf)
-        future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-        logits[..., seen + first :].masked_fill_(future, -torch.inf)
+        logits[..., seen + first :].masked_fill_(future[:count, :count], -torch.inf)
         if sink is not None:
-            logits = torch.cat([logits, sink.expand(batch, -1, -1, rows, -1)], dim=-1)
-        shares = logits.softmax(dim=-1)
-        shares = shares[..., :columns]
-        part = shares.to(value.dtype).reshape(batch, heads, groups * rows, columns) @ values[:, :, :columns]
-        part = part.view(batch, heads * groups, rows, -1)
-        output[:, first:last] = part.transpose(1, 2)
-        counted = shares[..., :seen]
-        if scored is not None:
-            counted = counted * scored[:, None, None, first:last, None]
-        score = score.maximum(counted.flatten(2, 3).amax(dim=2))
-    return output, score
+            logits = torch.cat([logits, sink.float().expand(*logits.shape[:-1], 1)], dim=-1)
+        own = buffers[1] if sink is None and query.dtype == torch.float32 else None
+        shares = torch.softmax(logits, dim=-1, out=own)[..., :columns]
+        output[..., first:last, :] = shares.to(values.dtype) @ values[..., :columns, :]
+        best = shares[..., :seen]
+        if counted is not None:
+            best = best * counted[..., first:last, :]
+        best = best.amax(dim=-2)
+        score.copy_(score.maximum(best if single else best.amax(dim=2)))

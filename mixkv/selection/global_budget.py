@@ -71,7 +71,7 @@ class GlobalBudget:
         ``scale`` [B]: what importance is multiplied by to be comparable with other layers'.
         """
         _add(self.counts, ranking, scale, self.num_layers, self.layer_exponent)
-        return to_device(self.counts.quota()[:, -1], ranking.ranks.device)
+        return self.counts.quota()[:, -1].to(ranking.ranks.device)
 
     def finish_layer(self, layer, selection: Selection) -> None:
         """``layer`` has stored its ``selection``; evicts rows of the layers, by their ``row_totals`` and their ``evict``.
@@ -89,13 +89,13 @@ class GlobalBudget:
         rows, most = sum(self.rows), self.total + self.slack
         if not self.complete and (self.patient or rows <= most):
             return
-        needed = (quota.sum(axis=(0, 2)) + np.array(self.fixed)).tolist()
+        needed = (quota.sum(dim=(0, 2)) + torch.tensor(self.fixed)).tolist()
         spare = [held - count for held, count in zip(self.rows, needed)]
         for index in sorted(range(len(spare)), key=spare.__getitem__, reverse=True):
             if spare[index] == 0 or (rows <= most and not self.complete):
                 break
             layer, ranks = self.layers[index]
-            self.layers[index] = (layer, layer.evict(ranks, to_device(quota[:, index], ranks.device)))
+            self.layers[index] = (layer, layer.evict(ranks, quota[:, index].to(ranks.device)))
             held = sum(layer.row_totals)
             rows += held - self.rows[index]
             self.rows[index] = held
@@ -136,7 +136,7 @@ class ChunkBudget:
             return
         stores = [layer.chunks for layer in self.layers]
         device = selection.lengths.device
-        rows = to_device(self.counts.quota(), device)
+        rows = self.counts.quota().to(device)
         none = rows.new_zeros(rows.shape[0], rows.shape[2])
         slots, counts = (
             torch.stack([none if store is None else getattr(store, name).view_as(none).to(none) for store in stores], dim=1)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..ops import dispatch
+from ..ops.selection_reference import LEAST_UNIT, Largest
 from .apportion import apportion, level, to_host
 
 
@@ -30,13 +31,8 @@ class GlobalTopK:
 
     def __init__(self, floor: float, limits: np.ndarray | None = None):
         self.floor, self.layers, self.limits = floor, 0, limits
-        self.value: torch.Tensor | None = None
-        self.owner: torch.Tensor | None = None
-        self._counts: torch.Tensor | None = None
-        self._quota: np.ndarray | None = None
-        # How many of each layer's own most important rows belong to each head [B, L * Hkv]: on the host, and not yet there.
-        self.within: np.ndarray | None = None
-        self._arrived: list[torch.Tensor] = []
+        self.largest: Largest | None = None
+        self._quota: torch.Tensor | None = None
 
     def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
         """The next layer.
@@ -55,20 +51,19 @@ class GlobalTopK:
             self.heads, self.num_layers = heads, num_layers
             means, self.candidates = to_host(base, candidates)
             self._divide(means, np.tile(self.candidates[:, None], (1, num_layers, 1)) if self.limits is None else self.limits)
-            self.value = importance.new_empty(batch, 0)
-            self.owner = importance.new_empty(batch, 0, dtype=torch.int32)
+            kinds = (torch.float32, torch.int32, torch.int64, torch.int64, torch.int64)
+            self.largest = Largest(*(torch.empty(batch, 0, dtype=kind, device=importance.device) for kind in kinds))
         elif heads != self.heads:
             raise ValueError(
                 f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
                 f"needs the same number in all layers. Use method='adakv'"
             )
-        within = self._parts[self.layers]
+        part = self._parts[self.layers]
         self.layers += 1
         # The layers of a model may lie on several devices.
-        so_far = (self.value.to(importance.device), self.owner.to(importance.device))
-        merged = dispatch.merge_largest(*so_far, importance, within, self._totals, self.layers * heads)
-        self.value, self.owner, self._counts, mine = merged
-        self._arrived.append(mine)
+        device, so_far = importance.device, self.largest
+        so_far = so_far._replace(value=so_far.value.to(device), owner=so_far.owner.to(device), within=so_far.within.to(device))
+        self.largest = dispatch.merge_largest(so_far, importance, part, *self._shares, floor=self.floor)
         self._quota = None
 
     def _divide(self, means: np.ndarray, limits: np.ndarray) -> None:
@@ -76,42 +71,26 @@ class GlobalTopK:
         batch, layers, heads = limits.shape
         every, of_layers = limits.sum(axis=(1, 2)), limits.sum(axis=-1)
         total = np.minimum(means * heads * layers, every)
-        self.total, self.limit, self.within = (
-            total.tolist(),
-            limits.reshape(batch, -1),
-            np.zeros((batch, layers * heads), np.int64),
-        )
+        self.total, self.limit = total.tolist(), limits.reshape(batch, -1)
         # Of how many of the most important rows each head's are counted: of one layer's, and of the whole model's.
         self._parts = torch.tensor(apportion(level(total, of_layers), total, of_layers)).T.contiguous()
-        self._totals = torch.tensor(self.total)
         self.mean_candidates, self.equal = every // (layers * heads), level(total, self.limit)
         self.base = np.minimum(means, self.mean_candidates)
-        base, most = self.base[:, None], self.mean_candidates[:, None]
-        share = (1 - self.floor) / most.clip(min=1)
-        self._weights, self._least = (share * (most - base), share * base), self.floor * self.equal + 2e-6
+        least = np.ceil(self.floor * self.equal * LEAST_UNIT).astype(np.int64)
+        self._shares = [torch.tensor(part) for part in (self.total, self.base, self.mean_candidates, least, self.limit)]
 
-    def quota(self) -> np.ndarray:
-        """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
+    def quota(self) -> torch.Tensor:
+        """Int64 [B, layers so far, Hkv] on the CPU: exact when all layers have come, until then no less than what they will get."""
         if self._quota is None:
-            self._quota = self._allocate()
+            rows = self._allocate() if self.layers == self.num_layers else self.largest.bound
+            self._quota = rows.view(rows.shape[0], self.layers, self.heads)
         return self._quota
 
-    def _allocate(self) -> np.ndarray:
-        batch, device = self.value.shape[0], self.value.device
-        counts, *arrived = to_host(self._counts, *(layer.to(device) for layer in self._arrived))
-        heads = self.layers * self.heads
-        if arrived:
-            first = heads - len(arrived) * self.heads
-            self.within[:, first:heads] = np.concatenate(arrived, axis=1)
-            self._arrived = []
-        within, limit, equal = self.within[:, :heads], self.limit[:, :heads], self.equal[:, :heads]
+    def _allocate(self) -> torch.Tensor:
+        """Int64 [B, L * Hkv], of all layers: `Largest.bound` in exact numbers; what `apportion` adds is no more than one."""
+        counts, within = to_host(self.largest.counts, self.largest.within)
         base, most = self.base[:, None], self.mean_candidates[:, None]
-        if self.layers == self.num_layers:
-            # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
-            counts = ((most - base) * counts + base * within) / most.clip(min=1)
-            rows = apportion((1 - self.floor) * counts + self.floor * equal, np.array(self.total), limit)
-        else:
-            # The same but for rounding, for which there is room: `apportion` rounds up by at most one.
-            of_model, of_layer = self._weights
-            rows = np.minimum((of_model * counts + of_layer * within + self._least[:, :heads]).astype(np.int64) + 1, limit)
-        return rows.reshape(batch, self.layers, self.heads)
+        # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
+        counts = ((most - base) * counts + base * within) / most.clip(min=1)
+        shares = (1 - self.floor) * counts + self.floor * self.equal
+        return torch.from_numpy(apportion(shares, np.array(self.total), self.limit))

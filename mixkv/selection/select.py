@@ -10,6 +10,7 @@ import torch
 from .. import registry
 from ..config import MixKVConfig, checked_config
 from ..ops import dispatch
+from ..ops.arguments import LogitOptions
 from ..tensor_parallel import HeadShard
 from .budget import base_entries
 from .context import AllocationContext, Measured, ScoreContext
@@ -57,7 +58,7 @@ def select(
     Raises:
         ValueError: shapes that do not fit together, padding on the right, forced lengths out of range.
     """
-    logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    logits = LogitOptions.of(key.shape[-1], scaling, softcap, sinks)
     ranking = rank(
         query,
         key,
@@ -69,7 +70,7 @@ def select(
         redundancy=redundancy,
         output_factor=output_factor,
         measured=measured,
-        **logits,
+        logits=logits,
     )
     if lengths is not None:
         return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.width))
@@ -77,7 +78,7 @@ def select(
     if method.plan is None:
         return ranking.take(allocate(config, ranking, layer_idx, num_layers))
     valid = None if attention_mask is None else _valid(attention_mask, key).any(dim=1)
-    plan = method.plan(query, key, config, ranking, valid=valid, image=image, **logits)
+    plan = method.plan(query, key, config, ranking, valid=valid, image=image, logits=logits)
     return plan.ranking.take(plan.entries)
 
 
@@ -92,9 +93,7 @@ def rank(
     attention_mask: torch.Tensor | None = None,
     redundancy: torch.Tensor | None = None,
     output_factor: torch.Tensor | Callable[[], torch.Tensor | None] | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    logits: LogitOptions | None = None,
     shard: HeadShard | None = None,
     longest: torch.Tensor | None = None,
     newest: torch.Tensor | None = None,
@@ -103,8 +102,9 @@ def rank(
     """Puts the candidates of each head in order, by ``config.score``.
 
     Args:
-        query, key, value, config, layer_idx, num_layers, attention_mask, redundancy, scaling, softcap, sinks: as in `select`.
+        query, key, value, config, layer_idx, num_layers, attention_mask, redundancy: as in `select`.
         output_factor: as in `select`, or a function that returns it, called if it is needed.
+        logits: how the model computes its logits; None: with factor D ** -0.5 and nothing else.
         shard: which heads of the layer these are, where other processes have others; None: all.
         longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
         newest: int64 [B], only so many of each head's last real tokens are candidates and window, the others are always kept;
@@ -133,9 +133,7 @@ def rank(
         output_factor=output_factor,
         given_redundancy=redundancy,
         shard=shard,
-        scaling=scaling,
-        softcap=softcap,
-        sinks=sinks,
+        logits=logits,
         measured=measured or Measured(),
     )
     scores = context.without_padding(_compute(score, context), -torch.inf)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from support import oracle, zoo
 
 import mixkv
@@ -26,6 +27,11 @@ class Watched(mixkv.MixKVCache):
                 self.measured = measured.replay
             super().compress(*args, measured=measured)
 
+        def compress_replayed(self):
+            if self.prompt.before:
+                self.measured = self.prompt.replay[:, :, self.prompt.before :]
+            super().compress_replayed()
+
     @property
     def measured(self):
         return [layer.measured if isinstance(layer, MixKVLayer) else None for layer in self.layers]
@@ -38,16 +44,16 @@ def read(model, prompts, **options):
     return cache
 
 
-def expected(model, ids, size):
+def expected(model, ids, size, first=0):
     """By layer float32 [Hkv, N]: prompt ids [1, N] in parts of at most ``size`` tokens, each repeated in a forward of its own
-    over the whole prompt, in which a mask hides what it is not to see."""
+    over the whole prompt, in which a mask hides what it is not to see. Of a later turn, which begins at ``first``, likewise."""
     length = ids.shape[1]
-    count = -(-length // size)
-    step = -(-length // count)
+    count = -(-(length - first) // size)
+    step = -(-(length - first) // count)
     found = None
-    for begin in range(0, length, step):
+    for begin in range(first, length, step):
         end = min(begin + step, length)
-        again = torch.arange(max(begin - min(CUE, step), 0), end) if begin else torch.arange(end)
+        again = torch.arange(begin - min(CUE, step) if begin > first else first, end)
         shown = torch.zeros(length, dtype=torch.bool)
         shown[begin:end] = shown[:FIRST] = True
         rows = torch.arange(length + len(again))
@@ -72,6 +78,8 @@ def expected(model, ids, size):
         ]
         best = [part.where(shown, 0.0) for part in best]
         found = best if found is None else [one.maximum(other) for one, other in zip(found, best)]
+    if first:
+        return [part[:, first:] for part in found]
     for part in found:
         part[:, :FIRST] = 1.0
     return found
@@ -87,6 +95,50 @@ def test_replay_measures_what_a_forward_over_everything_attends_to(name, size):
     mixkv.unpatch(model)
     for mine, theirs in zip(cache.measured, expected(model, ids, size), strict=True):
         if mine is not None:
+            torch.testing.assert_close(mine[0], theirs, atol=2e-6, rtol=1e-5)
+
+
+def given_to_decoder(model, prompts):
+    """The arguments of the decoder while `generate` reads a prompt."""
+    given = {}
+    hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    model.generate(**prompts, max_new_tokens=1, do_sample=False)
+    hook.remove()
+    return given
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3_vision"])
+@torch.no_grad()
+def test_images_are_replayed_as_embeddings_at_positions_after_the_prompt(name):
+    model = zoo.build(name, "eager")
+    prompts = zoo.inputs(name, zoo.FAMILIES[name].min_length + 20)
+    cache = read(model, prompts)
+    mixkv.unpatch(model)
+    given = given_to_decoder(model, prompts)
+    embedded, positions = given["inputs_embeds"], given["position_ids"]
+    length = embedded.shape[1]
+    rows = torch.arange(2 * length)
+    causal = rows[None, :] <= rows[:, None]
+    masks = {"full_attention": causal, "sliding_attention": causal & (rows[:, None] - rows[None, :] < zoo.WINDOW)}
+    masks = {kind: torch.where(mask, 0.0, torch.finfo(torch.float32).min)[None, None] for kind, mask in masks.items()}
+    if isinstance(given["attention_mask"], dict):
+        for kind, mask in given["attention_mask"].items():
+            masks[kind][..., :length, :length] = mask
+    # The first of four rows are positions in the text, the others those of the rotary embedding.
+    parts = positions.split([1, 3]) if positions.shape[0] == 4 else [positions]
+    arguments = {
+        "inputs_embeds": torch.cat([embedded, embedded], dim=1),
+        "position_ids": torch.cat([torch.cat([part, part - part.min() + part.max() + 1], dim=-1) for part in parts]),
+        "attention_mask": masks if isinstance(given["attention_mask"], dict) else masks["full_attention"],
+    }
+    if "deepstack_visual_embeds" in given:
+        arguments["visual_pos_masks"] = given["visual_pos_masks"].repeat(1, 2)
+        arguments["deepstack_visual_embeds"] = [part.repeat(2, 1) for part in given["deepstack_visual_embeds"]]
+    weights = model.get_decoder()(**arguments, output_attentions=True).attentions
+    for mine, part in zip(cache.measured, weights, strict=True):
+        if mine is not None:
+            theirs = part[0, :, length:, :length].unflatten(0, (mine.shape[1], -1)).amax(dim=(1, 2))
+            theirs[:, :FIRST] = 1.0
             torch.testing.assert_close(mine[0], theirs, atol=2e-6, rtol=1e-5)
 
 
@@ -192,3 +244,76 @@ def test_an_exception_in_a_replay_breaks_the_cache_until_reset(monkeypatch):
     cache.reset()
     model.generate(**prompts, max_new_tokens=2, **cache_argument(cache))
     assert cache.stats()["score"] == "replay"
+
+
+@pytest.mark.parametrize("turns", ["each", "all"])
+@pytest.mark.parametrize("size", [100, 17])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_later_turn_is_replayed_by_itself(name, size, turns):
+    model = zoo.build(name, "eager")
+    ids = zoo.inputs(name, 90)["input_ids"]
+    # Nothing of the prompt is evicted before the turn has been measured.
+    cache = Watched(model, score="replay", turns=turns, budget=36, window=6, replay_chunk=size)
+    mixkv.read(model, input_ids=ids[:, :35], cache=cache)
+    before = [None if layer is None else layer.clone() for layer in cache.measured]
+    mixkv.read(model, input_ids=ids[:, 35:], cache=cache)
+    mixkv.unpatch(model)
+    for mine, theirs in zip(cache.measured, expected(model, ids, size, first=35), strict=True):
+        if mine is not None:
+            torch.testing.assert_close(mine[0], theirs, atol=2e-6, rtol=1e-5)
+    if turns == "all":
+        layers = [layer for layer in cache.layers if hasattr(layer, "scores")]
+        for layer, old, new in zip(layers, filter(torch.is_tensor, before), filter(torch.is_tensor, cache.measured)):
+            every = torch.cat([old, new], dim=2)[0]
+            at, scores = layer.scores.position[0], layer.scores.score[0]
+            assert torch.equal(scores[at >= 0], every.gather(1, at.clamp(min=0).long())[at >= 0])
+            assert [int(count) for count in (at >= 0).sum(dim=-1)] >= [len(head) for head in layer.kept()[0]]
+
+
+@pytest.mark.parametrize("turns", ["each", "all"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2_vl"])
+def test_pages_are_read_one_after_the_other(name, turns):
+    """What queries see is what had not been evicted; a page in several forwards and a padded one are read as if in one, and alone."""
+    model = zoo.build(name, zoo.FAMILIES[name].attn[-1])
+    options = dict(score="replay", turns=turns, budget=14, window=6, replay_chunk=20)
+    pages = [
+        zoo.inputs(name, 40, seed=seed) if seed == 0 else zoo.inputs(name, 25 + seed, seed=seed, images=False)
+        for seed in range(3)
+    ]
+    cache, times = mixkv.MixKVCache(model, **options), None
+    times = oracle.EvictionTimes(cache, 1)
+    for page in pages:
+        mixkv.read(model, **page, cache=cache)
+        times.note(cache.get_seq_length())
+    stored = torch.stack([part for part in cache.stats()["lengths"] if part is not None]).float().mean()
+    assert stored == (14 if turns == "all" else 3 * 14)
+    last = torch.tensor([[7, 8, 9]])
+    stock = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        logits = model(last, **cache_argument(copy.deepcopy(cache))).logits
+        mixkv.unpatch(model)
+        with oracle.masked_by_time(model, times.layers):
+            for page in pages:
+                ids = {name: value for name, value in page.items() if name != "attention_mask"}
+                model(**ids, **cache_argument(stock))
+            expected_logits = model(last, **cache_argument(stock)).logits
+    assert (logits - expected_logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("turns", ["each", "all"])
+def test_a_padded_page_is_read_as_its_rows_alone(turns):
+    model = zoo.build("llama")
+    options = dict(score="replay", turns=turns, budget=14, window=6, replay_chunk=20)
+    batch, rows = zoo.ragged("llama", [40, 31])
+    more, more_rows = zoo.ragged("llama", [33, 44], seed=5)
+    mask = torch.cat([batch["attention_mask"], more["attention_mask"]], dim=1)
+    together = mixkv.read(model, **batch, **options)
+    mixkv.read(model, input_ids=more["input_ids"], attention_mask=mask, cache=together)
+    places = mask.cumsum(1) - 1
+    for row in range(2):
+        alone = mixkv.read(model, **rows[row], **options)
+        mixkv.read(model, **more_rows[row], cache=alone)
+        for layer in range(3):
+            for kept, own in zip(together.kept(layer)[row], alone.kept(layer)[0], strict=True):
+                assert places[row][kept.long()].tolist() == own.tolist()

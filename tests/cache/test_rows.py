@@ -16,8 +16,8 @@ STEPS = 4
 SMALL = dict(budget=14, window=6, kernel_size=3, pyramid_beta=4, rows="int8")
 METHODS = [name for name, method in registry.METHODS.items() if not method.keeps_chunks]
 # A number that lies between two codes may be rounded to the other one where a sum is taken in another order: one element of one
-# row then differs by a 127th of the row's largest.
-TOLERANCE = 1e-3
+# row then differs by a 127th of the row's largest. The compiled operations round queries to 16 bits as well.
+TOLERANCE = {"torch": 1e-3, "native": 1e-2}
 
 
 def stored(rows):
@@ -39,7 +39,9 @@ def check_oracle(name, attn, method, **options):
     mixkv.unpatch(model)
     with oracle.masked(model, masks, columns, stored=stored):
         stored_tokens, stored_logits = oracle.generate(model, prompts, STEPS)
-    assert (logits - stored_logits).abs().max() <= TOLERANCE
+    assert (logits - stored_logits).abs().max() <= TOLERANCE[
+        next(layer.store.backend for layer in cache.layers if hasattr(layer, "store"))
+    ]
     assert torch.equal(tokens, stored_tokens)
     return model, prompts, cache, logits
 
@@ -123,7 +125,7 @@ def test_a_turn_at_once_equals_token_by_token():
         one = copy.deepcopy(cache)
         block = model(input_ids=more, past_key_values=cache).logits
         single = [model(input_ids=more[:, i : i + 1], past_key_values=one).logits for i in range(6)]
-    assert (block - torch.cat(single, dim=1)).abs().max() <= TOLERANCE
+    assert (block - torch.cat(single, dim=1)).abs().max() <= TOLERANCE["native"]
     rows, others = cache.layers[0].store.held(), one.layers[0].store.held()
     assert (rows[0].int() - others[0].int()).abs().max() <= 1
 

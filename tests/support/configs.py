@@ -5,6 +5,7 @@ import torch
 import mixkv
 from mixkv import registry
 from mixkv.selection.context import Measured
+from mixkv.selection.gate import LayerGate
 
 
 def options_for(method, layers, heads=4):
@@ -22,6 +23,12 @@ def options_for(method, layers, heads=4):
 
 def measured_for(score, key):
     """What a score needs of a prompt with keys [B, Hkv, N, D] besides its queries, keys and values."""
-    generator = torch.Generator().manual_seed(key.shape[2])
+    generator = torch.Generator().manual_seed(3)
     replay = torch.rand(key.shape[:3], generator=generator) if registry.score(score).needs_replay else None
-    return Measured(replay)
+    gate = None
+    if registry.score(score).needs_gate:
+        pairs = key.shape[3] // 2
+        partner = torch.arange(key.shape[3]).roll(pairs)
+        # For values of the keys' size.
+        gate = LayerGate(0.2 * torch.randn(key.shape[1], pairs + key.shape[3] + 3, generator=generator) - 0.5, partner)
+    return Measured(replay, gate=gate)
