@@ -36,13 +36,14 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def both(model, prompts, steps=12, compiled=TRACED, **options):
+def both(model, prompts, steps=12, compiled=TRACED, generation=None, **options):
     """Caches after uncompiled and compiled generation, which give the same tokens and logits."""
+    generation = generation or {}
     caches = mixkv.MixKVCache(model, **SMALL, **options), mixkv.MixKVCache(model, **SMALL, **options, compile=True)
-    tokens, logits = oracle.generate(model, prompts, steps, **cache_argument(caches[0]))
+    tokens, logits = oracle.generate(model, prompts, steps, **cache_argument(caches[0]), **generation)
     with torch.compiler.set_stance("default" if compiled else "force_eager"):
         own_tokens, own_logits = oracle.generate(
-            model, prompts, steps, **cache_argument(caches[1]), compile_config=compiled or None
+            model, prompts, steps, **cache_argument(caches[1]), compile_config=compiled or None, **generation
         )
     assert torch.equal(own_tokens, tokens)
     assert (own_logits - logits).abs().max() <= 1e-4
@@ -291,6 +292,28 @@ def test_what_is_not_compiled_says_so_once(options, generation, what):
     messages = [str(warning.message) for warning in caught if "compile=True" in str(warning.message)]
     assert len(messages) == 1 and what in messages[0]
     assert torch.equal(found, expected) and graphs() == 0
+
+
+@needs_library
+@pytest.mark.parametrize("masked", [False, True])
+def test_steps_without_generate_are_one_graph(masked):
+    model = zoo.build("llama")
+    prompts = zoo.inputs("llama", 60)
+    expected = oracle.generate(model, prompts, 8, **cache_argument(mixkv.MixKVCache(model, **SMALL)))[1]
+    cache = mixkv.MixKVCache(model, **SMALL, compile=True)
+    step = model.get_compiled_call(TRACED)
+    with torch.no_grad():
+        logits = step(**prompts, **cache_argument(cache)).logits[:, -1:]
+        for index in range(8):
+            assert (logits[:, -1] - expected[:, index]).abs().max() <= 1e-4
+            mask = dict(attention_mask=torch.ones(1, 61 + index, dtype=torch.long)) if masked else {}
+            logits = step(input_ids=logits.argmax(dim=-1), **mask, **cache_argument(cache)).logits
+    assert graphs() == 1
+
+
+def test_prompt_in_chunks():
+    model = zoo.build("llama")
+    both(model, zoo.inputs("llama", 60), compiled=None, generation=dict(prefill_chunk_size=25))
 
 
 @needs_library
