@@ -53,6 +53,7 @@ static Run part_of(const Run& run, int64_t from, int64_t to, int64_t bytes) {
 
 // Takes a run that every query sees into the state.
 static void take(const ElementKernels& kernel, const Queries& queries, const Run& run, const State& state, float* scratch) {
+  if (run.rows == 0) return;
   (run.key_scale != nullptr ? kernel.attend_codes : kernel.attend)(queries, run, nullptr, state, scratch);
 }
 
@@ -167,6 +168,7 @@ struct Buffers {
   const char *key, *value;
   const uint16_t *key_scale, *value_scale;
   int64_t size, value_size, bytes;
+  bool packed;
 
   Buffers(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales)
       : key(data<char>(keys)),
@@ -175,25 +177,51 @@ struct Buffers {
         value_scale(value_scales ? data<uint16_t>(*value_scales) : nullptr),
         size(keys.size(1)),
         value_size(values.size(1)),
-        bytes(keys.element_size()) {}
+        bytes(keys.element_size()),
+        packed(keys.scalar_type() == ScalarType::Byte) {}
 
   Run run(int64_t row, int64_t rows) const {
     return {key + row * size * bytes, value + row * value_size * bytes, size, value_size, rows,
-            key_scale ? key_scale + row : nullptr, value_scale ? value_scale + row : nullptr};
+            key_scale ? key_scale + row : nullptr, value_scale ? value_scale + row : nullptr, packed};
   }
 };
 
+// Rows in 4 bits that come before the store's own in every sequence; or none.
+struct PackedRows {
+  std::optional<Store> store;
+  std::optional<Extents> extents;
+  std::optional<Buffers> buffers;
+
+  PackedRows(const Store& own, const std::optional<Tensor>& key, const std::optional<Tensor>& value, const std::optional<Tensor>& starts,
+             const std::optional<Tensor>& lengths, const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
+    if (!key) return;
+    STD_TORCH_CHECK(own.coded && value && starts && lengths && key_scale && value_scale, "packed rows come whole, before rows in int8");
+    store.emplace(*key, *value, *starts, *lengths, key_scale, value_scale);
+    STD_TORCH_CHECK(key->scalar_type() == ScalarType::Byte && store->sequences == own.sequences && 2 * store->size == own.size &&
+                        2 * store->value_size == own.value_size,
+                    "packed rows must be uint8, half as wide as the store's, in as many sequences");
+    extents.emplace(*store, *starts, *lengths);
+    buffers.emplace(*key, *value, key_scale, value_scale);
+  }
+
+  Run run(int64_t s) const { return store ? buffers->run(extents->starts[s], extents->lengths[s]) : Run{}; }
+};
+
 static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
-                     std::optional<Tensor> value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
+                     std::optional<Tensor> value_scale, std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
+                     std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+                     std::optional<Tensor> packed_value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
   const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);
   const Extents extents(store, starts, lengths);
   const Buffers buffers(key_buffer, value_buffer, key_scale, value_scale);
+  const PackedRows packed(store, packed_key, packed_value, packed_starts, packed_lengths, packed_key_scale, packed_value_scale);
   Runs runs(store.sequences);
-  runs.all.reserve(store.sequences);
+  runs.all.reserve(2 * store.sequences);
   for (int64_t s = 0; s < store.sequences; ++s) {
     runs.begin();
+    runs.add(packed.run(s));
     runs.add(buffers.run(extents.starts[s], extents.lengths[s]));
   }
   runs.end();
@@ -261,14 +289,19 @@ static Tensor chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor start
 }
 
 static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
-                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
+                     std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+                     std::optional<Tensor> packed_value_scale, Tensor key, Tensor value,
                             int64_t first_position, int64_t max_length, double scaling, double softcap, std::optional<Tensor> sinks) {
   append(key_buffer, value_buffer, position_buffer, starts, lengths, key_scale, value_scale, key, value, first_position, std::nullopt);
-  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, max_length, scaling, softcap, sinks);
+  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, packed_key, packed_value, packed_starts, packed_lengths, packed_key_scale, packed_value_scale, max_length,
+                scaling, softcap, sinks);
 }
 
 static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
-                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
+                     std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+                     std::optional<Tensor> packed_value_scale, Tensor key, Tensor value,
                             std::optional<Tensor> mask, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
   const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   check_new(store, key_buffer, key, value);
@@ -291,6 +324,7 @@ static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer
   const Kernels& set = kernels();
   const ElementKernels& kernel = set.of[element_of(query)];
   const Buffers buffers(key_buffer, value_buffer, key_scale, value_scale);
+  const PackedRows packed(store, packed_key, packed_value, packed_starts, packed_lengths, packed_key_scale, packed_value_scale);
   const int64_t groups = heads.groups, value_size = store.value_size, bytes = query.element_size();
   const int64_t block = std::clamp<int64_t>(kExtendQueries / groups, 1, rows), blocks = (rows + block - 1) / block;
   const int64_t most = block * groups;
@@ -331,6 +365,7 @@ static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer
       const State state = fresh_state(memory.get(), count, value_size);
       const Queries block_queries{query_rows.data(), int(count), int(store.size), int(value_size), float(scaling), float(softcap)};
       float* free = row_sinks + most;
+      take(kernel, block_queries, packed.run(s), state, free);
       take(kernel, block_queries, buffers.run(extents.starts[s], extents.lengths[s]), state, free);
       const Visible visible{seen ? nullptr : limits.data(), seen ? masks.data() : nullptr, mask_row};
       kernel.attend(block_queries,

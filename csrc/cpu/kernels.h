@@ -14,9 +14,11 @@ struct Run {
   int64_t key_stride;
   int64_t value_stride;
   int64_t rows;
-  // Of rows of codes in int8: the scale of each row, in float16.
+  // Of rows of codes: the scale of each row, in float16.
   const uint16_t* key_scale = nullptr;
   const uint16_t* value_scale = nullptr;
+  // Whether codes have 4 bits, two to a byte, and not 8.
+  bool packed = false;
 };
 
 // Query rows that attend to the same keys.
@@ -94,7 +96,7 @@ struct Rows {
 struct ElementKernels {
   // Takes a run into the state. scratch: `attend_scratch` floats.
   void (*attend)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
-  // The same for a run of codes in int8.
+  // The same for a run of codes.
   void (*attend_codes)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
   // Writes a row's codes in int8, and its scale in float16.
   void (*quantise)(const void* row, int size, int8_t* codes, uint16_t* scale);

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
 from ..registry import BACKENDS
 from . import flash, native, reference, score_reference, selection_reference
-from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
 
 # `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
 _UNASKED_ON_GPU = ("torch",)
@@ -106,9 +107,10 @@ def attend(
     *,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend`: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-    return _ATTEND[backend](query, buffers, logits, max_length=max_length, stride=stride)
+    return _ATTEND[backend](query, buffers, logits, max_length=max_length, stride=stride, **_packed(packed))
 
 
 def append_attend(
@@ -122,9 +124,10 @@ def append_attend(
     *,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.append_attend`: rows ``key`` [B, Hkv, 1, D], then ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-    extent = {"max_length": max_length, "stride": stride}
+    extent: dict[str, Any] = {"max_length": max_length, "stride": stride, **_packed(packed)}
     if backend == "native":
         return native.append_attend(query, buffers, key, value, position, logits, **extent)
     reference.append(buffers, key, value, position)
@@ -142,9 +145,10 @@ def attend_extend(
     mask: torch.Tensor | None,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend_extend`: ``query`` [B, Hq, n, D], new rows [B, Hkv, n, D] to [B, n, Hq, Dv]."""
-    extent = {"max_length": max_length, "stride": stride}
+    extent: dict[str, Any] = {"max_length": max_length, "stride": stride, **_packed(packed)}
     return _rows(backend).attend_extend(query, buffers, new_key, new_value, logits, mask=mask, **extent)
 
 
@@ -311,6 +315,11 @@ def report() -> list[str]:
             reason = why_not(name, *place) or "not yet checked on a GPU; ask for it with MIXKV_BACKEND"
             lines.append(f"{kind}: not {name}: {reason}")
     return lines
+
+
+def _packed(packed: Packed | None) -> dict[str, Packed]:
+    """For back ends of which some take no codes."""
+    return {} if packed is None else {"packed": packed}
 
 
 def _rows(backend: str):
