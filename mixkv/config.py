@@ -72,7 +72,8 @@ class MixKVConfig:
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
         rows: how the kept keys and values are stored: ``full`` in the model's dtype, ``int8`` in 8 bits an element with a float16
-            scale for each key and each value. Scores are computed from the model's keys and values whatever the format.
+            scale for each key and each value, ``int4`` the selected entries in 4 bits, rotated, and the window and later tokens in
+            8. Scores are computed from the model's keys and values whatever the format.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
 

@@ -2,11 +2,10 @@
 #pragma once
 
 #include "attend.h"
+#include "levels.h"
 
 namespace {
 
-// `LEVELS` of mixkv.ops.row_codes.
-alignas(16) constexpr int8_t kLevels[16] = {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127};
 constexpr int kLargestSize = 256;
 
 // The levels of a row of `half` bytes: of their lower four bits, then of the upper.

@@ -100,6 +100,10 @@ struct ElementKernels {
   void (*attend_codes)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
   // Writes a row's codes in int8, and its scale in float16.
   void (*quantise)(const void* row, int size, int8_t* codes, uint16_t* scale);
+  // Writes a row times an orthogonal matrix.
+  void (*rotate)(const void* row, int size, float* out);
+  // Writes the row that was rotated.
+  void (*rotate_back)(const float* row, int size, void* out);
   // Writes query i's result to out[i]; sinks (may be null) holds one logit per query.
   void (*finish)(const State&, int count, int value_size, const float* sinks, void* const* out);
   // Writes the mean, or root mean square, over the window's queries for tokens 0 .. N - W. scratch: `window_scratch` floats.
@@ -119,6 +123,8 @@ struct ElementKernels {
 struct Kernels {
   const char* name;
   ElementKernels of[kElements];
+  // Writes a row's codes of 4 bits, and its scale in float16.
+  void (*pack)(const float* row, int size, uint8_t* codes, uint16_t* scale);
   int64_t (*attend_scratch)(int count, int size);
   int64_t (*window_scratch)(int64_t tokens, int size);
   int64_t (*norm_scratch)(int64_t outputs, int size);

@@ -134,7 +134,7 @@ static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer
                             std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
                             std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths,
                             std::optional<Tensor> packed_key_scale, std::optional<Tensor> packed_value_scale, Tensor key,
-                            Tensor value, int64_t first_position, int64_t max_length, double scaling, double softcap,
+                            Tensor value, int64_t first_position, bool, int64_t max_length, double scaling, double softcap,
                             std::optional<Tensor> sinks) {
   const Place place(query);
   refuse_codes(key_scale);

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..registry import BACKENDS
-from . import flash, native, reference, score_reference, selection_reference
+from . import flash, native, reference, row_codes, score_reference, selection_reference
 from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
 
 # `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
@@ -125,11 +125,12 @@ def append_attend(
     max_length: int,
     stride: int | None,
     packed: Packed | None = None,
+    rotate: bool = False,
 ) -> torch.Tensor:
     """`reference.append_attend`: rows ``key`` [B, Hkv, 1, D], then ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
     extent: dict[str, Any] = {"max_length": max_length, "stride": stride, **_packed(packed)}
-    if backend == "native":
-        return native.append_attend(query, buffers, key, value, position, logits, **extent)
+    if backend == "native" or rotate:
+        return _rows(backend).append_attend(query, buffers, key, value, position, logits, rotate=rotate, **extent)
     reference.append(buffers, key, value, position)
     return _ATTEND[backend](query, buffers, logits, **extent)
 
@@ -199,6 +200,12 @@ def gather(
 ) -> RaggedBuffers:
     """`selection_reference.gather`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows], ``counts`` int64 [B, Hkv]."""
     return (native if backend == "native" else selection_reference).gather(key, value, positions, counts, codes=codes)
+
+
+def encode_rotated(backend: str, rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_codes.encode_rotated`; compiled for the CPU only."""
+    compiled = backend == "native" and rows.device.type == "cpu"
+    return (native if compiled else row_codes).encode_rotated(rows, pack=pack)
 
 
 def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:

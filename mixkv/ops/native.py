@@ -112,9 +112,11 @@ def append_attend(
     max_length: int,
     stride: int | None = None,
     packed: Packed | None = None,
+    rotate: bool = False,
 ) -> torch.Tensor:
     """`reference.append_attend`, in one call; ``stride`` makes no difference."""
-    return _ops().append_attend.default(query, *buffers, *_packed(packed), key, value, position, max_length, *_logits(logits))
+    new = (key, value, position, rotate)
+    return _ops().append_attend.default(query, *buffers, *_packed(packed), *new, max_length, *_logits(logits))
 
 
 def attend_extend(
@@ -271,6 +273,11 @@ def gather(
     buffers = layout.empty_buffers(counts.flatten(), total, spare, (key, value), codes=codes)
     compact(buffers, key, value, positions)
     return buffers
+
+
+def encode_rotated(rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_codes.encode_rotated`: the scale may be the next float16, as sums are taken in another order."""
+    return _ops().encode_rotated.default(rows, pack)
 
 
 def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
 from .row_access import flat_rows, read_rows, write_rows
+from .row_codes import rotated, rotated_back
 
 # Queries attended at once by `attend_extend`: bounds its mask and logits at this many rows per prefix row.
 _EXTEND_BLOCK = 256
@@ -96,8 +97,17 @@ def append_attend(
     max_length: int,
     stride: int | None,
     packed: Packed | None = None,
+    rotate: bool = False,
 ) -> torch.Tensor:
-    """`append` of rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] and then `attend`; ``max_length`` counts the new rows."""
+    """`append` of rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] and then `attend`; ``max_length`` counts the new rows.
+
+    With ``rotate`` the stored rows are rotated: query, key and value are rotated first, and the output is rotated back.
+    """
+    if rotate:
+        turned, key, value = (rotated(part.float()) for part in (query, key, value))
+        append(buffers, key, value, position)
+        output = attend(turned, buffers, logits, max_length=max_length, stride=stride, packed=packed)
+        return rotated_back(output).to(query.dtype)
     append(buffers, key, value, position)
     return attend(query, buffers, logits, max_length=max_length, stride=stride, packed=packed)
 

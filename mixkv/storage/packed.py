@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..ops import row_access
+from ..ops import dispatch, row_access
 from ..ops.arguments import LogitOptions, Packed
-from ..ops.row_codes import packed, quantised, rotated, rotated_back
+from ..ops.row_codes import rotated, rotated_back
 from ..selection.ranking import Selection
 from .ragged import RaggedStore
 
@@ -35,11 +35,14 @@ class PackedStore:
         positions, counts = selection.flat_positions, selection.lengths.flatten()
         sequence = torch.arange(batch * heads, device=key.device).repeat_interleave(counts, output_size=positions.numel())
         place = (sequence // heads, sequence % heads, positions.long())
-        rows = [rotated(part.detach()[place].float()) for part in (key, value)]
+        rows = [part.detach()[place] for part in (key, value)]
         late = selection.flat_ranks < 0
+        chosen_backend = dispatch.choose(backend, key.device, torch.float32, key.shape[3], value.shape[3], codes=True)
         stores: list[RaggedStore] = []
-        for chosen, encode in ((~late, packed), (late, quantised)):
-            (key_codes, key_scale), (value_codes, value_scale) = (encode(part[chosen]) for part in rows)
+        for chosen, pack in ((~late, True), (late, False)):
+            (key_codes, key_scale), (value_codes, value_scale) = (
+                dispatch.encode_rotated(chosen_backend, part[chosen], pack=pack) for part in rows
+            )
             lengths = torch.bincount(sequence[chosen], minlength=batch * heads).view(batch, heads).to(torch.int32)
             held = (key_codes, value_codes, positions[chosen], key_scale, value_scale)
             stores.append(RaggedStore.from_rows(held, lengths, backend, dtype=torch.float32))
@@ -123,9 +126,7 @@ class PackedStore:
     def append_attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
     ) -> torch.Tensor:
-        turned, key, value = (rotated(part.detach().float()) for part in (query, key, value))
-        output = self.recent.append_attend(turned, key, value, position, logits, packed=self._packed)
-        return rotated_back(output).to(query.dtype)
+        return self.recent.append_attend(query, key, value, position, logits, packed=self._packed, rotate=True)
 
     def attend(self, query: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
         output = self.recent.attend(rotated(query.detach().float()), logits, packed=self._packed)

@@ -203,6 +203,7 @@ class RaggedStore:
         logits: LogitOptions,
         *,
         packed: Packed | None = None,
+        rotate: bool = False,
     ) -> torch.Tensor:
         """A decode step: `append` of one row ``key`` [B, Hkv, 1, D] and `attend` of ``query`` [B, Hq, 1, D]."""
         self._reserve(1)
@@ -217,6 +218,7 @@ class RaggedStore:
             max_length=self.max_length + 1,
             stride=self.stride,
             packed=packed,
+            rotate=rotate,
         )
         self._count(1)
         return output

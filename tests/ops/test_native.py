@@ -319,7 +319,7 @@ def samples():
         others = packed_of([3, 0, 1, 9], 64, 80).buffers if codes else (None,) * 7
         others = (*others[:2], *others[3:])
         yield "attend", (query, *read, *others, *logits)
-        yield "append_attend", (query, *store, *others, key, value, 3, *logits)
+        yield "append_attend", (query, *store, *others, key, value, 3, codes, *logits)
         yield "attend_extend", (query, *read, *others, key, value, None, *logits)
         offsets = (store.lengths.cumsum(0) - store.lengths).to(torch.int32)
         positions = torch.zeros(int(store.lengths.sum()), dtype=torch.int32)
@@ -338,6 +338,7 @@ def samples():
                 torch.randn(4),
             ),
         )
+        yield "encode_rotated", (key.flatten(0, 2), codes)
         yield "projected_norm", (torch.randn(1, 2, 9, 64).to(dtype), torch.randn(2, 64, 64))
 
 

@@ -24,7 +24,7 @@ from support.stores import (
 
 from mixkv.ops import native, reference, selection_reference
 from mixkv.ops.arguments import LogitOptions
-from mixkv.ops.row_codes import LEVELS, dequantised, packed, quantised, rotated, rotated_back, unpacked
+from mixkv.ops.row_codes import LEVELS, dequantised, encode_rotated, packed, quantised, rotated, rotated_back, unpacked
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -117,6 +117,41 @@ def test_packed_extend_and_append_equal_oracle(new):
     if new == 1:
         output = native.append_attend(query, store, key, value, 31, logits, max_length=151, packed=others)
         assert torch.equal(output, native.attend(query, store, logits, max_length=151, packed=others))
+
+
+@needs_library
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 112, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_encode_rotated_equals_twin(dtype, size):
+    torch.manual_seed(size)
+    rows = torch.randn(70, size).mul(torch.rand(70, 1).mul(6).exp()).to(dtype)
+    rows[3] = 0.0
+    for pack in (False, True):
+        (codes, scale), (twin_codes, twin_scale) = native.encode_rotated(rows, pack=pack), encode_rotated(rows, pack=pack)
+        assert codes.shape == twin_codes.shape and codes.dtype == twin_codes.dtype
+        # Sums are taken in another order: a scale may be the next float16, an element between two codes have the other one.
+        assert torch.allclose(scale.float(), twin_scale.float(), rtol=2**-10)
+        read, other = (rotated_back(dequantised(*part)) for part in ((codes, scale), (twin_codes, twin_scale)))
+        lost, twin_lost = ((part - rows.float()).square().sum() for part in (read, other))
+        assert abs(lost / twin_lost - 1) < 0.02 and (codes != twin_codes).float().mean() < 0.02
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_rotated_step_equals_twin(dtype):
+    torch.manual_seed(8)
+    store, others = coded(make_store([5, 0, 30, 1], 64, 80, dtype)), packed_of([0, 3, 300, 17], 64, 80)
+    query, key, value = strided(2, 6, 1, 64, dtype), strided(2, 2, 1, 64, dtype), strided(2, 2, 1, 80, dtype)
+    logits, cleaned = LogitOptions(0.125), others._replace(buffers=clean(others.buffers))
+    before = copied(clean(store))
+    result = native.append_attend(query, store, key, value, 9, logits, max_length=31, packed=others, rotate=True)
+    options = {"max_length": 31, "stride": None, "packed": cleaned, "rotate": True}
+    twin = reference.append_attend(query, before, key, value, 9, logits, **options)
+    assert result.dtype == dtype and torch.equal(store.lengths, before.lengths)
+    whole = decoded(store, others)
+    turned = rotated(query.float())
+    exact = rotated_back(oracle_attend(turned, whole, 0.125))
+    assert_close(result, exact, twin, query_rounding(turned, whole, 0.125) * 80**0.5)
 
 
 @needs_library
