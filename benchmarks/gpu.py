@@ -304,16 +304,12 @@ class Checks:
             if random.random() < 0.5:
                 valid = torch.ones(batch, 1, tokens, dtype=torch.bool, device="cuda")
                 valid[:, :, : random.choice((0, 5, tokens - 3))] = False
-            options = {
-                "scaling": size**-0.5,
-                "statistic": random.choice(("mean", "rms")),
-                "group_reduce": random.choice(("mean", "max")),
-                "softcap": random.choice((None, 5.0)),
-                "sinks": torch.randn(heads * groups, device="cuda") if random.random() < 0.4 else None,
-            }
+            options = {"statistic": random.choice(("mean", "rms")), "group_reduce": random.choice(("mean", "max"))}
+            sinks = torch.randn(heads * groups, device="cuda") if random.random() < 0.4 else None
+            logits = LogitOptions(size**-0.5, random.choice((None, 5.0)), sinks)
             poison()
-            found = native.window_attention(query, key, valid, **options)
-            exact = score_reference.window_attention(query.float(), key.float(), valid, **options).double()
+            found = native.window_attention(query, key, valid, logits, **options)
+            exact = score_reference.window_attention(query.float(), key.float(), valid, logits, **options).double()
             error = ((found.double() - exact).norm() / (exact.norm() + 1e-9)).item()
             label = ("window_scores", str(dtype).removeprefix("torch."))
             self.worst[label] = max(self.worst.get(label, 0.0), error)
@@ -543,7 +539,7 @@ def time_window() -> list[dict]:
     for name, function in (("compiled", native.window_attention), ("plain torch", score_reference.window_attention)):
 
         def call(function=function):
-            return function(query, key, None, scaling=128**-0.5)
+            return function(query, key, None, LogitOptions(128**-0.5))
 
         rows.append(row(f"  {name}", device_seconds(call), f"{peak(call) / 1e6:.1f} MB extra"))
     return rows

@@ -256,8 +256,8 @@ def bench_window(threads: list[int], repeats: int) -> None:
         torch.set_num_threads(count)
         query, key = torch.randn(1, 32, 32, 128).to(dtype), torch.randn(1, 8, 8192, 128).to(dtype)
         candidates = {
-            "native": lambda: native.window_attention(query, key, None, scaling=0.1),
-            "plain": lambda: score_reference.window_attention(query, key, None, scaling=0.1),
+            "native": lambda: native.window_attention(query, key, None, LogitOptions(0.1)),
+            "plain": lambda: score_reference.window_attention(query, key, None, LogitOptions(0.1)),
         }
         torch.testing.assert_close(candidates["native"](), candidates["plain"](), rtol=1e-3, atol=1e-5)
         times = interleaved(candidates, max(5, repeats // 4))

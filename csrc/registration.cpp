@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("attend(Tensor query, " MIXKV_STORE MIXKV_PACKED MIXKV_LOGITS ") -> Tensor");
   m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, " MIXKV_SCALES MIXKV_PACKED
         "Tensor key, Tensor value, int first_position, bool rotate, " MIXKV_LOGITS ") -> Tensor");
+  m.def("step(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, " MIXKV_SCALES "Tensor ends, Tensor evicted, Tensor key, Tensor value, "
+        MIXKV_LOGITS ") -> Tensor");
   m.def("attend_extend(Tensor query, " MIXKV_STORE MIXKV_PACKED "Tensor key, Tensor value, Tensor? mask, " MIXKV_LOGITS ") -> Tensor");
   m.def("chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor starts, Tensor counts, int longest) -> Tensor");
   m.def("attend_chunks(Tensor query, " MIXKV_STORE "Tensor chunk_key, Tensor chunk_value, Tensor blocks, Tensor block_rows, int chunk, "
@@ -26,22 +28,20 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
         "Tensor from_starts, Tensor? from_key_scale, Tensor? from_value_scale, int max_length) -> ()");
   m.def("window_scores(Tensor query, Tensor key, Tensor? valid, float scaling, bool squared, bool reduce_max, float softcap, "
         "Tensor? sinks) -> Tensor");
-  m.def("projected_norm(Tensor value, Tensor factor) -> Tensor");
+  m.def("importance(Tensor query, Tensor key, Tensor? value, Tensor? factor, Tensor? valid, float scaling, bool reduce_max, "
+        "float softcap, Tensor? sinks, int kernel_size, bool largest) -> Tensor");
   m.def("row_norms(Tensor rows) -> Tensor");
-  m.def("mean_directions(Tensor key, Tensor? valid) -> (Tensor, Tensor, Tensor)");
-  m.def("row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) -> Tensor");
+  m.def("diversity(Tensor key, Tensor? valid) -> (Tensor, Tensor)");
   m.def("match(Tensor raw, Tensor reference, Tensor? valid) -> Tensor");
   m.def("places(Tensor score) -> (Tensor, Tensor)");
   m.def("ada_counts(Tensor importance, Tensor base, Tensor totals) -> Tensor");
   m.def("take(Tensor ranks, Tensor entries, Tensor? window, int width) -> (Tensor, Tensor, Tensor)");
-  m.def("mean_cosine(Tensor mean, Tensor count) -> Tensor");
   m.def("mix(Tensor importance, Tensor similarity, Tensor value_norm, Tensor share, Tensor? valid) -> Tensor");
   m.def("normalized(Tensor importance, float exponent) -> Tensor");
   m.def("gather(Tensor key, Tensor value, Tensor positions, Tensor counts, bool codes, int spare_rows, float spare_share) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("pool(Tensor attention, Tensor? norm, int kernel_size, bool largest) -> Tensor");
-  m.def("merge_largest(Tensor value, Tensor owner, Tensor importance, Tensor within, Tensor totals, int owners) -> "
-        "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("merge_largest(Tensor value, Tensor owner, Tensor within, Tensor importance, Tensor own_totals, Tensor totals, Tensor base, "
+        "Tensor candidates, Tensor least, Tensor limit, float floor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor? key_scale, "
         "Tensor? value_scale, Tensor ranks, Tensor quota, int tail, int spare_rows, float spare_share) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

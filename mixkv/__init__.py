@@ -2,8 +2,10 @@
 
 from . import moved, plot
 from .cache import MixKVCache
+from .calibrate import calibrate
 from .config import MixKVConfig
 from .patch import patch, patched, unpatch
+from .read import read
 from .registry import register_method, register_score
 from .selection import Selection, select
 
@@ -14,9 +16,11 @@ __all__ = [
     "MixKVCache",
     "MixKVConfig",
     "Selection",
+    "calibrate",
     "patch",
     "patched",
     "plot",
+    "read",
     "register_method",
     "register_score",
     "select",

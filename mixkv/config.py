@@ -64,6 +64,8 @@ class MixKVConfig:
             the model's device, and only what is read of them a step is saved.
         profile: sparsemm's head scores: a table (layers x query heads, or layers x KV heads) or the path of a file with
             one, JSON or what ``mixkv calibrate`` writes; see `mixkv.head_profile`. Layers are those that attend to everything.
+        gate: for the score ``gate``, the path of a file that ``mixkv.calibrate`` wrote. None: one that comes with mixkv, if it fits
+            the model; else one is fitted when it is first needed, and kept in mixkv's cache folder.
         refit: whether the values of kept rows are changed by ridge regression so that the window's queries get what they got from
             the whole prompt; see `mixkv.selection.refit`. Where nothing was evicted they stay as they are. Of ``hybridkv``
             those of pruned heads are.
@@ -71,11 +73,19 @@ class MixKVConfig:
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
+        turns: which turns of a conversation are compressed. ``first`` the prompt alone, later turns are kept whole; ``each`` every
+            later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
+            ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
+            turn being read and what was generated since the turn before.
+        replay_chunk: for the score ``replay``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
+            prompt's first four.
         rows: how the kept keys and values are stored: ``full`` in the model's dtype, ``int8`` in 8 bits an element with a float16
             scale for each key and each value, ``int4`` the selected entries in 4 bits, rotated, and the window and later tokens in
             8. Scores are computed from the model's keys and values whatever the format.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
+        compile: whether ``generate`` compiles decode steps to one graph each (torch.compile). The first call takes long; see
+            `mixkv.cache.stepped`.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.
@@ -105,14 +115,17 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
+    replay_chunk: int = 2048
     rows: str = "full"
     refit: bool = False
+    gate: str | None = None
+    turns: str = "first"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         registry.method(self.method)
         registry.score(self.score)
-        registry.row_format(self.rows)
-        if self.rows != "full" and registry.method(self.method).keeps_chunks:
+        if registry.row_format(self.rows).codes and registry.method(self.method).keeps_chunks:
             raise ValueError(
                 f"rows={self.rows!r} does not go with method={self.method!r}, whose chunks are in the model's dtype: leave rows "
                 f"out, or use another method"
@@ -120,12 +133,13 @@ class MixKVConfig:
         _one_of("backend", self.backend, registry.BACKENDS)
         _one_of("pooling", self.pooling, ("avg", "max"))
         _one_of("group_reduce", self.group_reduce, ("mean", "max"))
+        _one_of("turns", self.turns, ("first", "each", "all"))
         _positive_int("window", self.window)
         for name in ("kernel_size", "output_kernel_size"):
             _positive_int(name, getattr(self, name))
             if getattr(self, name) % 2 == 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be odd, so that pooling keeps positions in place")
-        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last"):
+        for name in ("pyramid_beta", "decode_slack", "hybrid_chunk", "hybrid_last", "replay_chunk"):
             _positive_int(name, getattr(self, name))
         if self.hybrid_first != 0:
             _positive_int("hybrid_first", self.hybrid_first)
@@ -133,9 +147,13 @@ class MixKVConfig:
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
-        for name in ("offload", "refit"):
+        for name in ("offload", "refit", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if isinstance(self.gate, Path):
+            object.__setattr__(self, "gate", str(self.gate))
+        if self.gate is not None and not isinstance(self.gate, str):
+            raise ValueError(f"gate={self.gate!r} must be the path of a file that mixkv.calibrate wrote, or None")
         self._check_budget()
         self._check_tables()
 
@@ -155,10 +173,24 @@ class MixKVConfig:
                 f"budget={budget} must exceed window={self.window}: the window is always kept and counts in the budget. "
                 f"Raise the budget or lower the window"
             )
+        if self.turns != "first" and not registry.method(self.method).turns:
+            raise ValueError(
+                f"turns={self.turns!r} does not go with method={self.method!r}, which keeps later turns whole: leave it out, or use "
+                f"another method"
+            )
+        if self.turns == "all" and (isinstance(budget, float) or str(budget).endswith("%")):
+            raise ValueError(
+                f"budget={budget} is a share of a prompt, and turns='all' needs a bound on all that is held: give budget as an int"
+            )
         if self.decode_budget is not None and not registry.method(self.method).decode_budget:
             raise ValueError(
                 f"decode_budget={self.decode_budget} does not go with method={self.method!r}, which keeps all that is generated: "
                 f"leave it out, or use another method"
+            )
+        if self.decode_budget is not None and registry.score(self.score).needs_replay:
+            raise ValueError(
+                f"decode_budget={self.decode_budget} does not go with score={self.score!r}, which is known of the prompt alone: leave it "
+                f"out, or use another score"
             )
         if self.decode_budget is not None:
             _positive_int("decode_budget", self.decode_budget)

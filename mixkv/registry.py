@@ -24,8 +24,8 @@ class Method:
         allocate: ``allocate(context) -> entries``: the number of candidates [B, Hkv] (int64) that each head of a layer keeps
             beside its observation window; ``context`` is a `mixkv.selection.context.AllocationContext`. None for a method
             with a ``plan``.
-        new_budget: ``new_budget(config, num_layers, patient=False) -> budget``: makes the budget that the layers of one prompt
-            share, see `mixkv.selection.global_budget`; None: every layer has its own.
+        new_budget: ``new_budget(config, num_layers, patient=False, limits=None) -> budget``: makes the budget that the layers of
+            one prompt share, see `mixkv.selection.global_budget`; None: every layer has its own.
         plan: divides heads into those that are pruned and those that keep all entries in chunks, see
             `mixkv.selection.hybrid.plan`; None: all heads are pruned.
         options: fields of `MixKVConfig` that the allocation reads and no score does.
@@ -33,6 +33,7 @@ class Method:
         uses_importance: whether it reads the candidates' importance; under tensor parallelism that of all heads is gathered.
         uses_output_importance: whether that importance is `ScoreContext.output_importance`, whatever the score.
         decode_budget: whether it works with ``MixKVConfig(decode_budget=...)``.
+        turns: whether it works with ``MixKVConfig(turns=...)`` other than ``first``.
         tensor_parallel: whether it works where each process has some of a layer's KV heads.
         built_in: False for the user's.
     """
@@ -48,6 +49,7 @@ class Method:
     uses_importance: bool = False
     uses_output_importance: bool = False
     decode_budget: bool = True
+    turns: bool = True
     tensor_parallel: bool = True
     built_in: bool = True
 
@@ -83,6 +85,8 @@ class Score:
             what an entry adds to the layer's output, in place of window attention.
         comparable: whether the scores, all >= 0, of different heads and layers can be compared as they are. Methods that allocate by importance
             then use the scores in its place, ``global`` without normalising layers.
+        needs_replay: whether the score is computed from what a replay of the prompt measures.
+        needs_gate: whether the score is computed by a gate that was fitted to the model.
         built_in: False for the user's.
     """
 
@@ -92,6 +96,8 @@ class Score:
     paper: str | None = None
     uses_output_importance: bool = False
     comparable: bool = False
+    needs_replay: bool = False
+    needs_gate: bool = False
     built_in: bool = True
 
 
@@ -107,6 +113,8 @@ class RowFormat:
             ``itemsize`` is that of the model's dtype.
         recent_bytes: likewise of an entry of the window or of a token that came later.
         description: one line for tables.
+        codes: whether rows are codes with scales.
+        packs: whether selected rows lie in a store of their own, a `mixkv.storage.packed.PackedStore`.
         built_in: False for the user's.
     """
 
@@ -115,6 +123,8 @@ class RowFormat:
     row_bytes: Callable[[int, int, int], int]
     recent_bytes: Callable[[int, int, int], int]
     description: str = ""
+    codes: bool = False
+    packs: bool = False
     built_in: bool = True
 
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention.h"
 #include "rows.h"
 #include "runs.h"
 
@@ -119,10 +120,10 @@ static Tensor attend_runs(Tensor query, const Store& store, const Heads& heads, 
   return out;
 }
 
-static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
-                     std::optional<Tensor> value_scale, std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
-                     std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
-                     std::optional<Tensor> packed_value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
+Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
+              std::optional<Tensor> value_scale, std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
+              std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+              std::optional<Tensor> packed_value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
   const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);
@@ -220,11 +221,12 @@ static Tensor rotated_back(const Tensor& rows, const Tensor& like) {
   return to;
 }
 
-static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
-                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
-                     std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
-                     std::optional<Tensor> packed_value_scale, Tensor key, Tensor value,
-                            int64_t first_position, bool rotate, int64_t max_length, double scaling, double softcap,
+static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts,
+                            Tensor lengths, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale,
+                            std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
+                            std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths,
+                            std::optional<Tensor> packed_key_scale, std::optional<Tensor> packed_value_scale, Tensor key,
+                            Tensor value, int64_t first_position, bool rotate, int64_t max_length, double scaling, double softcap,
                             std::optional<Tensor> sinks) {
   if (rotate) {
     const Tensor turned = rotated(query);
@@ -234,15 +236,16 @@ static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer
     return rotated_back(output, query);
   }
   append(key_buffer, value_buffer, position_buffer, starts, lengths, key_scale, value_scale, key, value, first_position, std::nullopt);
-  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, packed_key, packed_value, packed_starts, packed_lengths, packed_key_scale, packed_value_scale, max_length,
-                scaling, softcap, sinks);
+  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, packed_key, packed_value, packed_starts,
+                packed_lengths, packed_key_scale, packed_value_scale, max_length, scaling, softcap, sinks);
 }
 
 static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
-                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
-                     std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
-                     std::optional<Tensor> packed_value_scale, Tensor key, Tensor value,
-                            std::optional<Tensor> mask, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, std::optional<Tensor> packed_key,
+                            std::optional<Tensor> packed_value, std::optional<Tensor> packed_starts,
+                            std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+                            std::optional<Tensor> packed_value_scale, Tensor key, Tensor value, std::optional<Tensor> mask, int64_t,
+                            double scaling, double softcap, std::optional<Tensor> sinks) {
   const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   check_new(store, key_buffer, key, value);
   const Heads heads(store, query, key_buffer, sinks);

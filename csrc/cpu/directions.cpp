@@ -1,7 +1,8 @@
-// row_norms, mean_directions, mean_cosine, row_cosines: the length of rows and where they point to, head by head.
+// row_norms, diversity: the length of rows and how alike they are, head by head.
 #include <algorithm>
 #include <tuple>
 
+#include "importance.h"
 #include "store.h"
 
 namespace mixkv::cpu {
@@ -45,7 +46,7 @@ struct Sequences {
   int64_t strides[3], row_bytes;
 };
 
-static Tensor row_norms(Tensor rows) {
+Tensor row_norms(Tensor rows) {
   rows = row_dense(rows);
   const Sequences all(rows);
   const int64_t count = all.tokens;
@@ -62,81 +63,46 @@ static Tensor row_norms(Tensor rows) {
   return out;
 }
 
-static std::tuple<Tensor, Tensor, Tensor> mean_directions(Tensor key, std::optional<Tensor> valid) {
+// The cosine of each key with the mean direction of its head's valid keys, and the mean cosine between two of these.
+static std::tuple<Tensor, Tensor> diversity(Tensor key, std::optional<Tensor> valid) {
   key = row_dense(key);
   const Sequences all(key);
-  if (valid) {
-    STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool && valid->dim() == 3 && valid->size(0) == all.batch &&
-                        valid->size(1) == all.heads && valid->size(2) == all.tokens,
-                    "valid must be a bool [B, Hkv, N] tensor");
-  }
-  Tensor inverse_norm = torch::stable::new_empty(key, {all.batch, all.heads, all.tokens}, ScalarType::Float);
-  Tensor mean = torch::stable::new_empty(key, {all.batch, all.heads, all.size}, ScalarType::Float);
-  Tensor counts = torch::stable::new_empty(key, {all.batch, all.heads}, ScalarType::Float);
+  if (valid) check_mask(*valid, all.batch, all.heads, all.tokens, "valid");
+  const int64_t count = all.tokens;
+  Tensor similarity = torch::stable::new_empty(key, {all.batch, all.heads, count}, ScalarType::Float);
+  Tensor redundancy = torch::stable::new_empty(key, {all.batch, all.heads}, ScalarType::Float);
   const ElementKernels& kernel = kernels().of[element_of(key)];
-  float *inverses = data<float>(inverse_norm), *means = data<float>(mean), *found = data<float>(counts);
+  const auto inverses = scratch(all.count() * count), means = scratch(all.count() * all.size);
+  float *cosines = data<float>(similarity), *shares = data<float>(redundancy);
   const uint8_t* real = valid ? data<uint8_t>(*valid) : nullptr;
   torch::stable::parallel_for(0, all.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
-      Rows rows = all.rows(s, 0, all.tokens);
+      Rows rows = all.rows(s, 0, count);
       if (real) {
         rows.valid = real + s / all.heads * valid->stride(0) + s % all.heads * valid->stride(1);
         rows.valid_stride = valid->stride(2);
       }
-      found[s] = float(kernel.direction(rows, inverses + s * all.tokens, means + s * all.size));
+      const float* mean = means.get() + s * all.size;
+      const float found = float(kernel.direction(rows, inverses.get() + s * count, means.get() + s * all.size));
+      float squares = 0.0f;
+      for (int64_t d = 0; d < all.size; ++d) squares += mean[d] * mean[d];
+      shares[s] = std::min(std::max((found * squares - 1.0f) / std::max(found - 1.0f, 1.0f), 0.0f), 1.0f);
     }
   });
-  return {inverse_norm, mean, counts};
-}
-
-static Tensor mean_cosine(Tensor mean, Tensor count) {
-  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && mean.is_contiguous() && mean.dim() == 3,
-                  "mean must be a contiguous float32 [B, Hkv, D] tensor");
-  STD_TORCH_CHECK(count.scalar_type() == ScalarType::Float && count.is_contiguous() && count.dim() == 2 &&
-                      count.size(0) == mean.size(0) && count.size(1) == mean.size(1),
-                  "count must be a contiguous float32 [B, Hkv] tensor");
-  Tensor out = torch::stable::new_empty(mean, {mean.size(0), mean.size(1)}, ScalarType::Float);
-  const int64_t size = mean.size(2);
-  const float *means = data<float>(mean), *counts = data<float>(count);
-  for (int64_t s = 0; s < out.numel(); ++s) {
-    float squares = 0.0f;
-    for (int64_t d = 0; d < size; ++d) squares += means[s * size + d] * means[s * size + d];
-    const float cosine = (counts[s] * squares - 1.0f) / std::max(counts[s] - 1.0f, 1.0f);
-    data<float>(out)[s] = std::min(std::max(cosine, 0.0f), 1.0f);
-  }
-  return out;
-}
-
-static Tensor row_cosines(Tensor key, Tensor inverse_norm, Tensor mean) {
-  key = row_dense(key);
-  const Sequences all(key);
-  const int64_t count = all.tokens;
-  STD_TORCH_CHECK(inverse_norm.scalar_type() == ScalarType::Float && inverse_norm.is_contiguous() && inverse_norm.dim() == 3 &&
-                      inverse_norm.numel() == all.count() * all.tokens,
-                  "inverse_norm must be a contiguous float32 [B, Hkv, N] tensor");
-  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && mean.is_contiguous() && mean.dim() == 3 &&
-                      mean.numel() == all.count() * all.size,
-                  "mean must be a contiguous float32 [B, Hkv, D] tensor");
-  Tensor out = torch::stable::new_empty(key, {all.batch, all.heads, count}, ScalarType::Float);
-  const ElementKernels& kernel = kernels().of[element_of(key)];
-  const float *inverses = data<float>(inverse_norm), *means = data<float>(mean);
-  float* result = data<float>(out);
   const int64_t parts = (count + kPart - 1) / kPart;
   torch::stable::parallel_for(0, all.count() * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t s = item / parts, first = item % parts * kPart;
-      kernel.cosines(all.rows(s, first, std::min(kPart, count - first)), means + s * all.size, inverses + s * all.tokens + first,
-                     result + s * count + first);
+      kernel.cosines(all.rows(s, first, std::min(kPart, count - first)), means.get() + s * all.size, inverses.get() + s * count + first,
+                     cosines + s * count + first);
     }
   });
-  return out;
+  return {similarity, redundancy};
 }
 
 }  // namespace mixkv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("row_norms", TORCH_BOX(&mixkv::cpu::row_norms));
-  m.impl("mean_directions", TORCH_BOX(&mixkv::cpu::mean_directions));
-  m.impl("mean_cosine", TORCH_BOX(&mixkv::cpu::mean_cosine));
-  m.impl("row_cosines", TORCH_BOX(&mixkv::cpu::row_cosines));
+  m.impl("diversity", TORCH_BOX(&mixkv::cpu::diversity));
 }

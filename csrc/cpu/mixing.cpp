@@ -1,4 +1,4 @@
-// match, mix, normalized, pool: scores on one scale, head by head.
+// match, mix, normalized: scores on one scale, head by head.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -110,46 +110,10 @@ static Tensor normalized(Tensor importance, double exponent) {
   return out;
 }
 
-static Tensor pool(Tensor attention, std::optional<Tensor> norm, int64_t kernel_size, bool largest) {
-  STD_TORCH_CHECK(attention.dim() == 3 && attention.scalar_type() == ScalarType::Float, "attention must be float32 [B, Hkv, M]");
-  STD_TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1, "the kernel size must be odd, is ", kernel_size);
-  attention = torch::stable::contiguous(attention);
-  const int64_t sequences = attention.size(0) * attention.size(1), tokens = attention.size(2), reach = kernel_size / 2;
-  Tensor out = torch::stable::new_empty(attention, {attention.size(0), attention.size(1), tokens}, ScalarType::Float);
-  if (norm) {
-    STD_TORCH_CHECK(norm->dim() == 3 && norm->scalar_type() == ScalarType::Float && norm->is_contiguous() &&
-                        norm->size(0) == attention.size(0) && norm->size(1) == attention.size(1) && norm->size(2) >= tokens,
-                    "norm must be contiguous float32 [B, Hkv, >= M]");
-  }
-  const int64_t norms = norm ? norm->size(2) : 0;
-  std::vector<float> weighted(norm ? tokens : 0);
-  float* to = data<float>(out);
-  for (int64_t s = 0; s < sequences; ++s, to += tokens) {
-    const float* from = data<float>(attention) + s * tokens;
-    if (norm) {
-      for (int64_t n = 0; n < tokens; ++n) weighted[n] = from[n] * data<float>(*norm)[s * norms + n];
-      from = weighted.data();
-    }
-    // One neighbour of all tokens after the other: as many additions at once as a vector has lanes.
-    std::fill_n(to, tokens, largest ? -std::numeric_limits<float>::infinity() : 0.0f);
-    for (int64_t shift = -reach; shift <= reach; ++shift) {
-      const int64_t begin = std::max<int64_t>(0, -shift), end = std::min(tokens, tokens - shift);
-      if (largest)
-        for (int64_t n = begin; n < end; ++n) to[n] = from[n + shift] > to[n] || from[n + shift] != from[n + shift] ? from[n + shift] : to[n];
-      else
-        for (int64_t n = begin; n < end; ++n) to[n] += from[n + shift];
-    }
-    if (!largest)
-      for (int64_t n = 0; n < tokens; ++n) to[n] /= float(kernel_size);
-  }
-  return out;
-}
-
 }  // namespace mixkv::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("match", TORCH_BOX(&mixkv::cpu::match));
   m.impl("mix", TORCH_BOX(&mixkv::cpu::mix));
   m.impl("normalized", TORCH_BOX(&mixkv::cpu::normalized));
-  m.impl("pool", TORCH_BOX(&mixkv::cpu::pool));
 }

@@ -1,12 +1,13 @@
-// window_scores: what the observation window attends to, head by head; projected_norm: what a value row adds to the output.
+// window_scores: what the observation window attends to, head by head; and the norms of projected values, for importance.cpp.
 #include <algorithm>
 
+#include "importance.h"
 #include "store.h"
 
 namespace mixkv::cpu {
 
-static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> valid, double scaling, bool squared, bool reduce_max,
-                            double softcap, std::optional<Tensor> sinks) {
+Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> valid, double scaling, bool squared, bool reduce_max,
+                     double softcap, std::optional<Tensor> sinks) {
   const WindowShape shape(query, key, valid, sinks);
   query = row_dense(query);
   key = row_dense(key);
@@ -65,7 +66,7 @@ static Tensor window_scores(Tensor query, Tensor key, std::optional<Tensor> vali
   return out;
 }
 
-static Tensor projected_norm(Tensor value, Tensor factor) {
+Tensor projected_norm(Tensor value, Tensor factor) {
   STD_TORCH_CHECK(value.dim() == 4 && factor.dim() == 3, "value must be [B, Hkv, N, D] and factor [Hkv, outputs, D]");
   const int64_t batch = value.size(0), heads = value.size(1), rows = value.size(2), size = value.size(3), outputs = factor.size(1);
   STD_TORCH_CHECK(factor.size(0) == heads && factor.size(2) == size, "factor must have the value's heads and head size");
@@ -105,5 +106,4 @@ static Tensor projected_norm(Tensor value, Tensor factor) {
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("window_scores", TORCH_BOX(&mixkv::cpu::window_scores));
-  m.impl("projected_norm", TORCH_BOX(&mixkv::cpu::projected_norm));
 }

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -55,19 +54,47 @@ static std::tuple<Tensor, Tensor, Tensor> take(Tensor ranks, Tensor entries, std
   return {positions, taken, lengths};
 }
 
+// The bits of a number in an order that has larger numbers first; nan is the largest.
+static uint32_t descending(float x) {
+  // Adding zero makes a negative zero positive.
+  x = x != x ? std::numeric_limits<float>::infinity() : x + 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
+}
+
+static float from_descending(uint32_t bits) {
+  bits = bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The `wanted`-th largest of `size` numbers, 1 <= wanted <= size: counted by their first bits, then sorted among their like.
+static float bound_of(const float* from, int64_t size, int64_t wanted, std::vector<uint32_t>& memory) {
+  constexpr int kShift = 21, kBuckets = 1 << (32 - kShift);
+  memory.assign(kBuckets, 0u);
+  for (int64_t n = 0; n < size; ++n) ++memory[descending(from[n]) >> kShift];
+  uint32_t bucket = 0;
+  for (; int64_t(memory[bucket]) < wanted; ++bucket) wanted -= memory[bucket];
+  memory.clear();
+  for (int64_t n = 0; n < size; ++n) {
+    const uint32_t bits = descending(from[n]);
+    if (bits >> kShift == bucket) memory.push_back(bits);
+  }
+  std::nth_element(memory.begin(), memory.begin() + (wanted - 1), memory.end());
+  return from_descending(memory[wanted - 1]);
+}
+
 // Calls each(n) for the `wanted` largest of `size` numbers in order; of equal ones the first are taken.
 template <class Each>
-static void for_largest(const float* from, int64_t size, int64_t wanted, std::vector<float>& ordered, const Each& each) {
+static void for_largest(const float* from, int64_t size, int64_t wanted, std::vector<uint32_t>& memory, const Each& each) {
   if (wanted >= size) {
     for (int64_t n = 0; n < size; ++n) each(n);
     return;
   }
   if (wanted <= 0) return;
-  ordered.resize(size);
-  // Sorting needs an order, which nan has none in.
-  std::transform(from, from + size, ordered.begin(), [](float x) { return x != x ? std::numeric_limits<float>::infinity() : x; });
-  std::nth_element(ordered.begin(), ordered.begin() + (wanted - 1), ordered.end(), std::greater<float>());
-  const float bound = ordered[wanted - 1];
+  const float bound = bound_of(from, size, wanted, memory);
   int64_t equal = wanted;
   for (int64_t n = 0; n < size; ++n) equal -= from[n] > bound;
   for (int64_t n = 0; n < size; ++n) {
@@ -80,46 +107,60 @@ static void for_largest(const float* from, int64_t size, int64_t wanted, std::ve
   }
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_largest(Tensor value, Tensor owner, Tensor importance, Tensor within,
-                                                                Tensor totals, int64_t owners) {
+// `selection_reference.LEAST_UNIT`.
+constexpr double kLeastUnit = 1 << 20;
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_largest(Tensor value, Tensor owner, Tensor within, Tensor importance,
+                                                                        Tensor own_totals, Tensor totals, Tensor base, Tensor candidates,
+                                                                        Tensor least, Tensor limit, double floor) {
   STD_TORCH_CHECK(importance.dim() == 3 && importance.scalar_type() == ScalarType::Float, "importance must be float32 [B, Hkv, M]");
   const int64_t batch = importance.size(0), heads = importance.size(1), tokens = importance.size(2), added = heads * tokens;
   STD_TORCH_CHECK(value.dim() == 2 && value.scalar_type() == ScalarType::Float && value.size(0) == batch && owner.dim() == 2 &&
                       owner.scalar_type() == ScalarType::Int && owner.size(0) == batch && owner.size(1) == value.size(1),
                   "value must be float32 and owner int32, both [B, n]");
-  for (const Tensor* counts : {&within, &totals})
+  for (const Tensor* counts : {&own_totals, &totals, &base, &candidates})
     STD_TORCH_CHECK(counts->dim() == 1 && counts->scalar_type() == ScalarType::Long && counts->is_contiguous() && counts->numel() == batch,
-                    "within and totals must be contiguous int64 [B] tensors");
-  STD_TORCH_CHECK(owners >= heads, "there are ", heads, " heads and only ", owners, " owners");
+                    "own_totals, totals, base and candidates must be contiguous int64 [B] tensors");
+  STD_TORCH_CHECK(within.dim() == 2 && within.scalar_type() == ScalarType::Long && within.is_contiguous() && within.size(0) == batch &&
+                      heads > 0 && within.size(1) % heads == 0,
+                  "within must be a contiguous int64 [B, heads before] tensor");
+  for (const Tensor* shares : {&least, &limit})
+    STD_TORCH_CHECK(shares->dim() == 2 && shares->scalar_type() == ScalarType::Long && shares->is_contiguous() && shares->size(0) == batch &&
+                        shares->size(1) >= within.size(1) + heads,
+                    "least and limit must be contiguous int64 [B, heads of all layers] tensors");
+  const int64_t earlier = within.size(1), owners = earlier + heads;
   value = torch::stable::contiguous(value);
   owner = torch::stable::contiguous(owner);
   importance = torch::stable::contiguous(importance);
   const int64_t before = value.size(1), size = before + added;
-  const int64_t *inside = data<int64_t>(within), *most = data<int64_t>(totals);
+  const int64_t *inside = data<int64_t>(own_totals), *most = data<int64_t>(totals);
   int64_t kept = 0;
   for (int64_t b = 0; b < batch; ++b) kept = std::max(kept, most[b]);
   kept = std::min(kept, size);
   Tensor values = torch::stable::new_empty(value, {batch, kept}, ScalarType::Float);
   Tensor found = torch::stable::new_empty(value, {batch, kept}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(within, {batch, owners}, ScalarType::Long);
-  Tensor mine = torch::stable::new_empty(within, {batch, heads}, ScalarType::Long);
+  Tensor all_within = torch::stable::new_empty(within, {batch, owners}, ScalarType::Long);
+  Tensor bounds = torch::stable::new_empty(within, {batch, owners}, ScalarType::Long);
   std::fill_n(data<int64_t>(counts), batch * owners, 0);
-  std::fill_n(data<int64_t>(mine), batch * heads, 0);
+  std::fill_n(data<int64_t>(all_within), batch * owners, 0);
   const float lowest = -std::numeric_limits<float>::infinity();
-  std::vector<float> all(size), ordered;
+  std::vector<float> all(size);
+  std::vector<uint32_t> memory;
   std::vector<int32_t> whose(size);
   for (int64_t b = 0; b < batch; ++b) {
     const float* importances = data<float>(importance) + b * added;
-    int64_t* own = data<int64_t>(mine) + b * heads;
-    for_largest(importances, added, inside[b], ordered, [&](int64_t n) { own[n / tokens] += importances[n] != lowest; });
+    int64_t* own = data<int64_t>(all_within) + b * owners;
+    std::copy_n(data<int64_t>(within) + b * earlier, earlier, own);
+    for_largest(importances, added, inside[b], memory, [&](int64_t n) { own[earlier + n / tokens] += importances[n] != lowest; });
     std::copy_n(data<float>(value) + b * before, before, all.begin());
     std::copy_n(importances, added, all.begin() + before);
     std::copy_n(data<int32_t>(owner) + b * before, before, whose.begin());
-    for (int64_t h = 0; h < heads; ++h) std::fill_n(whose.begin() + before + h * tokens, tokens, int32_t(owners - heads + h));
+    for (int64_t h = 0; h < heads; ++h) std::fill_n(whose.begin() + before + h * tokens, tokens, int32_t(earlier + h));
     float* to = data<float>(values) + b * kept;
     int32_t* to_owner = data<int32_t>(found) + b * kept;
     int64_t filled = 0;
-    for_largest(all.data(), size, kept, ordered, [&](int64_t n) {
+    for_largest(all.data(), size, kept, memory, [&](int64_t n) {
       to[filled] = all[n];
       to_owner[filled++] = whose[n];
     });
@@ -129,12 +170,19 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_largest(Tensor value, Te
       to_owner[filled] = int32_t(owners - 1);
     }
     int64_t* count = data<int64_t>(counts) + b * owners;
-    for_largest(to, kept, most[b], ordered, [&](int64_t n) {
+    for_largest(to, kept, most[b], memory, [&](int64_t n) {
       STD_TORCH_CHECK(to_owner[n] >= 0 && to_owner[n] < owners, "owner ", to_owner[n], " is not below ", owners);
       count[to_owner[n]] += to[n] != lowest;
     });
+    const int64_t mean = data<int64_t>(base)[b], longest = data<int64_t>(candidates)[b];
+    const int64_t *certain = data<int64_t>(least) + b * least.size(1), *most_rows = data<int64_t>(limit) + b * limit.size(1);
+    const double scale = (1.0 - floor) / double(std::max<int64_t>(longest, 1));
+    for (int64_t i = 0; i < owners; ++i) {
+      const double share = scale * double((longest - mean) * count[i] + mean * own[i]) + double(certain[i]) / kLeastUnit + 2e-6;
+      data<int64_t>(bounds)[b * owners + i] = std::min(int64_t(share) + 1, most_rows[i]);
+    }
   }
-  return {values, found, counts, mine};
+  return {values, found, counts, all_within, bounds};
 }
 
 // How many of the `totals` most important candidates of a batch row belong to each head, each weighted by the share of importance
@@ -148,19 +196,20 @@ static Tensor ada_counts(Tensor importance, Tensor base, Tensor totals) {
   importance = torch::stable::contiguous(importance);
   Tensor out = torch::stable::new_empty(base, {batch, heads}, ScalarType::Long);
   std::fill_n(data<int64_t>(out), batch * heads, 0);
-  std::vector<float> weighted(heads * tokens), ordered;
+  std::vector<float> weighted(heads * tokens);
+  std::vector<uint32_t> memory;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t h = 0; h < heads; ++h) {
       const float* from = data<float>(importance) + (b * heads + h) * tokens;
       float* to = weighted.data() + h * tokens;
       double whole = 0.0, top = 0.0;
       for (int64_t n = 0; n < tokens; ++n) whole += to[n] = from[n] < 0.0f ? 0.0f : from[n];
-      for_largest(to, tokens, data<int64_t>(base)[b], ordered, [&](int64_t n) { top += to[n]; });
+      for_largest(to, tokens, data<int64_t>(base)[b], memory, [&](int64_t n) { top += to[n]; });
       const float concentration = float(top / std::max(whole, 1e-30));
       for (int64_t n = 0; n < tokens; ++n) to[n] = std::isinf(from[n]) && from[n] < 0.0f ? -1.0f : to[n] * concentration;
     }
     int64_t* count = data<int64_t>(out) + b * heads;
-    for_largest(weighted.data(), heads * tokens, data<int64_t>(totals)[b], ordered, [&](int64_t n) { ++count[n / tokens]; });
+    for_largest(weighted.data(), heads * tokens, data<int64_t>(totals)[b], memory, [&](int64_t n) { ++count[n / tokens]; });
   }
   return out;
 }
@@ -173,12 +222,7 @@ static bool places_of(const float* from, int64_t count, std::vector<uint32_t>& m
   std::fill_n(starts, kPasses * kBuckets, 0u);
   for (int64_t n = 0; n < count; ++n) {
     if (from[n] != from[n]) return true;
-    // Adding zero makes a negative zero positive.
-    const float x = from[n] + 0.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    // Smaller keys for larger numbers.
-    bits = bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
+    const uint32_t bits = descending(from[n]);
     keys[2 * n] = bits;
     keys[2 * n + 1] = uint32_t(n);
     for (int pass = 0; pass < kPasses; ++pass) ++starts[pass * kBuckets + (bits >> (pass * kBits)) % kBuckets];

@@ -6,23 +6,27 @@ import copy
 import os
 import warnings
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
 from ..hf import binding, call_stack, stock_layers
 from ..hf.image_tokens import ImageTokens
-from . import save, stats
+from . import gates, save, stats, turns
 from .layer import MixKVLayer
 from .progress import Progress
+from .replay import Replayer, check_watched, replayer
 from .state import CacheState
-from .tracked import TrackedCache
+from .stepped import SteppedCache
 
 
-class MixKVCache(TrackedCache):
+class MixKVCache(SteppedCache):
     """A transformers cache that compresses a prompt once it has been read, and keeps all tokens generated after it.
 
     Example:
@@ -54,6 +58,8 @@ class MixKVCache(TrackedCache):
         self.config = checked_config(config, **options)
         self._state = CacheState(self.config)
         self._batch: int | None = None
+        self._regions = []
+        self._replayer: Replayer | None = None
         self._model: weakref.ref | None = None
         self._bound_to: binding.ModelReference | None = None
         super().__init__(layers=[])
@@ -65,32 +71,40 @@ class MixKVCache(TrackedCache):
         if registry.method(self.config.method).needs_profile:
             head_profile.check_model(cast(head_profile.Table, self.config.profile), model.config.model_type)
         slots = binding.bind(model, self)
+        if registry.score(self.config.score).needs_gate:
+            self._state.gate = gates.of_model(model, self.config.gate)
         self._bound_to = binding.ModelReference(model)
-        if self.layers:
-            # A cache that was unpickled, or whose model was loaded again: only the binding is new.
-            return
-        self._slots = slots
-        self._state.num_layers = sum(slot is None for slot in self._slots)
-        self._model_name, self._model = type(model).__name__, weakref.ref(model)
-        self._make_layers()
+        # The layers of a cache that was unpickled, or whose model was loaded again, stay: only the binding is new.
+        if not self.layers:
+            self._slots = slots
+            self._state.num_layers = sum(slot is None for slot in self._slots)
+            self._model_name, self._model = type(model).__name__, weakref.ref(model)
+            self._make_layers()
+            self._check_compileable(model)
+        self._replayer = replayer(self, self._replayer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
+        self._end_steps()
+        return {**self.__dict__, "_model": None, "_replayer": None, "_steps": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_shared" in state:  # pickled by version 0.1.0
             state = {**state, "_state": state["_shared"]}
             del state["_shared"]
-        self.__dict__.update({"_bound_to": None, **state})
+        self.__dict__.update({"_bound_to": None, "_replayer": None, "_regions": [], **state})
         if self._state.progress is None:
             self._state.progress = self._new_progress()
         model = self._bound_to and self._bound_to()
         if model is not None:
             binding.add_holder(model, self)
+        self._replayer = replayer(self, self._replayer)
 
     @torch.compiler.disable
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if self._state.replay is not None:
+            return Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
         self._check_met()
+        self._end_steps()
         if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
         if layer_idx >= len(self.layers):
@@ -111,7 +125,7 @@ class MixKVCache(TrackedCache):
         try:
             if isinstance(layer, MixKVLayer) and layer.ordinal == 0:
                 self._read_plan(layer, key_states)
-            result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            result = Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
             self._batch = batch
             if not isinstance(layer, MixKVLayer) and stock_layers.keeps_prompt_alive(layer):
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
@@ -124,48 +138,39 @@ class MixKVCache(TrackedCache):
 
     def _read_plan(self, layer: MixKVLayer, key_states: torch.Tensor) -> None:
         """What the first compressed layer finds out for all of them about the tokens of a forward."""
-        self._state.valid.clear()
-        if layer.prompt is not None:
+        state, tokens = self._state, key_states.shape[2]
+        state.valid.clear()
+        if layer.prompt is not None or state.reads_turn(layer.seen):
             return
-        tokens, images = key_states.shape[2], copy.copy(self._state.images)
+        if layer.seen == 0 or self.config.turns != "first":
+            check_watched(self.config, self._replayer)
+        images = copy.copy(state.images)
         if layer.seen == 0:
-            self._plan_prompt(tokens)
-            tokens = self._state.prompt_length or tokens
-        self._state.images.read(layer.seen, tokens, key_states)
-        self._state.before.images = images
-
-    def _plan_prompt(self, tokens: int) -> None:
-        """Finds out, at the first forward of a prompt, which reads so many ``tokens``, how long the prompt is."""
-        state = self._state
-        if state.expected_prompt is None:
-            state.prompt_length, assisted = call_stack.prompt_plan(tokens)
-            state.rollback_enabled |= assisted
+            tokens = turns.begin_prompt(state, tokens)
         else:
-            state.prompt_length = state.expected_prompt
-        drafts = state.prompt_length is not None and state.prompt_length < tokens
-        if drafts and not registry.method(self.config.method).drafts_with_prompt:
-            raise RuntimeError(
-                f"a prompt of {state.prompt_length} tokens came in one forward with {tokens - state.prompt_length} more, which would "
-                f"be read beside rows that method={self.config.method!r} has not chosen for all layers yet: read the prompt alone. In "
-                f"assisted decoding it is, with a cache made by MixKVCache(model, ...) or by mixkv.patch(model)"
-            )
+            state.turn = turns.begin(state, layer.seen, tokens)
+            tokens = tokens if state.turn is None else max(tokens, state.turn.end - layer.seen)
+        state.images.read(layer.seen, tokens, key_states)
+        state.before.images = images
 
     def expect_prompt(self, length: int) -> None:
         """Says how long the next prompt is, so that it is compressed when all of it has been read.
 
         Needed where you read a prompt in several forwards of your own; `generate` with ``prefill_chunk_size`` or assisted decoding
-        needs it only in a transformers that this library does not know.
+        needs it only in a transformers that this library does not know. Where later turns are compressed
+        (``MixKVConfig(turns=...)``), the same is true of them, between two turns.
 
         Args:
-            length: the length of the prompt in tokens, padding included, images as the tokens that stand for them.
+            length: the length of the prompt or turn in tokens, padding included, images as the tokens that stand for them.
 
         Raises:
             ValueError: it is not a positive int.
-            RuntimeError: something has been read already.
+            RuntimeError: something has been read already, and later turns are not compressed; or a prompt or turn has not been
+                read to its end.
         """
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"length={length!r} must be a positive int: the length of the prompt in tokens")
-        if self:
+        if self and (self.config.turns == "first" or not self._between_turns):
             raise RuntimeError(
                 f"expect_prompt({length}) came after {self.get_seq_length()} tokens had been read: call it before the prompt, or "
                 f"after cache.reset()"
@@ -173,9 +178,15 @@ class MixKVCache(TrackedCache):
         self._state.expected_prompt = length
 
     @property
+    def _between_turns(self) -> bool:
+        """Whether whatever was read has been read to its end."""
+        ours = [layer for layer in self.layers if isinstance(layer, MixKVLayer)]
+        return all(layer.prompt is None and not self._state.reads_turn(layer.seen) for layer in ours)
+
+    @property
     def reads_prompt_alone(self) -> bool:
         """Whether drafts of assisted decoding must not come along with the prompt: layers share rows when all have been read."""
-        return not registry.method(self.config.method).drafts_with_prompt and not self
+        return not turns.take_drafts(self.config) and (not self or self.config.turns != "first")
 
     def __bool__(self) -> bool:
         """Whether anything has been read. (phi3 throws away a cache that is true and short: one not yet used must be false.)"""
@@ -185,7 +196,7 @@ class MixKVCache(TrackedCache):
         """Tokens seen, not rows stored."""
         length = super().get_seq_length(layer_idx)
         # A compiled forward is not the place where a cache is thrown away, and its frames cannot be looked at.
-        limit = None if torch.compiler.is_compiling() else call_stack.thrown_away_at(length)
+        limit = None if self._stepping or torch.compiler.is_compiling() else call_stack.thrown_away_at(length)
         if limit is not None:
             warnings.warn(
                 f"transformers throws this compressed cache away: beyond {limit} tokens a {self._model_name} changes its rotary "
@@ -203,6 +214,8 @@ class MixKVCache(TrackedCache):
         self._bind(model)
 
     def activate_past_recording(self) -> None:
+        self.refuse_compiling("assisted decoding")
+        self._end_steps()
         self._state.rollback_enabled = True
         model = None if self.layers else call_stack.assisted_model()
         if model is not None:
@@ -214,13 +227,14 @@ class MixKVCache(TrackedCache):
     def reset(self) -> None:
         """Forgets everything that was read, and makes a broken cache usable."""
         state = self._state
-        state.progress.change = "reset()"
+        state.progress.change, self._regions, self._final_length = "reset()", [], None
         self._batch = state.prompt_length = state.expected_prompt = None
-        state.pending_layer = state.shared_budget = state.before = None
+        state.pending_layer = state.shared_budget = state.before = state.turn = None
         state.rollback_enabled = False
         state.images = ImageTokens()
         if self.layers:
             self._make_layers()
+            self._replayer = replayer(self, self._replayer)
         else:
             state.progress = Progress()
 
@@ -238,6 +252,7 @@ class MixKVCache(TrackedCache):
             super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.refuse_compiling("beam search")
         self._take(beam_idx.tolist(), "reorder_cache", beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -260,6 +275,8 @@ class MixKVCache(TrackedCache):
                     here = argument.to(device) if torch.is_tensor(argument) and device is not None else argument
                     getattr(layer, stock_method)(here)
             self._state.images.take_rows(rows)
+            if self._state.turn is not None:
+                self._state.turn.take_rows(rows)
             if self._batch is not None:
                 self._batch = len(rows)
 
@@ -291,8 +308,10 @@ class MixKVCache(TrackedCache):
         self._check_usable()
         return stats.stats(self)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Saves what is held, as one safetensors file that `load` reads; a file at ``path`` is replaced once all is written.
+
+        ``about``: JSON values of your own to go with it, such as the context's token ids; `mixkv.cache.save.read` has them.
 
         Raises:
             ValueError: nothing is held yet, the prompt has not been read to its end, a layer of the model keeps a state of
@@ -300,7 +319,7 @@ class MixKVCache(TrackedCache):
             OSError: the file cannot be written.
         """
         self._check_usable()
-        save.save(self, path)
+        save.save(self, path, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: PreTrainedModel, *, backend: str | None = None) -> MixKVCache:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +16,8 @@ from ..config import MixKVConfig
 from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
 from ..selection import scores
+from ..selection.context import Measured
+from ..selection.gate import LayerGate
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
@@ -54,6 +57,8 @@ class Compressor:
 
     # Evicts after the last layer only, where the prompt's keys and values are held anyway: see `GlobalBudget`.
     patient = False
+    # Of the layer, where the score needs it.
+    gate: LayerGate | None = None
 
     def __init__(self, config: MixKVConfig, layer_idx: int, num_layers: int, module: nn.Module | None, heads: int):
         self.config, self.module, self.num_layers = config, module, num_layers
@@ -62,8 +67,10 @@ class Compressor:
         self.shard = tensor_parallel.shard_of(module, heads)
         self.weighs_output: bool | None = None
 
-    def new_shared_budget(self) -> GlobalBudget | ChunkBudget | None:
+    def new_shared_budget(self, limits: np.ndarray | None = None) -> GlobalBudget | ChunkBudget | None:
         """What the layers of a prompt compete for; None: every layer has its own budget.
+
+        ``limits``: int64 [B, layers, all heads], the candidates of every head, where layers differ.
 
         Raises:
             ValueError: the method does not work with tensor parallelism.
@@ -74,7 +81,9 @@ class Compressor:
                 f"method={self.method.name!r} does not work with tensor parallelism: use another ({', '.join(others)}), or one "
                 f"process"
             )
-        return self.method.new_budget(self.config, self.num_layers, patient=self.patient) if self.method.cross_layer else None
+        if not self.method.cross_layer:
+            return None
+        return self.method.new_budget(self.config, self.num_layers, patient=self.patient, limits=limits)
 
     def compress(
         self,
@@ -87,6 +96,7 @@ class Compressor:
         valid: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
         shared_budget: GlobalBudget | ChunkBudget | None = None,
+        measured: Measured | None = None,
     ) -> Compressed:
         """Keeps the selected entries of a whole prompt.
 
@@ -98,21 +108,15 @@ class Compressor:
             valid: bool [B, N], False for padding; None: there is none.
             image: bool [B, N], image tokens; None: none, or not known.
             shared_budget: what the layers of the prompt compete for, if the method is cross-layer.
+            measured: what else was measured on the prompt.
         """
         config, key, value = self.config, key.detach(), value.detach()
         image = None if image is None else image.to(key.device)
-        ranking = self.rank(query, key, value, logits, valid)
-        if shared_budget is None:
-            entries = allocate(config, self.gather_heads(ranking)[0], **self.layer_position)
-        else:
-            projected = None
-            if self.module is not None and not registry.score(config.score).comparable:
-                projected = projected_output(self.module, output[:, -config.window :].detach(), self.shard)
-            whole, projected = self.gather_heads(ranking, projected)
-            entries = shared_budget.add_layer(whole, None if projected is None else output_scale(projected))
+        ranking = self.rank(query, key, value, logits, valid, measured=measured)
+        entries = self.allocate(ranking, output, shared_budget)[0]
         chunks = sparsity = dynamic = remote = None
         if self.method.keeps_chunks:
-            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, **vars(logits))
+            plan = self.method.plan(query, key, config, ranking, valid=valid, image=image, logits=logits)
             chunks = ChunkStore.from_plan(key, value, plan, config.backend, offload=config.offload)
             sparsity, dynamic = plan.sparsity, plan.dynamic
             selection = plan.ranking.take(plan.entries)
@@ -128,6 +132,35 @@ class Compressor:
             weighs_output=self.weighs_output,
         )
         return Compressed(with_chunks(rows, chunks), selection, statistics, remote)
+
+    def allocate(
+        self,
+        ranking: Ranking,
+        output: torch.Tensor,
+        shared_budget: GlobalBudget | ChunkBudget | None,
+        remote: RemoteHeads | None = None,
+        newest: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many candidates every head of the layer keeps, those in other processes included.
+
+        Args:
+            ranking: of the heads held here.
+            output: attention's [B, n, Hq, Dv] for the last tokens.
+            shared_budget, remote: as in `compress` and `enforce_decode_budget`.
+            newest: as `rank` was given it.
+
+        Returns: int64 [B, all heads], and how many rows, [B, all heads], are kept beside them.
+        """
+        config, projected = self.config, None
+        if shared_budget is None:
+            whole, _ = self.gather_heads(ranking, remote=remote, newest=newest)
+            entries = allocate(config, whole, **self.layer_position)
+        else:
+            if self.module is not None and not registry.score(config.score).comparable:
+                projected = projected_output(self.module, output[:, -config.window :].detach(), self.shard)
+            whole, projected = self.gather_heads(ranking, projected, remote, newest)
+            entries = shared_budget.add_layer(whole, None if projected is None else output_scale(projected))
+        return entries, whole.real - whole.choosable
 
     def enforce_decode_budget(
         self,
@@ -175,8 +208,12 @@ class Compressor:
         logits: LogitOptions,
         valid: torch.Tensor | None,
         longest: torch.Tensor | None = None,
+        newest: torch.Tensor | None = None,
+        measured: Measured | None = None,
     ) -> Ranking:
-        """The candidates in order; ``longest``: int64 [B], real tokens of the longest head, where that is in another process."""
+        """The candidates in order; ``longest``, ``newest``: as `mixkv.selection.select.rank` takes them."""
+        if self.gate is not None:
+            measured = dataclasses.replace(measured or Measured(), gate=self.gate)
         return rank(
             query,
             key,
@@ -186,12 +223,18 @@ class Compressor:
             output_factor=partial(self._output_factor, value),
             shard=self.shard,
             longest=longest,
+            newest=newest,
+            measured=measured,
+            logits=logits,
             **self.layer_position,
-            **vars(logits),
         )
 
     def gather_heads(
-        self, ranking: Ranking, projected: torch.Tensor | None = None, remote: RemoteHeads | None = None
+        self,
+        ranking: Ranking,
+        projected: torch.Tensor | None = None,
+        remote: RemoteHeads | None = None,
+        newest: torch.Tensor | None = None,
     ) -> tuple[Ranking, torch.Tensor | None]:
         """``ranking`` of all heads of the layer and the sum of ``projected``, where other processes hold heads of it too."""
         importance = ranking.importance
@@ -200,11 +243,11 @@ class Compressor:
         if not self.shard.sharded:
             return ranking, projected
         alike = ranking.real[:, :1].expand(-1, self.shard.total)
-        return ranking.for_heads(importance, alike if remote is None else remote.lengths(ranking.real)), projected
+        return ranking.for_heads(importance, alike if remote is None else remote.lengths(ranking.real), newest), projected
 
-    def remote_heads(self, entries: torch.Tensor, device: torch.device) -> RemoteHeads | None:
-        """Those of a layer whose heads are about to keep ``entries`` [B, all heads] candidates."""
-        return RemoteHeads(self.shard, entries.to(device)) if self.shard.sharded else None
+    def remote_heads(self, entries: torch.Tensor, device: torch.device, fixed: torch.Tensor | int = 0) -> RemoteHeads | None:
+        """Those of a layer whose heads are about to keep ``entries`` [B, all heads] candidates, and ``fixed`` other rows."""
+        return RemoteHeads(self.shard, entries.to(device), fixed) if self.shard.sharded else None
 
     def _output_factor(self, value: torch.Tensor) -> torch.Tensor | None:
         """Of the layer's output projection, for `rank` where it is needed; None: it cannot be read."""

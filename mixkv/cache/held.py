@@ -6,13 +6,14 @@ import torch
 
 from .. import registry
 from ..storage.chunks import ChunkStore
+from ..storage.counted import Counted, CountsSteps
 from ..storage.packed import PackedStore, Store
 from ..storage.rows import Rows
-from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads
+from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, RowScores
 from .state import CacheState
 
 
-class HeldEntries:
+class HeldEntries(CountsSteps):
     """What a layer holds; a `MixKVLayer` is one.
 
     Attributes:
@@ -21,19 +22,23 @@ class HeldEntries:
         dtype: of keys and values.
         seen: tokens seen, padding included.
         is_initialized: whether a forward has come.
-        prompt, rows, remote, window, statistics: the parts of `parts.PARTS`, None where there is nothing.
+        prompt, rows, remote, window, scores, statistics: the parts of `parts.PARTS`, None where there is nothing.
     """
 
     state: CacheState
     shape: tuple[int, int, int] | None
     dtype: torch.dtype
-    seen: int
+    seen = Counted()
     is_initialized: bool
     prompt: PromptSoFar | None
     rows: Rows | None
     remote: RemoteHeads | None
     window: QueryWindow | None
+    scores: RowScores | None = None
     statistics: PromptStatistics | None
+
+    def _add_steps(self, new: int) -> None:
+        self.__dict__["seen"] += new
 
     @property
     def parts(self) -> list[Part]:

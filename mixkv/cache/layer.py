@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .. import registry
 from ..hf.attention import MARK
 from ..ops.arguments import LogitOptions
+from ..selection.context import Measured
+from . import turns
 from .attention_call import AttentionCall
 from .compress import Compressor, row_totals
 from .held import HeldEntries
-from .parts import PARTS, Part, PromptSoFar, QueryWindow, from_earlier
+from .parts import PARTS, Part, PromptSoFar, QueryWindow, WholePrompt, from_earlier
 from .refit import PendingRefit
 from .state import CacheState
 
@@ -32,6 +35,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
 
     pending_refit: PendingRefit | None = None
 
+    is_step = False
     is_sliding = False
     is_compileable = False
     is_croppable = True
@@ -53,7 +57,8 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             setattr(self, name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "module": None}
+        self.count_steps()
+        return {**self.__dict__, "module": None, "_steps": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # mixkv 0.1.0 pickled the logit options as a dictionary, and the contents of the parts one by one.
@@ -82,6 +87,8 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Hands the new keys and values on to the attention function, marked; it stores what is to be kept."""
+        if self.state.replay is not None:
+            return self._marked(key_states), value_states.view_as(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         shape = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
@@ -95,9 +102,12 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             key_states, value_states = self.prompt.joined(key_states, value_states)
         self.seen += self.arrived
         self.state.pending_layer = self
+        return self._marked(key_states), value_states.view_as(value_states)
+
+    def _marked(self, key_states: torch.Tensor) -> torch.Tensor:
         key_states = key_states.view_as(key_states)
         setattr(key_states, MARK, self)
-        return key_states, value_states.view_as(value_states)
+        return key_states
 
     def get_seq_length(self) -> int:
         """Tokens seen, not rows stored."""
@@ -105,7 +115,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """While a prompt is being read the mask spans all of it; later only the new block: every stored row is visible."""
-        if self.rows is None:
+        if self.rows is None and self.state.replay is None:
             return self.seen + query_length, 0
         return query_length, self.seen
 
@@ -117,8 +127,9 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def check_crop(self, count: int) -> None:
         """Raises a ValueError if `crop` would for this ``count``."""
         count = self._tokens_to_remove(count)
-        if count > 0 and self.rows is None:
-            raise ValueError(f"cannot crop {count} tokens: the prompt has not been read to its end")
+        if count > 0 and (self.rows is None or self.state.reads_turn(self.seen)):
+            what = "prompt" if self.rows is None else "turn"
+            raise ValueError(f"cannot crop {count} tokens: the {what} has not been read to its end")
         if count > 0:
             self.store.check_crop(count)
 
@@ -131,7 +142,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             self.seen -= count
             if self.window is not None:
                 self.window.crop(count)
-        self._evict_to_decode_budget()
+        self.evict_to_decode_budget()
 
     def _tokens_to_remove(self, count: int) -> int:
         # transformers before 5.23 gives a tensor.
@@ -163,6 +174,11 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     # What the attention function calls.
 
     @property
+    def replaying(self) -> bool:
+        """Whether the present forward repeats a part of the prompt."""
+        return self.state.replay is not None
+
+    @property
     def prompt_length(self) -> int | None:
         return self.state.prompt_length
 
@@ -174,7 +190,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         """Holds a prompt whose end is still to come: key, value [B, Hkv, tokens so far, D], query [B, Hq, new tokens, D]."""
         self.state.storing = True
         self.prompt = PromptSoFar(key.detach(), value.detach())
-        self._append_query_window(query)
+        self.append_query_window(query)
 
     def compress(
         self,
@@ -184,21 +200,31 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         output: torch.Tensor,
         valid: torch.Tensor | None,
         logits: LogitOptions,
+        measured: Measured | None = None,
     ) -> None:
-        """Keeps the selected entries of a whole prompt.
+        """Keeps the selected entries of a whole prompt, or all until it has been replayed.
 
         key, value [B, Hkv, N, D]; query [B, Hq, n, D] and attention's output [B, n, Hq, Dv] are of at least the last tokens;
-        ``valid`` bool [B, N], False for padding.
+        ``valid`` bool [B, N], False for padding; ``measured``: what was measured on the prompt beside them.
         """
         self.state.storing = True
-        compressor, state = self._compressor(), self.state
-        if state.config.decode_budget is not None or self.window is not None:
-            self._append_query_window(query)
+        compressor, state = self.compressor(), self.state
+        if state.keeps_window or self.window is not None:
+            self.append_query_window(query)
             query = self.window.query
+        if measured is None and registry.score(state.config.score).needs_replay:
+            last = slice(-state.config.window, None)
+            query, output = query[:, :, last].detach().clone(), output[:, last].detach().clone()
+            self.prompt = WholePrompt(key.detach(), value.detach(), query, output, valid, logits)
+            self.window = self.window if state.keeps_window else None
+            state.progress.awaits = "the replay of a prompt"
+            return
         if self.ordinal == 0:
             state.shared_budget = compressor.new_shared_budget()
         budget, image = state.shared_budget, state.images.of_prompt
-        found = compressor.compress(query.detach(), key, value, output, logits, valid=valid, image=image, shared_budget=budget)
+        found = compressor.compress(
+            query.detach(), key, value, output, logits, valid=valid, image=image, shared_budget=budget, measured=measured
+        )
         self.rows, self.statistics, self.remote = found.rows, found.statistics, found.remote
         if budget is not None:
             budget.finish_layer(self, found.selection)
@@ -206,11 +232,29 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
                 state.shared_budget = None
         self.prompt, self.logits = None, logits
         if state.config.refit:
-            self.pending_refit = PendingRefit.of_window(query, key, value, output, valid, logits, state.config.window)
+            asked = measured.queries if measured is not None else None
+            given = (query, key, value, output, valid, logits, state.config.window)
+            self.pending_refit = PendingRefit.of_prompt(*given, asked)
             for layer in [self] if budget is None else budget.finished:
                 layer.refit()
-        if state.config.decode_budget is None:
+        if not state.keeps_window:
             self.window = None
+
+    def replay(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
+        """Attention of tokens that repeat a part of the prompt: [B, n, Hq, Dv]; their keys and values are not kept."""
+        part, prompt = self.state.replay, cast(WholePrompt, self.prompt)
+        prompt.samples.add(query, part.scored)
+        return part.attend(prompt, query, key, value, logits)
+
+    def compress_replayed(self) -> None:
+        """`compress`, after the replay."""
+        prompt = cast(WholePrompt, self.prompt)
+        if self.rows is not None:
+            turns.compress_replayed(self, prompt)
+            return
+        measured = prompt.measured()
+        self.compress(prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=measured)
+        turns.keep_scores(self, measured.replay)
 
     def refit(self) -> None:
         """Refits the values of the rows, which are those that stay."""
@@ -226,52 +270,67 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         output: torch.Tensor,
         valid: torch.Tensor | None,
         logits: LogitOptions,
+        measured: Measured | None = None,
     ) -> None:
         """`compress` for an empty layer, as if a forward of ``module`` had just brought these tokens."""
         self.module = weakref.ref(module)
         self.lazy_initialization(key, value)
         self.seen = self.arrived = key.shape[2]
-        self.compress(query, key, value, output, valid, logits)
+        self.compress(query, key, value, output, valid, logits, measured)
 
-    def decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
-        """`Rows.decode` of the token seen last."""
+    @property
+    def drafts(self) -> int:
+        """Tokens that came behind the end of the turn being read."""
+        turn = self.state.turn
+        return 0 if turn is None else max(self.seen - turn.end, 0)
+
+    def decode(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
+    ) -> torch.Tensor:
+        """`Rows.decode`."""
         self.state.storing = True
-        return self.rows.decode(query, key, value, self.seen - 1, logits)
+        return self.rows.decode(query, key, value, position, logits)
 
     def extend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        position: int,
         mask: torch.Tensor | None,
         valid: torch.Tensor | None,
         logits: LogitOptions,
     ) -> torch.Tensor:
-        """`Rows.extend` by the n tokens seen last."""
-        first, options = self.seen - key.shape[2], {"mask": mask, "valid": valid}
-        return self.rows.extend(query, key, value, first, logits, **options, before_storing=self.state.start_storing)
+        """`Rows.extend`."""
+        options = {"mask": mask, "valid": valid, "before_storing": self.state.start_storing}
+        return self.rows.extend(query, key, value, position, logits, **options)
 
-    def enforce_decode_budget(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """After new tokens of queries [B, Hq, n, D], ``valid`` [B, n] of them real: evicts what exceeds the decode budget."""
-        if self.state.config.decode_budget is None:
-            return
-        self._append_query_window(query, valid)
-        if not self.state.rollback_enabled:
-            self._evict_to_decode_budget()
+    def enforce_budgets(self, query: torch.Tensor, output: torch.Tensor, valid: torch.Tensor | None, end: int) -> None:
+        """Evicts what exceeds the turn's budget, if its last token has been read, and the decode budget.
 
-    def _append_query_window(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        ``query`` [B, Hq, n, D] and attention's ``output`` [B, n, Hq, Dv] are those of the new tokens, ``valid`` [B, n] of them
+        real, up to position ``end`` (excluded).
+        """
+        turns.enforce_budgets(self, query, output, valid, end)
+
+    def append_query_window(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Keeps the last window of queries; where tokens may be taken back, as many more as the forward brought."""
         self.window = self.window or QueryWindow()
         self.window.append(query, self.state.config.window + (self.arrived if self.state.rollback_enabled else 0), valid)
 
-    def _evict_to_decode_budget(self) -> None:
+    def evict_to_decode_budget(self) -> None:
+        """Evicts what exceeds the decode budget, by the last window of queries."""
         if self.state.config.decode_budget is not None and self.rows is not None:
             held = (self.window.query, self.store, self.logits, self.statistics.share, self.remote)
-            self.remote = self._compressor().enforce_decode_budget(*held)
+            self.remote = self.compressor().enforce_decode_budget(*held)
 
-    def _compressor(self) -> Compressor:
+    def compressor(self) -> Compressor:
+        """One that chooses what this layer keeps."""
         module = self.module and self.module()
-        return self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+        compressor = self.compressor_class(self.state.config, self.ordinal, self.state.num_layers, module, self.shape[0])
+        if self.state.gate is not None:
+            compressor.gate = self.state.gate.layers[self.ordinal].to(self.device)
+        return compressor
 
     # What the budget that layers share calls.
 
@@ -293,6 +352,6 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         """`RaggedStore.evict` down to ``rows`` [B, all heads of the layer]."""
         if self.remote is None:
             return self.store.evict(ranks, rows.flatten())
-        compressor = self._compressor()
-        self.remote = compressor.remote_heads(rows, self.device)
+        compressor = self.compressor()
+        self.remote = compressor.remote_heads(rows, self.device, self.remote.fixed)
         return self.store.evict(ranks, compressor.shard.own(rows).flatten())

@@ -10,10 +10,15 @@ import torch
 
 from .. import tensor_parallel
 from ..config import MixKVConfig
+from ..ops.arguments import LogitOptions
+from ..selection.context import Measured
 from ..storage import rows as stored_rows
 
 Tensors = dict[str, torch.Tensor]
 Numbers = dict[str, Any]
+
+# The prompt's first tokens, which every query of a replay sees, and which are always kept by it.
+FIRST = 4
 
 
 class Part(Protocol):
@@ -57,6 +62,90 @@ class PromptSoFar:
         return None
 
 
+class WholePrompt(PromptSoFar):
+    """A prompt that has been read to its end and waits for its replay, with what compresses it then.
+
+    Attributes:
+        query: [B, Hq, n, D], output: [B, n, Hq, Dv], of the last tokens.
+        valid: bool [B, N], False for padding; None: there is none.
+        logits: how the model computes its logits.
+        replay: float32 [B, Hkv, N], the largest weight that each token has got in the replay so far.
+        before: of a later turn, how many of the N rows are of tokens before it; the others are the turn's.
+        samples: queries of the replay.
+    """
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        valid: torch.Tensor | None,
+        logits: LogitOptions,
+        before: int = 0,
+    ):
+        super().__init__(key, value)
+        self.before = before
+        self.query, self.output, self.valid, self.logits = query, output, valid, logits
+        self.replay = torch.zeros(key.shape[:3], device=key.device)
+        self.samples = ReplaySamples()
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + _bytes(self.query, self.output, self.replay, *self.samples.queries)
+
+    @property
+    def length(self) -> int:
+        """Tokens that are repeated, padding included."""
+        return self.key.shape[2] - self.before
+
+    def measured(self) -> Measured:
+        """What the replay measured; the prompt's first tokens, which are always needed, have the largest weight there is."""
+        start = torch.zeros(self.replay.shape[0], dtype=torch.long, device=self.replay.device)
+        if self.valid is not None:
+            start = (~self.valid).sum(dim=1).to(start)
+        position = torch.arange(self.replay.shape[2], device=start.device) - start[:, None]
+        first = (position >= 0) & (position < FIRST)
+        return Measured(self.replay.masked_fill(first[:, None], 1.0), self.samples.spread())
+
+
+class ReplaySamples:
+    """Queries of tokens spread over a replay, as many for a batch row as for its prompt alone.
+
+    ``queries``: [B, Hq, n, D], part by part.
+    """
+
+    COUNT = 64
+
+    def __init__(self) -> None:
+        self.queries: list[torch.Tensor] = []
+        self._parts: torch.Tensor | None = None
+
+    def add(self, query: torch.Tensor, scored: torch.Tensor) -> None:
+        """Takes some of ``query`` [B, Hq, p + n, D], of the tokens that ``scored`` bool [B, p + n] names: those of a part, in a row."""
+        scored = scored.to(query.device)
+        columns = scored.int().argmax(dim=-1, keepdim=True) + _spread(scored.sum(dim=-1))
+        self.queries.append(_take(query, columns).clone())
+        exists = scored.any(dim=-1).long()
+        self._parts = exists if self._parts is None else self._parts + exists
+
+    def spread(self) -> torch.Tensor | None:
+        """[B, Hq, COUNT, D], from all parts that each batch row has; None: there was no replay."""
+        if self._parts is None:
+            return None
+        return _take(torch.cat(self.queries, dim=2), _spread(self._parts * self.COUNT))
+
+
+def _spread(count: torch.Tensor) -> torch.Tensor:
+    """Numbers below ``count`` [B], evenly spread: int64 [B, COUNT]."""
+    places = torch.arange(ReplaySamples.COUNT, device=count.device) * 2 + 1
+    return (places * count.unsqueeze(-1)) // (2 * ReplaySamples.COUNT)
+
+
+def _take(query: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return query.gather(2, columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+
+
 class QueryWindow:
     """The last queries, which score the candidates at the next compression.
 
@@ -94,6 +183,35 @@ class QueryWindow:
     @classmethod
     def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> QueryWindow | None:
         return cls(tensors["query_tail"]) if "query_tail" in tensors else None
+
+
+class RowScores:
+    """Scores of rows from when they were read, where they are not measured again.
+
+    ``position`` int32 [B, Hkv, N], ascending, -1 where there is no row; ``score`` float32 [B, Hkv, N].
+    """
+
+    def __init__(self, position: torch.Tensor, score: torch.Tensor):
+        self.position, self.score = position.contiguous(), score
+
+    def of(self, position: torch.Tensor) -> torch.Tensor:
+        """The scores [B, Hkv, n] of the rows at ``position`` int32 [B, Hkv, n]; 0 for those that have none."""
+        found = torch.searchsorted(self.position, position.contiguous()).clamp(max=self.position.shape[2] - 1)
+        return self.score.gather(2, found).masked_fill((self.position.gather(2, found) != position) | (position < 0), 0.0)
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.position, self.score)
+
+    def take_rows(self, rows: list[int]) -> None:
+        self.position, self.score = self.position[rows], self.score[rows]
+
+    def state(self) -> tuple[Tensors, Numbers]:
+        return {"scored_position": self.position, "row_score": self.score}, {}
+
+    @classmethod
+    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> RowScores | None:
+        return cls(tensors["scored_position"], tensors["row_score"]) if "row_score" in tensors else None
 
 
 @dataclass
@@ -140,6 +258,12 @@ class RemoteHeads(tensor_parallel.RemoteLengths):
     """How many rows the heads of the layer have that other processes hold (tensor parallelism)."""
 
     nbytes = 0
+    fixed: torch.Tensor | int = 0
+
+    def __init__(self, shard: tensor_parallel.HeadShard, rows: torch.Tensor, fixed: torch.Tensor | int = 0):
+        """``rows`` [B, all heads] may still be evicted for other layers, ``fixed`` ones may not."""
+        super().__init__(shard, rows + fixed)
+        self.fixed = fixed
 
     def state(self) -> tuple[Tensors, Numbers]:
         raise ValueError("other processes hold heads of this layer: it cannot be saved")
@@ -155,6 +279,7 @@ PARTS: dict[str, Callable[..., Any]] = {
     "rows": stored_rows.restore,
     "remote": RemoteHeads.restore,
     "window": QueryWindow.restore,
+    "scores": RowScores.restore,
     "statistics": PromptStatistics.restore,
 }
 

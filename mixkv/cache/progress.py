@@ -24,6 +24,9 @@ class Progress:
             so they count only in a forward that has touched one of them.
     """
 
+    # What must follow the present forward before another may begin; None: nothing.
+    awaits: str | None = None
+
     def __init__(self, attention: Iterable[int] = (), linear: Iterable[int] = ()):
         self.attention, self.linear = frozenset(attention), frozenset(linear)
         # Of the present forward: layers to come, the attention layer at work, whether it brings a single token, linear-attention
@@ -46,9 +49,14 @@ class Progress:
         return not self.missing and (not self.missing_linear or (self.single and self.missing_linear <= self.read))
 
     @property
+    def may_begin(self) -> bool:
+        """Whether a forward may begin, as far as the last one is concerned."""
+        return self.complete and self.awaits is None
+
+    @property
     def idle(self) -> bool:
         """Whether nothing has begun that has not ended."""
-        return self.change is None and self.complete
+        return self.change is None and self.may_begin
 
     @property
     def at_first_layer(self) -> bool:
@@ -69,7 +77,7 @@ class Progress:
         if self.change is not None or self.current is not None:
             raise self._error()
         new = self.complete
-        if not new and index not in self.missing:
+        if not self.may_begin if new else index not in self.missing:
             raise self._error()
         self.current = self.last = index
         if new:
@@ -92,10 +100,10 @@ class Progress:
             return False
         again = (index, method, state) in self.touched
         again |= method in _READS and any((index, name, state) in self.touched for name in _WRITES)
-        if self.change is not None or self.current is not None or (again and not self.complete):
-            raise self._error()
         # The last layer of a forward may touch its state after everything else has been reached.
         new = again or (self.complete and index != self.last)
+        if self.change is not None or self.current is not None or (new and not self.may_begin):
+            raise self._error()
         if new:
             self._begin()
         if not self.touched:
@@ -116,7 +124,7 @@ class Progress:
     def forget(self) -> None:
         """What had begun has been undone."""
         self.missing, self.missing_linear, self.touched, self.read = set(), set(), set(), set()
-        self.current = self.last = self.change = None
+        self.current = self.last = self.change = self.awaits = None
 
     @contextmanager
     def changing(self, what: str) -> Iterator[None]:
@@ -135,7 +143,7 @@ class Progress:
 
     def _error(self) -> RuntimeError:
         return RuntimeError(
-            f"this cache is broken: {self.change or 'a forward'} was cut off by an exception before it had reached every layer, so "
+            f"this cache is broken: {self.change or self.awaits or 'a forward'} was cut off by an exception before it had reached every layer, so "
             f"that its layers hold different tokens. Call cache.reset() and read the prompt again, or go on from a copy made "
             f"earlier (copy.deepcopy(cache))"
         )

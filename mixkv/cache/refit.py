@@ -25,7 +25,7 @@ class PendingRefit:
     real: torch.Tensor
 
     @classmethod
-    def of_window(
+    def of_prompt(
         cls,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -34,11 +34,15 @@ class PendingRefit:
         valid: torch.Tensor | None,
         logits: LogitOptions,
         window: int,
+        asked: torch.Tensor | None = None,
     ) -> PendingRefit:
-        """With the queries of the last ``window`` tokens of a prompt as references.
+        """With the queries of the last ``window`` tokens of a prompt as references, and those of its replay.
 
-        The arguments are those of `mixkv.cache.compress.Compressor.compress`; where ``output`` is of fewer tokens (a prompt read in
-        pieces), it is computed.
+        The other arguments are those of `mixkv.cache.compress.Compressor.compress`; where ``output`` is of fewer tokens (a prompt
+        read in pieces), it is computed.
+
+        Args:
+            asked: [B, Hq, n, D], queries of tokens that came after the whole prompt; None: there are none.
         """
         batch, _, length, _ = key.shape
         window = min(window, length)
@@ -50,7 +54,10 @@ class PendingRefit:
         real = torch.full((batch,), length, device=key.device) if valid is None else valid.sum(dim=-1)
         # Copies: the queries and outputs of the whole prompt need not stay.
         first, own = length - window, None if valid is None else valid[:, length - window :].clone()
-        return cls([Reference(query.clone(), output.clone(), first, own)], real)
+        references = [Reference(query.clone(), output.clone(), first, own)]
+        if asked is not None:
+            references.append(Reference(asked, attention_output(asked, key, value, valid, logits, after=True)))
+        return cls(references, real)
 
     def apply(self, store: Store, logits: LogitOptions, dynamic: torch.Tensor | None = None) -> None:
         """Refits the values in ``store`` of heads that lost rows; ``dynamic`` bool [B, Hkv]: heads to leave as they are."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import checked_file, tensor_parallel
+from .. import checked_file, registry, tensor_parallel
 from ..config import MixKVConfig
 from ..hf import binding, stock_layers, versions
 from ..ops.arguments import LogitOptions
@@ -33,7 +35,7 @@ class Saved:
     """A file's contents, whole and of a known format.
 
     ``header``: format, mixkv (version), model (class name), dtype, batch, recording, config, moved (whether the model knew how
-        far images move positions; None: the model had gone), and under ``layers`` one entry a layer of the model: kind, and
+        far images move positions; None: the model had gone), about (what the caller of `save` gave, if anything), and under ``layers`` one entry a layer of the model: kind, and
         what that kind of layer needs beside its tensors.
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
         lengths [B, Hkv], redundancy [B, Hkv], of rows in int8 key_scale and value_scale [rows], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
@@ -48,7 +50,7 @@ class Saved:
     config: MixKVConfig
 
 
-def save(cache, path: str | os.PathLike) -> None:
+def save(cache, path: str | os.PathLike, about: Mapping[str, Any] = MappingProxyType({})) -> None:
     """See `MixKVCache.save`."""
     from .. import __version__
 
@@ -84,6 +86,7 @@ def save(cache, path: str | os.PathLike) -> None:
         "moved": None if model is None else moved,
         "config": cache.config.to_dict(),
         "layers": layers,
+        **({"about": dict(about)} if about else {}),
     }
     checked_file.write(path, header, tensors)
 
@@ -154,6 +157,11 @@ def _read_layers(cache) -> list[MixKVLayer]:
         raise ValueError(
             f"this cache has read {max(layer.seen for layer in ours)} tokens of a prompt, not all of it: save it once the prompt has "
             f"been read to its end"
+        )
+    if cache._state.reads_turn(ours[0].seen):
+        raise ValueError(
+            f"this cache has read {ours[0].seen} tokens, and its last turn ends after {cache._state.turn.end}: save it once the turn "
+            f"has been read to its end"
         )
     if len({layer.seen for layer in ours}) > 1:
         raise ValueError("a forward with this cache was interrupted between two layers: make a new cache, and save that")
@@ -273,9 +281,10 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         chunked = int(held["chunk_rows"].sum()) if "chunk_rows" in held else -1
         shapes |= {"chunk_key": [chunked, numbers["key_size"]], "chunk_value": [chunked, numbers["value_size"]]}
         shapes |= dict.fromkeys(_CHUNK_NUMBERS, [batch, heads])
-    if saved.config.rows != "full":
+    chosen = registry.row_format(saved.config.rows)
+    if chosen.codes:
         shapes |= {"key_scale": [rows], "value_scale": [rows]}
-    if saved.config.rows == "int4":
+    if chosen.packs:
         shapes |= _packed_shapes(held, numbers, batch)
     if "modal_redundancy" in held:
         shapes["modal_redundancy"] = [batch, heads, 2]

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from ..config import MixKVConfig
+from ..gate_file import Gate
 from ..hf.attention import visible
 from ..hf.image_tokens import ImageTokens
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from .progress import Progress
+from .turns import Turn
 
 # Attributes in pickles of version 0.1.0.
 _FORMER = {"recording": "rollback_enabled", "waiting": "pending_layer", "contest": "shared_budget"}
@@ -29,6 +31,8 @@ class Before:
     batch: int | None
     prompt_length: int | None
     rollback_enabled: bool
+    expected_prompt: int | None = None
+    turn: Turn | None = None
     images: ImageTokens | None = None
 
 
@@ -37,7 +41,8 @@ class CacheState:
     """What the layers of one cache share.
 
     ``prompt_length``: tokens of a prompt that arrives in several forwards or with drafts attached; None: one forward.
-    ``expected_prompt``: the length of the next prompt, if the caller gave it.
+    ``expected_prompt``: the length of the next prompt or turn, if the caller gave it.
+    ``turn``: the later turn being read, or read last, if it is one that is compressed.
     ``rollback_enabled``: tokens may be taken back by `crop` after each forward (assisted decoding).
     ``pending_layer``: the layer whose keys have been handed out and not come to the attention function yet.
     ``shared_budget``: what the layers of a prompt compete for, if the method is cross-layer, until its last layer has come.
@@ -46,6 +51,8 @@ class CacheState:
     ``progress``: which layers the present forward has reached; None in a pickle of version 0.1.0, until its cache sets it.
     ``before``: what the present forward may change besides the layers, as it was.
     ``storing``: whether the present forward has begun to change what a layer holds.
+    ``replay``: the part of the prompt that the present forward repeats; None: it reads new tokens.
+    ``gate``: of the model, where the score needs it.
     ``cache``: whose layers these are, while a forward runs.
     """
 
@@ -53,6 +60,7 @@ class CacheState:
     num_layers: int = 0
     prompt_length: int | None = None
     expected_prompt: int | None = None
+    turn: Turn | None = None
     rollback_enabled: bool = False
     pending_layer: Any | None = None
     shared_budget: GlobalBudget | ChunkBudget | None = None
@@ -61,6 +69,8 @@ class CacheState:
     progress: Progress | None = field(default_factory=Progress, repr=False)
     before: Before | None = field(default=None, repr=False)
     storing: bool = False
+    replay: Any | None = None
+    gate: Gate | None = field(default=None, repr=False)
     cache: weakref.ref | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +78,25 @@ class CacheState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         renamed = {_FORMER.get(name, name): value for name, value in state.items()}
-        self.__dict__.update({"progress": None, "before": None, "storing": False, "cache": None} | renamed)
+        missing = {
+            "progress": None,
+            "before": None,
+            "storing": False,
+            "replay": None,
+            "gate": None,
+            "cache": None,
+            "turn": None,
+        }
+        self.__dict__.update(missing | renamed)
+
+    @property
+    def keeps_window(self) -> bool:
+        """Whether layers hold the last window of queries between forwards, to score what they hold."""
+        return self.config.decode_budget is not None or self.config.turns == "all"
+
+    def reads_turn(self, seen: int) -> bool:
+        """Whether, after so many tokens, a later turn has not been read to its end."""
+        return self.turn is not None and seen < self.turn.end
 
     def start_storing(self) -> None:
         """The present forward is about to change what a layer holds."""

@@ -41,6 +41,10 @@ class TrackedCache(Cache):
     def _check_usable(self) -> None:
         self._check_met()
         self._state.progress.check()
+        self._end_steps()
+
+    def _end_steps(self) -> None:
+        """Makes the layers ready for anything but compiled steps."""
 
     def _check_met(self) -> None:
         if self._state.pending_layer is not None:
@@ -67,7 +71,7 @@ class TrackedCache(Cache):
     def _start_forward(self) -> None:
         state = self._state
         seen = next(layer.seen for layer in self.layers if isinstance(layer, MixKVLayer))
-        state.before = Before(seen, self._batch, state.prompt_length, state.rollback_enabled)
+        state.before = Before(seen, self._batch, state.prompt_length, state.rollback_enabled, state.expected_prompt, state.turn)
         state.cache, state.storing = weakref.ref(self), False
 
     def _undo_forward(self) -> None:
@@ -87,6 +91,7 @@ class TrackedCache(Cache):
             state.shared_budget, state.rollback_enabled = None, before.rollback_enabled
             self._make_layers()
         self._batch, state.prompt_length = before.batch, before.prompt_length
+        state.expected_prompt, state.turn = before.expected_prompt, before.turn
         if before.images is not None:
             state.images = before.images
         state.progress.forget()
@@ -112,10 +117,13 @@ class TrackedCache(Cache):
         return self._finish_state("update_recurrent_state", layer_idx, result)
 
     def _touch_state(self, method: str, layer_idx: int, state_idx: int = 0, *_, **__) -> None:
-        if not torch.compiler.is_compiling() and self._state.progress.touch_state(layer_idx, method, state_idx):
+        if self._is_tracked() and self._state.progress.touch_state(layer_idx, method, state_idx):
             self._start_forward()
 
+    def _is_tracked(self) -> bool:
+        return not torch.compiler.is_compiling() and self._state.replay is None
+
     def _finish_state(self, method: str, layer_idx: int, result):
-        if not torch.compiler.is_compiling():
+        if self._is_tracked():
             self._state.progress.finish_state(layer_idx, method)
         return result

@@ -42,6 +42,8 @@ def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[s
         help="pairs of a method and a score, instead of every --method with every --score",
     )
     parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm, written by mixkv calibrate or as JSON")
+    parser.add_argument("--gate", metavar="FILE", help="gate for score gate, written by mixkv calibrate --gate")
+    parser.add_argument("--refit", action="store_true", help="refit the values of kept rows")
 
 
 def configs(options: argparse.Namespace) -> list:
@@ -52,9 +54,9 @@ def configs(options: argparse.Namespace) -> list:
     """
     from ..evaluation import compare
 
-    profile = {"profile": options.profile} if options.profile else {}
+    given = {name: getattr(options, name) for name in ("profile", "gate", "refit") if getattr(options, name)}
     kinds = options.cache or list(product(options.method, options.score))
-    return [config for rows in options.rows for config in compare.grid(kinds, options.budget, rows=rows, **profile)]
+    return [config for rows in options.rows for config in compare.grid(kinds, options.budget, rows=rows, **given)]
 
 
 def add_model(parser: argparse.ArgumentParser, default: str = "SmolLM2-135M-Instruct") -> None:

@@ -1,4 +1,4 @@
-"""``mixkv calibrate``: measures a head profile."""
+"""``mixkv calibrate``: measures a head profile, or fits a gate."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from .results import check_writable, print_model, set_threads
 
 
 def add_parser(commands) -> None:
-    command = commands.add_parser("calibrate", help="measure the head profile that method sparsemm needs, on pages or on texts")
+    command = commands.add_parser(
+        "calibrate", help="measure the head profile that method sparsemm needs, or fit the gate of score gate"
+    )
+    command.add_argument("--gate", action="store_true", help="fit a gate for score gate, instead of a head profile")
     command.add_argument(
         "--out",
-        required=True,
         metavar="FILE",
-        help=".safetensors or .json; the measurements of each page are written to FILE.jsonl beside it",
+        help=".safetensors or .json; the measurements of each page are written to FILE.jsonl beside it; with --gate .safetensors "
+        "(default in mixkv's cache folder)",
     )
-    command.add_argument("--pages", type=positive, default=100, metavar="N", help="number of pages or texts (default 100)")
+    command.add_argument("--pages", type=positive, metavar="N", help="number of pages or texts (default 100; with --gate 8)")
     command.add_argument(
         "--kind",
         type=list_of(str),
-        default=["form", "table", "receipt"],
         metavar="NAME,NAME",
         help="kinds of pages, in turn: form, table, receipt, two-pages (default form,table,receipt); or of texts: codes, "
-        "lookup, several",
+        "lookup, several; with --gate any task of mixkv eval (default prose)",
     )
     command.add_argument("--tokens", type=positive, default=1024, metavar="N", help="length of texts (default 1024)")
     command.add_argument("--first-seed", type=natural, default=0, metavar="N", help="seed of the first page (default 0)")
@@ -43,9 +45,44 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.gate:
+        _fit_gate(options)
+    else:
+        _measure_profile(options)
+
+
+def _fit_gate(options: argparse.Namespace) -> None:
+    from .. import calibrate
+    from ..evaluation import InputError, gate_samples, loading, packages
+    from ..evaluation import pages as page_tasks
+
+    kinds = options.kind or ["prose"]
+    vision = any(kind in page_tasks.TASKS for kind in kinds)
+    packages.require("rich", *(packages.PAGES if vision else ()))
+    from ..evaluation import tables
+
+    set_threads(options)
+    check_writable(options.out, "--out")
+    if options.out and Path(options.out).suffix != ".safetensors":
+        raise InputError(f"--out {options.out} must end in .safetensors")
+    seeds = {"first_seed": options.first_seed, "seed_step": options.seed_step}
+    with tables.progress_bar() as progress:
+        loaded = loading.load(options.model, dtype=options.dtype, device=options.device, vision=vision)
+        inputs = gate_samples.inputs(loaded, kinds, options.pages or 8, tokens=options.tokens, **seeds, progress=progress)
+        try:
+            path = calibrate(loaded.model, inputs, out=options.out)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    console = tables.Console()
+    print_model(console, loaded)
+    console.print(f'Written: {path}, for score="gate", gate="{path}"' if options.out else f'Written: {path}, for score="gate"')
+
+
+def _measure_profile(options: argparse.Namespace) -> None:
     from .. import head_profile
     from ..evaluation import calibrate, loading, machine, packages, spans, spread
 
+    options.pages, options.kind = options.pages or 100, options.kind or ["form", "table", "receipt"]
     texts = all(kind in spans.KINDS for kind in options.kind)
     if texts:
         packages.require("rich")
@@ -77,6 +114,8 @@ def _check(options: argparse.Namespace, texts: bool) -> None:
     from .. import head_profile
     from ..evaluation import InputError, boxes, spans
 
+    if options.out is None:
+        raise InputError("--out FILE is needed: the profile is written there")
     check_writable(options.out, "--out")
     if Path(options.out).suffix not in (head_profile.CHECKED, ".json"):
         raise InputError(f"--out {options.out} must end in {head_profile.CHECKED} or .json")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from . import bench, build, calibrate, compare, demo, evaluate, info
+from . import ask, bench, build, calibrate, compare, demo, evaluate, info, read
 
 # In the order of ``mixkv --help``. Each module has ``add_parser(commands)``, which sets the default ``run``: a function of the
 # parsed options. To add a command, write such a module and list it here.
-COMMANDS = (demo, compare, bench, evaluate, calibrate, build, info)
+COMMANDS = (demo, read, ask, compare, bench, evaluate, calibrate, build, info)
 
 
 def make_parser() -> argparse.ArgumentParser:

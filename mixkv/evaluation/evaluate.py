@@ -20,7 +20,7 @@ from ..config import MixKVConfig
 from . import InputError
 from .measure import held, kl_divergence, no_progress, warm_up
 from .prompts import check_length
-from .replay import Recording, joined
+from .recording import Recording, joined
 from .tasks import Sample
 
 # Identifies a sample: task, tokens, seed.
@@ -67,7 +67,8 @@ def run(
         window = max(config.window for config in configs)
         inputs = {name: value.to(model.device) for name, value in sample.inputs.items()}
         context = torch.tensor([sample.context], device=model.device)
-        recording = Recording(model, context, window=window, inputs=inputs)
+        replayed = [config.replay_chunk for config in configs if registry.score(config.score).needs_replay]
+        recording = Recording(model, context, window=window, inputs=inputs, replay_chunk=max(replayed, default=None))
         questions = [_question(recording, tokenizer, sample, index, answer_tokens) for index in range(len(sample.follow))]
         results = list(_results(recording, configs, questions))
         answered = None if sample.expected is None else sum(question.answered(question.said) for question in questions)

@@ -60,7 +60,7 @@ def highest(query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor) -> 
 class _WatchingLayer(MixKVLayer):
     """Records what a prompt attends to, and keeps nothing of it."""
 
-    def compress(self, query, key, value, output, valid, options):
+    def compress(self, query, key, value, output, valid, options, measured=None):
         self.most = highest(query[:, :, self.positions.to(query.device)], key, self.positions)[0]
 
 

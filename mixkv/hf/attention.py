@@ -42,6 +42,8 @@ def attend_with_cache(
     """
     # The mark is looked for outside what torch.compile leaves out: with other caches a bound model compiles to one graph.
     if (layer := getattr(key, MARK, None)) is not None:
+        if layer.is_step:
+            return layer.step(query, key, value, _logit_options(query, kwargs)), None
         return _attend(layer, base, module, query, key, value, attention_mask, kwargs)
     if _CACHE_IS_IGNORED and kwargs.get("cache") is not None:
         raise TypeError("this transformers calls the cache past_key_values: pass past_key_values=cache to the model's forward")
@@ -50,6 +52,8 @@ def attend_with_cache(
 
 @torch.compiler.disable
 def _attend(layer, base, module, query, key, value, mask, kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if layer.replaying:
+        return layer.replay(query, key, value, _logit_options(query, kwargs)), None
     with layer.attention_call(module, kwargs):
         # A prompt's own attention is the base's, on full keys and values; stored rows are cut off from what made them.
         if layer.rows is not None or layer.prompt_length not in (None, key.shape[2]):
@@ -89,14 +93,27 @@ def _read_prompt(layer, base, module, query, key, value, mask, kwargs):
 
 def _continue(layer, query, key, value, mask, logits) -> torch.Tensor:
     """Attention of new positions over the stored rows and each other; the new rows are stored."""
+    new, drafts = query.shape[2], layer.drafts
+    if 0 < drafts < new:
+        # They see what is left of their turn, as they would in a forward of their own.
+        outputs = [
+            _read_block(layer, query[:, :, own], key[:, :, own], value[:, :, own], _slice_mask(mask, own, own), logits, end)
+            for own, end in ((slice(-drafts), layer.seen - drafts), (slice(-drafts, None), layer.seen))
+        ]
+        return torch.cat(outputs, dim=1)
+    return _read_block(layer, query, key, value, mask, logits, layer.seen)
+
+
+def _read_block(layer, query, key, value, mask, logits, end) -> torch.Tensor:
+    """`_continue` for tokens that see the same stored rows; ``end``: the position after the last."""
     new = query.shape[2]
     # A decode step's one token is real in every batch row, as padding on the right is refused: nothing waits for the device.
-    valid = None if new == 1 else layer.state.valid_tokens(mask, layer.seen - new, new)
+    valid = None if new == 1 else layer.state.valid_tokens(mask, end - new, new)
     if new == 1:
-        output = layer.decode(query, key, value, logits)
+        output = layer.decode(query, key, value, end - 1, logits)
     else:
-        output = layer.extend(query, key, value, _block_mask(mask, valid, new), valid, logits)
-    layer.enforce_decode_budget(query, valid)
+        output = layer.extend(query, key, value, end - new, _block_mask(mask, valid, new), valid, logits)
+    layer.enforce_budgets(query, output, valid, end)
     return output
 
 

@@ -67,9 +67,9 @@ def bind(model: PreTrainedModel, holder: object | None = None) -> list[CacheLaye
         ValueError: a model that cannot be compressed; the message says why.
     """
     versions.warn_if_untested()
-    slots = _slots(model)
+    found = slots(model)
     modules = attention_modules(model)
-    missing = [index for index, slot in enumerate(slots) if slot is None and index not in modules]
+    missing = [index for index, slot in enumerate(found) if slot is None and index not in modules]
     if missing:
         raise ValueError(
             f"{_name(model)} has no attention module with key/value heads for layers {missing}: it is not supported"
@@ -86,7 +86,7 @@ def bind(model: PreTrainedModel, holder: object | None = None) -> list[CacheLaye
         generation.override(model)
         if holder is not None:
             _holders.setdefault(model, WeakSet()).add(holder)
-    return slots
+    return found
 
 
 def add_holder(model: PreTrainedModel, holder: object) -> None:
@@ -142,7 +142,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _slots(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
+def slots(model: PreTrainedModel) -> list[CacheLayerMixin | None]:
     """The model's cache layers, None for those to compress."""
     if model.config.is_encoder_decoder:
         raise ValueError(f"{_name(model)} is an encoder-decoder model: only decoders with self-attention caches are supported")

@@ -14,29 +14,37 @@ from transformers import PreTrainedModel
 from .versions import NEWEST_TESTED
 
 
-def prompt_plan(tokens: int) -> tuple[int | None, bool]:
-    """How the calling `generate` reads its prompt.
+def prompt_plan(tokens: int, seen: int = 0) -> tuple[int | None, bool]:
+    """How the calling `generate` reads its prompt, or a later turn after ``seen`` tokens.
 
     A cache sees one forward at a time: neither that more chunks of the prompt follow (``prefill_chunk_size``), nor where
     the prompt ends and the drafts of assisted decoding begin. `generate` knows, a few frames up.
 
     Args:
-        tokens: how many the present forward, the first of a prompt, reads.
+        tokens: how many the present forward, the first of a prompt or turn, reads.
+        seen: tokens read before.
 
-    Returns: the length of the prompt in tokens if it comes in several forwards or with drafts attached, else None; and whether
+    Returns: the length of the prompt or turn in tokens if it comes in several forwards or with drafts attached, else None; and whether
         tokens may be taken back after each forward (assisted decoding, of which transformers before 5.15 does not inform the cache).
 
     Raises:
         RuntimeError: it may come so, and the frames of this transformers do not say how long it is.
     """
-    frames = [frame for frame in _frames() if frame.f_globals.get("__name__", "").startswith("transformers.generation.")]
+    frames = _generation_frames()
     if not frames:
         return None, False
     for frame in frames:
+        if frame.f_code.co_name == "_assisted_decoding" and seen > 0:
+            drafts = frame.f_locals.get("candidate_length")
+            if not isinstance(drafts, int) or drafts >= tokens:
+                raise _unknown()
+            return tokens - drafts, True
         if frame.f_code.co_name == "_assisted_decoding":
-            return _prompt_length(frame, lambda length: length <= tokens), True
+            return _prompt_length(frame, 0, lambda length: length <= tokens), True
         if frame.f_code.co_name == "_prefill" and _chunk_size(frame.f_locals.get("generation_config")) is not None:
-            return _prompt_length(frame, lambda length: length >= tokens), False
+            return _prompt_length(frame, seen, lambda length: length >= tokens), False
+    if seen > 0 and tokens == 1:
+        return None, False
     # No frame of the two that read a prompt in parts: the options of `generate` confirm that none was asked for.
     options = next((found for frame in frames if (found := _generation_config(frame)) is not None), None)
     assistant = next((frame.f_locals["assistant_model"] for frame in frames if "assistant_model" in frame.f_locals), None)
@@ -45,12 +53,27 @@ def prompt_plan(tokens: int) -> tuple[int | None, bool]:
     return None, False
 
 
-def _prompt_length(frame: FrameType, is_possible: Callable[[int], bool]) -> int | None:
-    """The length of the prompt that ``frame`` has as token ids; None if there are none, but embeddings."""
+def in_generate() -> bool:
+    """Whether `generate` is calling."""
+    return bool(_generation_frames())
+
+
+def _generation_frames() -> list[FrameType]:
+    return [frame for frame in _frames() if frame.f_globals.get("__name__", "").startswith("transformers.generation.")]
+
+
+def _prompt_length(frame: FrameType, seen: int, is_possible: Callable[[int], bool]) -> int | None:
+    """The length of the prompt or turn that ``frame`` has as token ids; None if there are none, but embeddings."""
     ids = frame.f_locals.get("input_ids")
-    if not torch.is_tensor(ids) or ids.ndim != 2 or (ids.shape[1] > 0 and not is_possible(ids.shape[1])):
+    if not torch.is_tensor(ids) or ids.ndim != 2:
         raise _unknown()
-    return ids.shape[1] or None
+    length = ids.shape[1]
+    # The ids are of everything read so far, too, unless `generate` was given those of the new tokens alone.
+    if length > 0 and seen > 0 and frame.f_locals.get("next_sequence_length") != 0:
+        length = frame.f_locals.get("next_sequence_length") or length - seen
+    if ids.shape[1] > 0 and not (length > 0 and is_possible(length)):
+        raise _unknown()
+    return length or None
 
 
 def _generation_config(frame: FrameType):

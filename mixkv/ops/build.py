@@ -31,7 +31,15 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # The oldest torch whose ABI the libraries use, as `TORCH_TARGET_VERSION` wants it.
 TARGET = (2, 10)
 _TARGET_FLAG = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-_CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-ignored-attributes"]
+_CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Files that are compiled for one instruction set each; which one runs is decided when the library is loaded.

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..registry import BACKENDS
-from . import flash, native, reference, row_codes, score_reference, selection_reference
+from . import flash, mixing_reference, native, reference, row_codes, score_reference, selection_reference
 from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
+from .selection_reference import Largest
 
 # `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
 _UNASKED_ON_GPU = ("torch",)
@@ -216,15 +218,21 @@ def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, to
         reference.move_rows(buffers, source, total=total)
 
 
-def window_attention(backend: str, query, key, valid, **options) -> torch.Tensor:
+def window_attention(
+    backend: str, query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions, **options: str
+) -> torch.Tensor:
     """`score_reference.window_attention`: compiled where queries and keys have one dtype."""
     compiled = backend == "native" and query.dtype == key.dtype
-    return (native if compiled else score_reference).window_attention(query, key, valid, **options)
+    return (native if compiled else score_reference).window_attention(query, key, valid, logits, **options)
 
 
-def projected_norm(backend: str, value, factor) -> torch.Tensor:
-    """`score_reference.projected_norm`; as all that follows compiled for the CPU only: a GPU multiplies matrices at full speed."""
-    return _scores(backend, value).projected_norm(value, factor)
+def importance(
+    backend: str, query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions, **options: Any
+) -> torch.Tensor:
+    """`score_reference.importance`; as all that follows compiled for the CPU only: a GPU multiplies matrices at full speed."""
+    if query.dtype == key.dtype and _scores(backend, key) is native:
+        return native.importance(query, key, valid, logits, **options)
+    return score_reference.importance(query, key, valid, logits, **options, attend=partial(window_attention, backend))
 
 
 def norm(backend: str, rows: torch.Tensor) -> torch.Tensor:
@@ -232,25 +240,15 @@ def norm(backend: str, rows: torch.Tensor) -> torch.Tensor:
     return _scores(backend, rows).norm(rows)
 
 
-def directions(backend: str, key: torch.Tensor, valid: torch.Tensor | None) -> score_reference.Directions:
-    """`score_reference.directions`."""
-    return _scores(backend, key).directions(key, valid)
-
-
-def redundancy(backend: str, found: score_reference.Directions) -> torch.Tensor:
-    """`score_reference.redundancy`."""
-    return _scores(backend, found.mean).redundancy(found)
-
-
-def similarity(backend: str, key: torch.Tensor, found: score_reference.Directions) -> torch.Tensor:
-    """`score_reference.similarity`."""
-    return _scores(backend, key).similarity(key, found)
+def diversity(backend: str, key: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score_reference.diversity`."""
+    return _scores(backend, key).diversity(key, valid)
 
 
 def match(backend: str, raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """`score_reference.match`: compiled for float32."""
+    """`mixing_reference.match`: compiled for float32."""
     alike = raw.dtype == reference.dtype == torch.float32 and raw.shape == reference.shape
-    return (_scores(backend, raw) if alike else score_reference).match(raw, reference, valid)
+    return (_mixing(backend, raw) if alike else mixing_reference).match(raw, reference, valid)
 
 
 def mix(
@@ -261,21 +259,14 @@ def mix(
     share: torch.Tensor,
     valid: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`score_reference.mix`."""
-    return _scores(backend, importance).mix(importance, similarity, value_norm, share, valid)
+    """`mixing_reference.mix`."""
+    return _mixing(backend, importance).mix(importance, similarity, value_norm, share, valid)
 
 
 def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
-    """`score_reference.normalized`, compiled where the library has been loaded."""
+    """`mixing_reference.normalized`, compiled where the library has been loaded."""
     compiled = importance.device.type == "cpu" and native.status("cpu", load=False).available
-    return (native if compiled else score_reference).normalized(importance, exponent)
-
-
-def pool(
-    backend: str, attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`score_reference.pool`."""
-    return _scores(backend, attention).pool(attention, kernel_size, pooling, norm)
+    return (native if compiled else mixing_reference).normalized(importance, exponent)
 
 
 def evict(
@@ -303,11 +294,9 @@ def take(
     return _selection(ranks).take(ranks, entries, window, width)
 
 
-def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def merge_largest(so_far: Largest, importance: torch.Tensor, *limits: torch.Tensor, floor: float) -> Largest:
     """`selection_reference.merge_largest`."""
-    return _selection(importance).merge_largest(value, owner, importance, within, totals, owners)
+    return _selection(importance).merge_largest(so_far, importance, *limits, floor)
 
 
 def report() -> list[str]:
@@ -335,6 +324,10 @@ def _rows(backend: str):
 
 def _scores(backend: str, tensor: torch.Tensor):
     return native if backend == "native" and tensor.device.type == "cpu" else score_reference
+
+
+def _mixing(backend: str, tensor: torch.Tensor):
+    return native if backend == "native" and tensor.device.type == "cpu" else mixing_reference
 
 
 def _selection(tensor: torch.Tensor):

@@ -14,6 +14,9 @@ def register() -> None:
     def nothing(*args):
         return None
 
+    def window(query, key, *rest):
+        return key.new_empty(key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32)
+
     def numbers(rows):
         return rows.new_empty(rows.shape[:3], dtype=torch.float32)
 
@@ -37,10 +40,10 @@ def register() -> None:
         sequences = [positions.new_empty(counts.numel()) for _ in range(2)]
         return (*buffers, positions.new_empty(rows), *sequences, *scales(key, rows, codes))
 
-    def merged(value, owner, importance, within, totals, owners):
+    def merged(value, owner, within, importance, *rest):
         kept, batch = torch.library.get_ctx().new_dynamic_size(), value.shape[0]
-        numbers = (totals.new_empty(batch, owners), totals.new_empty(importance.shape[:2]))
-        return (value.new_empty(batch, kept), owner.new_empty(batch, kept), *numbers)
+        heads = within.shape[1] + importance.shape[1]
+        return (value.new_empty(batch, kept), owner.new_empty(batch, kept), *(within.new_empty(batch, heads) for _ in range(3)))
 
     fakes = {
         "append": nothing,
@@ -54,23 +57,17 @@ def register() -> None:
         "move_rows": nothing,
         "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "step": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "attend_extend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "chunk_scores": lambda query, codes, grid, starts, counts, longest: query.new_empty(
             starts.numel(), longest, dtype=torch.float32
         ),
         "attend_chunks": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "fetch_chunks": nothing,
-        "window_scores": lambda query, key, *rest: key.new_empty(
-            key.shape[0], key.shape[1], key.shape[2] - query.shape[2], dtype=torch.float32
-        ),
-        "projected_norm": lambda value, factor: numbers(value),
+        "window_scores": window,
+        "importance": window,
         "row_norms": numbers,
-        "mean_directions": lambda key, valid: (
-            numbers(key),
-            key.new_empty(*key.shape[:2], key.shape[3], dtype=torch.float32),
-            key.new_empty(key.shape[:2], dtype=torch.float32),
-        ),
-        "row_cosines": lambda key, inverse_norm, mean: numbers(key),
+        "diversity": lambda key, valid: (numbers(key), key.new_empty(key.shape[:2], dtype=torch.float32)),
         "match": lambda raw, reference, valid: raw.new_empty(raw.shape),
         "places": lambda score: (
             score.new_empty(score.shape, dtype=torch.int32),
@@ -78,11 +75,9 @@ def register() -> None:
         ),
         "ada_counts": lambda importance, base, totals: base.new_empty(importance.shape[:2]),
         "take": lambda ranks, entries, window, width: (*chosen(ranks, 2), entries.new_empty(entries.shape)),
-        "mean_cosine": lambda mean, count: count.new_empty(count.shape),
         "mix": lambda importance, *rest: importance.new_empty(importance.shape),
         "normalized": lambda importance, exponent: importance.new_empty(importance.shape),
         "gather": gathered,
-        "pool": lambda attention, *rest: attention.new_empty(attention.shape),
         "merge_largest": merged,
         "evict": evicted,
     }

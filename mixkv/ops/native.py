@@ -18,7 +18,7 @@ import torch
 
 from . import build, fakes, layout, selection_reference
 from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
-from .score_reference import Directions
+from .selection_reference import Largest
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -177,19 +177,42 @@ def move_rows(buffers: RaggedBuffers, source: RaggedBuffers, *, max_length: int)
 
 
 def window_attention(
-    query, key, valid, *, scaling, statistic="mean", group_reduce="mean", softcap=None, sinks=None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    logits: LogitOptions,
+    *,
+    statistic: str = "mean",
+    group_reduce: str = "mean",
 ) -> torch.Tensor:
     """`score_reference.window_attention`, a few columns at a time instead of all logits at once."""
-    if valid is not None:
-        valid = valid.expand(key.shape[:3])
-    return _ops().window_scores.default(
-        query, key, valid, scaling, statistic == "rms", group_reduce == "max", softcap or 0.0, _sinks(sinks)
+    valid = _expanded(valid, key)
+    options = (logits.scaling, statistic == "rms", group_reduce == "max", logits.softcap or 0.0, _sinks(logits.sinks))
+    return _ops().window_scores.default(query, key, valid, *options)
+
+
+def importance(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    logits: LogitOptions,
+    *,
+    group_reduce: str = "mean",
+    kernel_size: int,
+    pooling: str,
+    value: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`score_reference.importance` on the CPU."""
+    options = (
+        logits.scaling,
+        group_reduce == "max",
+        logits.softcap or 0.0,
+        _sinks(logits.sinks),
+        kernel_size,
+        pooling == "max",
     )
-
-
-def projected_norm(value, factor) -> torch.Tensor:
-    """`score_reference.projected_norm` on the CPU, without storing what is projected."""
-    return _ops().projected_norm.default(value, factor)
+    return _ops().importance.default(query, key, value, factor, _expanded(valid, key), *options)
 
 
 def norm(rows: torch.Tensor) -> torch.Tensor:
@@ -197,14 +220,9 @@ def norm(rows: torch.Tensor) -> torch.Tensor:
     return _ops().row_norms.default(rows)
 
 
-def directions(key: torch.Tensor, valid: torch.Tensor | None) -> Directions:
-    """`score_reference.directions` on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
-    return Directions(*_ops().mean_directions.default(key, None if valid is None else valid.expand(key.shape[:3])))
-
-
-def redundancy(found: Directions) -> torch.Tensor:
-    """`score_reference.redundancy` on the CPU."""
-    return _ops().mean_cosine.default(found.mean, found.count)
+def diversity(key: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score_reference.diversity` on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
+    return _ops().diversity.default(key, _expanded(valid, key))
 
 
 def mix(
@@ -214,28 +232,18 @@ def mix(
     share: torch.Tensor,
     valid: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`score_reference.mix` on the CPU."""
+    """`mixing_reference.mix` on the CPU."""
     valid = None if valid is None else valid.expand_as(importance)
     return _ops().mix.default(importance, similarity, value_norm, share, valid)
 
 
 def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
-    """`score_reference.normalized` of float32 on the CPU."""
+    """`mixing_reference.normalized` of float32 on the CPU."""
     return _ops().normalized.default(importance, exponent)
 
 
-def pool(attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None) -> torch.Tensor:
-    """`score_reference.pool` on the CPU."""
-    return _ops().pool.default(attention, norm, kernel_size, pooling == "max")
-
-
-def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
-    """`score_reference.similarity` on the CPU."""
-    return _ops().row_cosines.default(key, found.inverse_norm, found.mean)
-
-
 def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """`score_reference.match` of float32 tensors on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
+    """`mixing_reference.match` of float32 tensors on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
     return _ops().match.default(raw, reference, None if valid is None else valid.expand_as(raw))
 
 
@@ -287,10 +295,20 @@ def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail
 
 
 def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    so_far: Largest,
+    importance: torch.Tensor,
+    own_totals: torch.Tensor,
+    totals: torch.Tensor,
+    base: torch.Tensor,
+    candidates: torch.Tensor,
+    least: torch.Tensor,
+    limit: torch.Tensor,
+    floor: float,
+) -> Largest:
     """`selection_reference.merge_largest` on the CPU."""
-    return _ops().merge_largest.default(value, owner, importance, within, totals, owners)
+    value, owner, _, within, _ = so_far
+    shares = (own_totals, totals, base, candidates, least, limit, floor)
+    return Largest(*_ops().merge_largest.default(value, owner, within, importance, *shares))
 
 
 def _load(device: str) -> Status:
@@ -332,6 +350,10 @@ def _ops():
     if not status("cpu").available:
         raise RuntimeError(f"the compiled operations are not available: {status('cpu').reason}")
     return torch.ops.mixkv
+
+
+def _expanded(valid: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+    return None if valid is None else valid.expand(key.shape[:3])
 
 
 def _store(buffers: RaggedBuffers) -> tuple[torch.Tensor | None, ...]:

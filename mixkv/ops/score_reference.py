@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+
+from .arguments import LogitOptions
+from .mixing_reference import pool
 
 # Numbers of a head that a block may take whatever the prompt's length: a short prompt is one block.
 _NUMBERS = 1 << 16
@@ -40,12 +42,10 @@ def window_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     valid: torch.Tensor | None,
+    logits: LogitOptions,
     *,
-    scaling: float,
     statistic: str = "mean",
     group_reduce: str = "mean",
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the window's queries attend to, before pooling (SnapKV, arXiv 2404.14469, equation 5).
 
@@ -56,20 +56,17 @@ def window_attention(
         query: [B, Hq, W, D], the window's queries, rotated as the model uses them.
         key: [B, Hkv, N, D].
         valid: bool, broadcasts to [B, Hkv, N]; None: all tokens are valid.
-        scaling: factor on the logits.
+        logits: as in the model.
         statistic: ``mean`` or ``rms`` (root mean square) over the window's queries.
         group_reduce: ``mean`` or ``max`` over the G query heads of a KV head.
-        softcap: ``softcap * tanh(logits / softcap)`` where the model has it.
-        sinks: [Hq] logits that take mass and have no token, where the model has them.
 
     Returns: [B, Hkv, M] float32, the statistic over the window's queries, reduced over the group.
     """
     candidates = key.shape[2] - query.shape[2]
     if candidates == 0:
         return torch.zeros(*key.shape[:2], 0, device=key.device)
-    logits = _logits(query, key, valid, scaling, softcap)
     parts = []
-    for _, weights in _weights(query, key, logits, sinks, candidates):
+    for _, weights in _weights(query, key, valid, logits, candidates):
         mass = weights.square().mean(dim=3).sqrt_() if statistic == "rms" else weights.mean(dim=3)
         parts.append(mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2))
     mass = torch.cat(parts, dim=-1)
@@ -77,27 +74,54 @@ def window_attention(
     return mass if valid is None else mass.nan_to_num_(0.0)
 
 
+def importance(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    logits: LogitOptions,
+    *,
+    group_reduce: str = "mean",
+    kernel_size: int,
+    pooling: str,
+    value: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+    attend: Callable[..., torch.Tensor] = window_attention,
+) -> torch.Tensor:
+    """Pooled `window_attention`: its mean; with ``value`` its root mean square times the norm of what it takes.
+
+    Args:
+        query, key, valid, logits, group_reduce: as in `window_attention`.
+        kernel_size, pooling: as in `mixing_reference.pool`.
+        value: [B, Hkv, N, Dv].
+        factor: [Hkv, outputs, Dv] float32, what values are multiplied by before their norms are taken; None: nothing.
+        attend: `window_attention`, of whatever back end.
+
+    Returns: [B, Hkv, M] float32.
+    """
+    found = attend(query, key, valid, logits, statistic="mean" if value is None else "rms", group_reduce=group_reduce)
+    if value is not None:
+        size = norm(value) if factor is None else projected_norm(value, factor)
+        found = found * size[..., : found.shape[-1]]
+    return pool(found, kernel_size, pooling)
+
+
 def attention_share(
     query: torch.Tensor,
     key: torch.Tensor,
     valid: torch.Tensor | None,
     tokens: torch.Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    logits: LogitOptions,
 ) -> torch.Tensor:
     """The share of its attention that each of the window's queries gives to some ``tokens``.
 
     Args:
-        query, key, valid, scaling, softcap, sinks: as in `window_attention`.
+        query, key, valid, logits: as in `window_attention`.
         tokens: bool, broadcasts to [B, Hkv, N].
 
     Returns: [B, Hkv, G, W] float32, 0 for a query that sees nothing.
     """
-    logits = _logits(query, key, valid, scaling, softcap)
     share = torch.zeros((), device=query.device)
-    for (first, last), weights in _weights(query, key, logits, sinks, key.shape[2]):
+    for (first, last), weights in _weights(query, key, valid, logits, key.shape[2]):
         share = share + weights.mul_(tokens[:, :, None, None, first:last]).sum(dim=-1)
     return share.nan_to_num_(0.0)
 
@@ -134,6 +158,12 @@ def redundancy(found: Directions) -> torch.Tensor:
     return (numerator / (found.count - 1).clamp(min=1)).clamp(0, 1)
 
 
+def diversity(key: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`similarity` [B, Hkv, N] and `redundancy` [B, Hkv] of keys [B, Hkv, N, D]; ``valid`` as in `directions`."""
+    found = directions(key, valid)
+    return similarity(key, found), redundancy(found)
+
+
 def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
     """Cosine of each key with what the head's keys have in common: <u_i, mean u>, not re-normalised (KeyDiff, 2504.15364).
 
@@ -143,78 +173,6 @@ def similarity(key: torch.Tensor, found: Directions) -> torch.Tensor:
     # As a row times a matrix: torch multiplies a matrix by a column several times slower.
     along = by_block(key, key.shape[3], lambda part: (mean @ part.float().transpose(-1, -2)).squeeze(2))
     return along * found.inverse_norm
-
-
-def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Makes a raw score comparable with the attention score: min-max scaled, then given the reference's mean.
-
-    Min, max and means run over the valid candidates of each head (MixKV, arXiv 2510.20707, equation 4).
-
-    Args:
-        raw, reference: [B, Hkv, M].
-        valid: bool, broadcasts to them; None: all are valid.
-
-    Returns: [B, Hkv, M]; zeros where all raw scores are equal.
-    """
-    if raw.shape[-1] == 0:
-        return raw
-    valid = torch.ones(1, 1, 1, dtype=torch.bool, device=raw.device) if valid is None else valid
-    low = raw.masked_fill(~valid, torch.inf).amin(dim=-1, keepdim=True)
-    high = raw.masked_fill(~valid, -torch.inf).amax(dim=-1, keepdim=True)
-    scaled = ((raw - low) / (high - low)).masked_fill(~(valid & (high > low)), 0.0)
-    count = valid.expand_as(raw).sum(dim=-1, keepdim=True).clamp(min=1)
-    mean = scaled.sum(dim=-1, keepdim=True) / count
-    target = reference.masked_fill(~valid, 0.0).sum(dim=-1, keepdim=True) / count
-    return scaled * torch.where(mean > 0, target / mean, 0.0)
-
-
-def mix(
-    importance: torch.Tensor,
-    similarity: torch.Tensor,
-    value_norm: torch.Tensor,
-    share: torch.Tensor,
-    valid: torch.Tensor | None,
-) -> torch.Tensor:
-    """``share * diversity + (1 - share) * (importance + value norm)`` (MixKV, arXiv 2510.20707, equation 7).
-
-    Diversity is minus the similarity; it and the value norm are brought to the scale of importance by `match`.
-
-    Args:
-        importance, similarity, value_norm: [B, Hkv, M].
-        share: [B, Hkv].
-        valid: bool, broadcasts to [B, Hkv, M]; None: all are valid.
-
-    Returns: [B, Hkv, M].
-    """
-    share = share.unsqueeze(-1)
-    diversity = match(-similarity, importance, valid)
-    return share * diversity + (1 - share) * (importance + match(value_norm, importance, valid))
-
-
-def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Importance [B, Hkv, M] divided by the largest of its batch row to the power of ``exponent``; where that is not positive, as is."""
-    if importance.shape[-1] == 0:
-        return importance
-    largest = importance.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(largest > 0, importance / largest**exponent, importance)
-
-
-def pool(attention: torch.Tensor, kernel_size: int, pooling: str, norm: torch.Tensor | None = None) -> torch.Tensor:
-    """1-D pooling over neighbouring candidates, same length; the zeros beyond both ends count in the average.
-
-    Args:
-        attention: [B, Hkv, M], non-negative.
-        kernel_size: neighbours that are taken together, odd.
-        pooling: ``avg`` or ``max``.
-        norm: [B, Hkv, >= M], by which attention is multiplied before; None: it is not.
-
-    Returns: [B, Hkv, M].
-    """
-    if attention.shape[-1] == 0:
-        return attention
-    attention = attention if norm is None else attention * norm[..., : attention.shape[-1]]
-    operation = F.max_pool1d if pooling == "max" else F.avg_pool1d
-    return operation(attention, kernel_size, stride=1, padding=kernel_size // 2)
 
 
 def norm(rows: torch.Tensor) -> torch.Tensor:
@@ -264,21 +222,19 @@ def unit_sums(key: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.cat(inverse_norms, dim=-1), total
 
 
-def _logits(
-    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, scaling: float, softcap: float | None
-) -> Logits:
+def _logits(query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, options: LogitOptions) -> Logits:
     """The logits of the window's queries for a block of tokens, -inf where a query does not see a token."""
     batch, query_heads, window, size = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     groups = query_heads // kv_heads
-    folded = (query.float() * scaling).reshape(batch, kv_heads, groups * window, size)
+    folded = (query.float() * options.scaling).reshape(batch, kv_heads, groups * window, size)
     newest = torch.arange(length - window, length, device=key.device).unsqueeze(-1)
 
     def block(first: int, last: int) -> torch.Tensor:
         part = key[:, :, first:last].float().transpose(-1, -2)
         logits = (folded @ part).view(batch, kv_heads, groups, window, last - first)
-        if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        if options.softcap is not None:
+            logits = logits.div_(options.softcap).tanh_().mul_(options.softcap)
         hidden = max(first, length - window)
         if hidden < last:
             future = torch.arange(hidden, last, device=key.device) > newest
@@ -291,9 +247,9 @@ def _logits(
 
 
 def _weights(
-    query: torch.Tensor, key: torch.Tensor, logits: Logits, sinks: torch.Tensor | None, count: int
+    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, options: LogitOptions, count: int
 ) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
-    """The softmax of ``logits`` over all tokens, for blocks of the first ``count``: ``(first, last)``, [B, Hkv, G, W, n].
+    """The softmax of the window's logits over all tokens, for blocks of the first ``count``: ``(first, last)``, [B, Hkv, G, W, n].
 
     nan for queries that see nothing.
     """
@@ -301,6 +257,7 @@ def _weights(
     kv_heads, length = key.shape[1], key.shape[2]
     groups = query_heads // kv_heads
     blocks = token_blocks(key, groups * window + size)
+    logits, sinks = _logits(query, key, valid, options), options.sinks
     sink = None if sinks is None else sinks.float().view(1, kv_heads, groups, 1, 1).expand(batch, -1, -1, window, 1)
     if len(blocks) == 1:
         whole = logits(0, length)

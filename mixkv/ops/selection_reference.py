@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
 from .arguments import RaggedBuffers
@@ -111,36 +114,74 @@ def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail
     return new, ranks[below]
 
 
+# Of `merge_largest`'s ``least``: parts of a row.
+LEAST_UNIT = 1 << 20
+
+
+class Largest(NamedTuple):
+    """The largest numbers of the layers so far, and what follows for their heads.
+
+    Attributes:
+        value: float32 [B, n], in order.
+        owner: int32 [B, n], the head of each.
+        counts: int64 [B, heads so far], how many belong to each head.
+        within: int64 [B, heads so far], how many of its own layer's largest do.
+        bound: int64 [B, heads so far] on the CPU, rows that each head gets at most.
+    """
+
+    value: torch.Tensor
+    owner: torch.Tensor
+    counts: torch.Tensor
+    within: torch.Tensor
+    bound: torch.Tensor
+
+
 def merge_largest(
-    value: torch.Tensor, owner: torch.Tensor, importance: torch.Tensor, within: torch.Tensor, totals: torch.Tensor, owners: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    so_far: Largest,
+    importance: torch.Tensor,
+    own_totals: torch.Tensor,
+    totals: torch.Tensor,
+    base: torch.Tensor,
+    candidates: torch.Tensor,
+    least: torch.Tensor,
+    limit: torch.Tensor,
+    floor: float,
+) -> Largest:
     """The largest numbers of several layers, with those of one more; of equal ones, the first.
 
     Args:
-        value: float32 [B, n], the largest so far.
-        owner: int32 [B, n], the head of each.
+        so_far: of the layers before.
         importance: float32 [B, Hkv, M], of one more layer; -inf does not count.
-        within: int64 [B] on the CPU, for every batch row, how many of the layer's own largest are counted.
+        own_totals: int64 [B] on the CPU, for every batch row, how many of the layer's own largest are counted.
         totals: int64 [B] on the CPU, for every batch row, how many of the largest of all layers are counted.
-        owners: heads so far, those of this layer included: they are the last.
-
-    Returns: ``value`` and ``owner`` of the ``max(totals)`` largest, in order; int64 [B, owners], how many of the ``totals``
-        largest belong to each head; and int64 [B, Hkv], how many of the layer's ``within`` largest.
+        base: int64 [B] on the CPU, rows per head on average.
+        candidates: int64 [B] on the CPU, candidates per head on average.
+        least: int64 [B, heads of all layers] on the CPU, what each head gets for certain, in units of ``1 / LEAST_UNIT`` rows.
+        limit: int64 [B, heads of all layers] on the CPU. A head gets at most so many rows, and at most the whole rows of
+            ``(1 - floor) * ((candidates - base) * counts + base * within) / candidates + least`` and one more.
+        floor: see `mixkv.selection.global_topk.GlobalTopK`.
     """
     batch, heads, _ = importance.shape
-    within, totals = within.tolist(), totals.tolist()
-    new = torch.arange(owners - heads, owners, dtype=torch.int32, device=importance.device)
+    earlier, most = so_far.within.shape[1], int(totals.max())
+    new = torch.arange(earlier, earlier + heads, dtype=torch.int32, device=importance.device)
     added = importance.flatten(1)
-    mine = (largest(added, within) & ~added.isneginf()).view_as(importance).sum(dim=-1)
-    value = torch.cat([value, added], dim=1)
-    owner = torch.cat([owner, new.view(1, heads, 1).expand_as(importance).flatten(1)], dim=1)
-    most = max(totals)
+    mine = (largest(added, own_totals.tolist()) & ~added.isneginf()).view_as(importance).sum(dim=-1)
+    value = torch.cat([so_far.value, added], dim=1)
+    owner = torch.cat([so_far.owner, new.view(1, heads, 1).expand_as(importance).flatten(1)], dim=1)
     if most < value.shape[1]:
         stay = largest(value, [most] * batch).flatten().nonzero().squeeze(-1)
         value, owner = (part.flatten()[stay].view(batch, -1) for part in (value, owner))
-    counted = largest(value, totals) & ~value.isneginf()
-    counts = torch.zeros(batch, owners, dtype=torch.long, device=value.device)
-    return value, owner, counts.scatter_add_(1, owner.long(), counted.long()), mine
+    counted = largest(value, totals.tolist()) & ~value.isneginf()
+    counts = torch.zeros(batch, earlier + heads, dtype=torch.long, device=value.device)
+    counts = counts.scatter_add_(1, owner.long(), counted.long())
+    within = torch.cat([so_far.within, mine], dim=1)
+    of_all, of_own = torch.stack([counts, within]).cpu()
+    # In numpy: some devices have no float64.
+    mean, longest = base.unsqueeze(-1).numpy(), candidates.unsqueeze(-1).numpy()
+    shares = ((longest - mean) * of_all.numpy() + mean * of_own.numpy()) * ((1 - floor) / longest.clip(min=1))
+    certain = least[:, : earlier + heads].numpy() / LEAST_UNIT
+    bound = torch.from_numpy((shares + certain + 2e-6).astype(np.int64) + 1)
+    return Largest(value, owner, counts, within, bound.minimum(limit[:, : earlier + heads]))
 
 
 def largest(value: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -46,6 +46,17 @@ def apportion(shares: np.ndarray, total: np.ndarray, limit: np.ndarray) -> np.nd
     return (whole + (rank < missing)).astype(np.int64)
 
 
+def level(total: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """``total`` [B] in parts that are equal, but for those that their ``limit`` [B, H] int holds below: float64 [B, H]."""
+    ordered = np.sort(limit, axis=-1)
+    size = ordered.shape[-1]
+    # With the i lowest at their limits, the others share what is left.
+    below = np.concatenate([np.zeros_like(ordered[:, :1]), ordered.cumsum(axis=-1)[:, :-1]], axis=-1)
+    height = (total[:, None] - below) / (size - np.arange(size))
+    reached = (height <= ordered).argmax(axis=-1)
+    return np.minimum(limit, np.take_along_axis(height, reached[:, None], axis=-1)).astype(np.float64)
+
+
 def total_rows(base: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """The candidate rows [B] that heads keep together: ``base`` [B] on average, of ``candidates`` [B, H]."""
     return np.minimum(base * candidates.shape[-1], candidates.sum(-1))

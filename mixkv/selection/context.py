@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..config import MixKVConfig
 from ..ops import dispatch
-from ..ops.score_reference import Directions
+from ..ops.arguments import LogitOptions
 from ..tensor_parallel import HeadShard
 from .apportion import apportion, to_device, to_host
+from .gate import LayerGate
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +69,13 @@ class Measured:
     Attributes:
         replay: float32 [B, Hkv, N], the largest attention weight that each token gets while the prompt is repeated; None: it was
             not.
+        queries: [B, Hq, n, D], of tokens spread over the replay; None: there was none.
+        gate: of the layer, for the heads of this process; None: there is none.
     """
 
     replay: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    gate: LayerGate | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +92,7 @@ class ScoreContext:
         output_factor: see `mixkv.selection.select.rank`.
         given_redundancy: [Hkv] or [B, Hkv], in place of what ``config.redundancy`` says; None: that decides.
         shard: which heads of the layer these are, under tensor parallelism; None: all.
-        scaling, softcap, sinks: as in the model.
+        logits: how the model computes its logits; None: with factor D ** -0.5 and nothing else.
         measured: what else was measured on the prompt.
     """
 
@@ -101,9 +107,7 @@ class ScoreContext:
     output_factor: torch.Tensor | Callable[[], torch.Tensor | None] | None = None
     given_redundancy: torch.Tensor | None = None
     shard: HeadShard | None = None
-    scaling: float | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    logits: LogitOptions | None = None
     measured: Measured = Measured()
 
     @cached_property
@@ -133,23 +137,13 @@ class ScoreContext:
 
     def window_attention(self, statistic: str) -> torch.Tensor:
         """Float32 [B, Hkv, M], ``mean`` or ``rms`` of what the window's queries attend to, not pooled."""
-        return dispatch.window_attention(
-            self.backend,
-            self.query,
-            self.key,
-            self.mask,
-            statistic=statistic,
-            group_reduce=self.config.group_reduce,
-            scaling=self.key.shape[-1] ** -0.5 if self.scaling is None else self.scaling,
-            softcap=self.softcap,
-            sinks=self.sinks,
-        )
+        options = {"statistic": statistic, "group_reduce": self.config.group_reduce}
+        return dispatch.window_attention(self.backend, self.query, self.key, self.mask, self._logits, **options)
 
     @cached_property
     def attention(self) -> torch.Tensor:
         """Float32 [B, Hkv, M], mean window attention, pooled (SnapKV, arXiv 2404.14469); 0 for padding."""
-        pooled = dispatch.pool(self.backend, self.window_attention("mean"), self.config.kernel_size, self.config.pooling)
-        return self.without_padding(pooled, 0.0)
+        return self._importance(kernel_size=self.config.kernel_size, pooling=self.config.pooling)
 
     @cached_property
     def output_importance(self) -> torch.Tensor:
@@ -161,13 +155,7 @@ class ScoreContext:
         Returns: float32 [B, Hkv, M], 0 for padding.
         """
         factor = self.output_factor() if callable(self.output_factor) else self.output_factor
-        if factor is None:
-            norm = dispatch.norm(self.backend, self.value)
-        else:
-            norm = dispatch.projected_norm(self.backend, self.value, factor)
-        weights = self.window_attention("rms")
-        pooled = dispatch.pool(self.backend, weights, self.config.output_kernel_size, "max", norm)
-        return self.without_padding(pooled, 0.0)
+        return self._importance(kernel_size=self.config.output_kernel_size, pooling="max", value=self.value, factor=factor)
 
     @property
     def importance(self) -> torch.Tensor:
@@ -175,14 +163,14 @@ class ScoreContext:
         return self.output_importance if self.uses_output_importance else self.attention
 
     @cached_property
-    def directions(self) -> Directions:
-        """Of all valid keys, see `mixkv.ops.score_reference.directions`."""
-        return dispatch.directions(self.backend, self.key, self.mask)
+    def diversity(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all valid keys, see `mixkv.ops.score_reference.diversity`."""
+        return dispatch.diversity(self.backend, self.key, self.mask)
 
     @property
     def similarity(self) -> torch.Tensor:
         """Float32 [B, Hkv, M], cosine of each key with the mean direction of the head's keys."""
-        return dispatch.similarity(self.backend, self.key, self.directions)[..., : self.num_candidates]
+        return self.diversity[0][..., : self.num_candidates]
 
     @cached_property
     def redundancy(self) -> torch.Tensor:
@@ -210,13 +198,22 @@ class ScoreContext:
         return self.key.float()
 
     def match(self, raw: torch.Tensor) -> torch.Tensor:
-        """``raw`` [B, Hkv, M], scaled to be comparable with `importance`: see `mixkv.ops.score_reference.match`."""
+        """``raw`` [B, Hkv, M], scaled to be comparable with `importance`: see `mixkv.ops.mixing_reference.match`."""
         valid = None if self.mask is None else self.valid_candidates
         return dispatch.match(self.backend, raw, self.importance, valid)
 
+    @property
+    def _logits(self) -> LogitOptions:
+        return self.logits or LogitOptions.of(self.key.shape[-1])
+
+    def _importance(self, **options: Any) -> torch.Tensor:
+        options["group_reduce"] = self.config.group_reduce
+        found = dispatch.importance(self.backend, self.query, self.key, self.mask, self._logits, **options)
+        return self.without_padding(found, 0.0)
+
     def _configured_redundancy(self) -> torch.Tensor:
         if self.config.redundancy == "online":
-            return dispatch.redundancy(self.backend, self.directions)
+            return self.diversity[1]
         heads = self.key.shape[1]
         shard = self.shard or HeadShard(heads, heads)
         table, layers = self.config.redundancy, self.num_layers

@@ -29,20 +29,28 @@ class GlobalBudget:
         floor: see `mixkv.selection.global_topk.GlobalTopK`.
         layer_exponent: a layer's importance is divided by its largest to this power, see `normalized`.
         patient: evicts at the end only, where the prompt's keys and values are held anyway.
+        limits: see `mixkv.selection.global_topk.GlobalTopK`.
 
     Attributes:
         total: rows that all layers hold in the end, the windows' included.
-        fixed: rows of a layer's window.
+        fixed: for every layer so far, rows that are kept whatever the others need: of its window, and of earlier turns.
         slack: rows that they may hold beyond that until then: an eighth of the total, at most a quarter of one layer's
             candidates.
     """
 
     def __init__(
-        self, num_layers: int, floor: float, layer_exponent: float = MixKVConfig.layer_exponent, *, patient: bool = False
+        self,
+        num_layers: int,
+        floor: float,
+        layer_exponent: float = MixKVConfig.layer_exponent,
+        *,
+        patient: bool = False,
+        limits: np.ndarray | None = None,
     ):
-        self.num_layers, self.counts, self.patient = num_layers, GlobalTopK(floor), patient
+        self.num_layers, self.counts, self.patient = num_layers, GlobalTopK(floor, limits), patient
         self.layer_exponent = layer_exponent
-        self.total = self.slack = self.fixed = 0
+        self.total = self.slack = 0
+        self.fixed: list[int] = []
         # (layer, ranks of its selected rows) in order.
         self.layers: list[tuple] = []
         # The rows that each of them holds.
@@ -63,11 +71,7 @@ class GlobalBudget:
         ``scale`` [B]: what importance is multiplied by to be comparable with other layers'.
         """
         _add(self.counts, ranking, scale, self.num_layers, self.layer_exponent)
-        if self.counts.layers == 1:
-            self.fixed = int((ranking.real - ranking.choosable).sum())
-            self.total = sum(self.counts.total) + self.num_layers * self.fixed
-            self.slack = int(min(_SLACK * self.total, _LAYER_SLACK * int(self.counts.candidates.sum())))
-        return to_device(self.counts.quota()[:, -1], ranking.ranks.device)
+        return self.counts.quota()[:, -1].to(ranking.ranks.device)
 
     def finish_layer(self, layer, selection: Selection) -> None:
         """``layer`` has stored its ``selection``; evicts rows of the layers, by their ``row_totals`` and their ``evict``.
@@ -76,17 +80,22 @@ class GlobalBudget:
         """
         self.layers.append((layer, selection.flat_ranks))
         self.rows.append(sum(layer.row_totals))
+        quota = self.counts.quota()
+        self.fixed.append(self.rows[-1] - int(quota[:, -1].sum()))
+        to_come = self.num_layers - len(self.layers)
+        self.total = sum(self.counts.total) + sum(self.fixed) + to_come * min(self.fixed)
+        if len(self.layers) == 1:
+            self.slack = int(min(_SLACK * self.total, _LAYER_SLACK * int(self.counts.candidates.sum())))
         rows, most = sum(self.rows), self.total + self.slack
         if not self.complete and (self.patient or rows <= most):
             return
-        quota = self.counts.quota()
-        needed = (quota.sum(axis=(0, 2)) + self.fixed).tolist()
+        needed = (quota.sum(dim=(0, 2)) + torch.tensor(self.fixed)).tolist()
         spare = [held - count for held, count in zip(self.rows, needed)]
         for index in sorted(range(len(spare)), key=spare.__getitem__, reverse=True):
             if spare[index] == 0 or (rows <= most and not self.complete):
                 break
             layer, ranks = self.layers[index]
-            self.layers[index] = (layer, layer.evict(ranks, to_device(quota[:, index], ranks.device)))
+            self.layers[index] = (layer, layer.evict(ranks, quota[:, index].to(ranks.device)))
             held = sum(layer.row_totals)
             rows += held - self.rows[index]
             self.rows[index] = held
@@ -127,7 +136,7 @@ class ChunkBudget:
             return
         stores = [layer.chunks for layer in self.layers]
         device = selection.lengths.device
-        rows = to_device(self.counts.quota(), device)
+        rows = self.counts.quota().to(device)
         none = rows.new_zeros(rows.shape[0], rows.shape[2])
         slots, counts = (
             torch.stack([none if store is None else getattr(store, name).view_as(none).to(none) for store in stores], dim=1)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from ..ops import dispatch
-from .apportion import apportion, to_host
+from ..ops.selection_reference import LEAST_UNIT, Largest
+from .apportion import apportion, level, to_host
 
 
 class GlobalTopK:
@@ -20,19 +21,18 @@ class GlobalTopK:
     Counts of earlier layers can only fall as later layers arrive, and a head's rows fall with its count: rows beyond the
     `quota` so far are never needed again. Ties go to the earlier layer, head and token.
 
+    Where heads have different numbers of candidates, an equal part is no more than a head, or a layer, has, and what it cannot
+    use is added to the parts of the others.
+
     Args:
         floor: the share of the total that every head gets for certain.
+        limits: int64 [B, L, Hkv], the candidates of every head; None: all layers have those of the first.
     """
 
-    def __init__(self, floor: float):
-        self.floor, self.layers = floor, 0
-        self.value: torch.Tensor | None = None
-        self.owner: torch.Tensor | None = None
-        self._counts: torch.Tensor | None = None
-        self._quota: np.ndarray | None = None
-        # How many of each layer's own most important rows belong to each head [B, L * Hkv]: on the host, and not yet there.
-        self.within: np.ndarray | None = None
-        self._arrived: list[torch.Tensor] = []
+    def __init__(self, floor: float, limits: np.ndarray | None = None):
+        self.floor, self.layers, self.limits = floor, 0, limits
+        self.largest: Largest | None = None
+        self._quota: torch.Tensor | None = None
 
     def add(self, base: torch.Tensor, candidates: torch.Tensor, importance: torch.Tensor, *, num_layers: int) -> None:
         """The next layer.
@@ -50,52 +50,47 @@ class GlobalTopK:
         if self.layers == 0:
             self.heads, self.num_layers = heads, num_layers
             means, self.candidates = to_host(base, candidates)
-            self.base = np.minimum(means, self.candidates.max(axis=-1))
-            self.total = (self.base * heads * num_layers).tolist()
-            # Of how many of the most important rows each head's are counted: of one layer's, and of the whole model's.
-            self._counted = (torch.tensor([total // num_layers for total in self.total]), torch.tensor(self.total))
-            self.limit = np.tile(self.candidates, (1, num_layers))
-            self.within = np.zeros_like(self.limit)
-            base, most = self.base[:, None], self.candidates.max(axis=-1, keepdims=True)
-            share = (1 - self.floor) / most.clip(min=1)
-            self._weights = (share * (most - base), share * base, self.floor * base + 2e-6)
-            self.value = importance.new_empty(batch, 0)
-            self.owner = importance.new_empty(batch, 0, dtype=torch.int32)
+            self._divide(means, np.tile(self.candidates[:, None], (1, num_layers, 1)) if self.limits is None else self.limits)
+            kinds = (torch.float32, torch.int32, torch.int64, torch.int64, torch.int64)
+            self.largest = Largest(*(torch.empty(batch, 0, dtype=kind, device=importance.device) for kind in kinds))
         elif heads != self.heads:
             raise ValueError(
                 f"layer {self.layers} has {heads} KV heads and the first has {self.heads}: sharing out over the whole model "
                 f"needs the same number in all layers. Use method='adakv'"
             )
+        part = self._parts[self.layers]
         self.layers += 1
         # The layers of a model may lie on several devices.
-        so_far = (self.value.to(importance.device), self.owner.to(importance.device))
-        merged = dispatch.merge_largest(*so_far, importance, *self._counted, self.layers * heads)
-        self.value, self.owner, self._counts, mine = merged
-        self._arrived.append(mine)
+        device, so_far = importance.device, self.largest
+        so_far = so_far._replace(value=so_far.value.to(device), owner=so_far.owner.to(device), within=so_far.within.to(device))
+        self.largest = dispatch.merge_largest(so_far, importance, part, *self._shares, floor=self.floor)
         self._quota = None
 
-    def quota(self) -> np.ndarray:
-        """[B, layers so far, Hkv] int64: exact when all layers have come, until then no less than what they will get."""
+    def _divide(self, means: np.ndarray, limits: np.ndarray) -> None:
+        """Equal parts of the total: of every layer, and of every head."""
+        batch, layers, heads = limits.shape
+        every, of_layers = limits.sum(axis=(1, 2)), limits.sum(axis=-1)
+        total = np.minimum(means * heads * layers, every)
+        self.total, self.limit = total.tolist(), limits.reshape(batch, -1)
+        # Of how many of the most important rows each head's are counted: of one layer's, and of the whole model's.
+        self._parts = torch.tensor(apportion(level(total, of_layers), total, of_layers)).T.contiguous()
+        self.mean_candidates, self.equal = every // (layers * heads), level(total, self.limit)
+        self.base = np.minimum(means, self.mean_candidates)
+        least = np.ceil(self.floor * self.equal * LEAST_UNIT).astype(np.int64)
+        self._shares = [torch.tensor(part) for part in (self.total, self.base, self.mean_candidates, least, self.limit)]
+
+    def quota(self) -> torch.Tensor:
+        """Int64 [B, layers so far, Hkv] on the CPU: exact when all layers have come, until then no less than what they will get."""
         if self._quota is None:
-            self._quota = self._allocate()
+            rows = self._allocate() if self.layers == self.num_layers else self.largest.bound
+            self._quota = rows.view(rows.shape[0], self.layers, self.heads)
         return self._quota
 
-    def _allocate(self) -> np.ndarray:
-        batch, device = self.value.shape[0], self.value.device
-        counts, *arrived = to_host(self._counts, *(layer.to(device) for layer in self._arrived))
-        heads = self.layers * self.heads
-        if arrived:
-            first = heads - len(arrived) * self.heads
-            self.within[:, first:heads] = np.concatenate(arrived, axis=1)
-            self._arrived = []
-        within, limit = self.within[:, :heads], self.limit[:, :heads]
-        base, most = self.base[:, None], self.candidates.max(axis=-1, keepdims=True)
-        if self.layers == self.num_layers:
-            # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
-            counts = ((most - base) * counts + base * within) / most.clip(min=1)
-            rows = apportion((1 - self.floor) * counts + self.floor * base, np.array(self.total), limit)
-        else:
-            # The same but for rounding, for which there is room: `apportion` rounds up by at most one.
-            of_model, of_layer, least = self._weights
-            rows = np.minimum((of_model * counts + of_layer * within + least).astype(np.int64) + 1, limit)
-        return rows.reshape(batch, self.layers, self.heads)
+    def _allocate(self) -> torch.Tensor:
+        """Int64 [B, L * Hkv], of all layers: `Largest.bound` in exact numbers; what `apportion` adds is no more than one."""
+        counts, within = to_host(self.largest.counts, self.largest.within)
+        base, most = self.base[:, None], self.mean_candidates[:, None]
+        # In whole numbers up to the division: heads with equal counts get equal shares, whichever way they came by them.
+        counts = ((most - base) * counts + base * within) / most.clip(min=1)
+        shares = (1 - self.floor) * counts + self.floor * self.equal
+        return torch.from_numpy(apportion(shares, np.array(self.total), self.limit))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..config import MixKVConfig
+from ..ops.arguments import LogitOptions
 from .apportion import apportion, to_device, to_host
 from .ranking import Ranking
 from .sparsity import scoring_queries, sparsity
@@ -76,9 +77,7 @@ def plan(
     *,
     valid: torch.Tensor | None = None,
     image: torch.Tensor | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    logits: LogitOptions | None = None,
 ) -> Plan:
     """Classifies the heads of a layer, and allocates its entries to them.
 
@@ -87,14 +86,13 @@ def plan(
         key: [B, Hkv, N, D].
         ranking: of the same prompt, `mixkv.selection.select.rank`.
         valid, image: bool [B, N], real tokens and image tokens; None: all are real, there is no image.
-        scaling, softcap, sinks: as in the model.
+        logits: how the model computes its logits; None: with factor D ** -0.5 and nothing else.
     """
     window = min(config.window, key.shape[2])
     query = query[:, :, query.shape[2] - window :]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scoring = scoring_queries(query.shape[0], window, image, valid, key.device)
-    logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    sparse = sparsity(query, key, scoring, valid, first=config.hybrid_first, **logits)
+    logits = logits or LogitOptions.of(query.shape[-1])
+    sparse = sparsity(query, key, scoring, valid, logits, first=config.hybrid_first)
     ranks, padding = ranking.ranks, key.shape[2] - ranking.real
     if image is not None:
         ranks = text_first(ranks, image[:, : ranks.shape[-1]])

@@ -9,6 +9,9 @@ import torch
 
 from ..ops import dispatch
 
+# The rank of a token that is kept whatever is asked for.
+KEPT = -1
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -17,8 +20,8 @@ class Selection:
     Attributes:
         flat_positions: int32 [sum of lengths], the kept positions of all heads one after the other (row by row, head by
             head), ascending within a head.
-        flat_ranks: int32 [sum of lengths], the rank of each among its head's candidates, best first: 0, 1, ...; -1 in the
-            window.
+        flat_ranks: int32 [sum of lengths], the rank of each among its head's candidates, best first: 0, 1, ...; `KEPT` in the
+            window and where only later tokens are candidates.
         lengths: int64 [B, Hkv], positions kept, window included.
         redundancy: float32 [B, Hkv], as used by the ``mix`` scores.
         scores: float32 [B, Hkv, M], the candidates' scores, -inf for padding; M = N - window.
@@ -41,7 +44,7 @@ class Ranking:
     """A layer's candidates in order, before the budget is allocated.
 
     Attributes:
-        ranks: int32 [B, Hkv, M], each candidate's rank within its head, best first.
+        ranks: int32 [B, Hkv, M], each candidate's rank within its head, best first; `KEPT` for tokens before the first candidate.
         importance: float32 [B, Hkv, M], by which a method may allocate the budget to heads; -inf for padding.
         base: int64 [B], candidates kept per head on average.
         real: int64 [B, Hkv], real tokens.
@@ -61,9 +64,13 @@ class Ranking:
     redundancy: torch.Tensor
     scores: torch.Tensor
 
-    def for_heads(self, importance: torch.Tensor, real: torch.Tensor) -> Ranking:
-        """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `allocate`."""
-        choosable = (real - self.width).clamp(min=0)
+    def for_heads(self, importance: torch.Tensor, real: torch.Tensor, newest: torch.Tensor | None = None) -> Ranking:
+        """With the ``importance`` [B, all heads, M] and ``real`` [B, all heads] of all heads of the layer, for `allocate`.
+
+        ``newest``: as `rank` was given it.
+        """
+        candidates = real if newest is None else real.minimum(newest.unsqueeze(-1))
+        choosable = (candidates - self.width).clamp(min=0)
         return dataclasses.replace(self, importance=importance, real=real, choosable=choosable)
 
     def take(self, entries: torch.Tensor) -> Selection:

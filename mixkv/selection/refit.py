@@ -34,16 +34,24 @@ class Reference:
 
 
 def attention_output(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    logits: LogitOptions,
+    *,
+    after: bool = False,
 ) -> torch.Tensor:
-    """Attention of a prompt's last n queries [B, Hq, n, D] over its keys and values [B, Hkv, N, D]: [B, n, Hq, Dv].
+    """Attention of n queries [B, Hq, n, D] over a prompt's keys and values [B, Hkv, N, D]: [B, n, Hq, Dv].
 
-    ``valid``: bool [B, N], False for padding; None: there is none.
+    Args:
+        valid: bool [B, N], False for padding; None: there is none.
+        after: whether the queries come after the prompt and see all of it; else they are its last ones.
     """
     length, heads, tokens = key.shape[2], key.shape[1], query.shape[2]
     query, sinks = _by_token(query, heads), _sinks(logits, heads, tokens)
     own = torch.arange(length - tokens, length, device=key.device).repeat_interleave(query.shape[2] // tokens)
-    seen = torch.arange(length, device=key.device) <= own.unsqueeze(1)
+    seen = (torch.arange(length, device=key.device) <= own.unsqueeze(1)) | after
     seen = seen if valid is None else seen & valid[:, None, None]
     output = torch.empty(*query.shape[:3], value.shape[-1], device=key.device)
     # One head at a time: its weights are as large as its keys.

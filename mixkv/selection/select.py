@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from .. import registry
 from ..config import MixKVConfig, checked_config
 from ..ops import dispatch
+from ..ops.arguments import LogitOptions
 from ..tensor_parallel import HeadShard
 from .budget import base_entries
 from .context import AllocationContext, Measured, ScoreContext
-from .ranking import Ranking, Selection
+from .ranking import KEPT, Ranking, Selection
 
 
 def select(
@@ -31,6 +33,7 @@ def select(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    measured: Measured | None = None,
 ) -> Selection:
     """Chooses the positions that each KV head keeps of a prompt: MixKV (arXiv 2510.20707) and what it builds on.
 
@@ -48,13 +51,14 @@ def select(
             entry by what it adds to the layer's output; None: by its value's norm.
         scaling: factor on the attention logits; D ** -0.5 by default.
         softcap, sinks: the model's logit soft-cap, and sink logits [Hq].
+        measured: what else was measured on the prompt, for a score that needs it.
 
     Returns: a `Selection`. Padding is never kept; a row of N real tokens within its budget is kept whole.
 
     Raises:
         ValueError: shapes that do not fit together, padding on the right, forced lengths out of range.
     """
-    logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    logits = LogitOptions.of(key.shape[-1], scaling, softcap, sinks)
     ranking = rank(
         query,
         key,
@@ -65,7 +69,8 @@ def select(
         attention_mask=attention_mask,
         redundancy=redundancy,
         output_factor=output_factor,
-        **logits,
+        measured=measured,
+        logits=logits,
     )
     if lengths is not None:
         return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.width))
@@ -73,7 +78,7 @@ def select(
     if method.plan is None:
         return ranking.take(allocate(config, ranking, layer_idx, num_layers))
     valid = None if attention_mask is None else _valid(attention_mask, key).any(dim=1)
-    plan = method.plan(query, key, config, ranking, valid=valid, image=image, **logits)
+    plan = method.plan(query, key, config, ranking, valid=valid, image=image, logits=logits)
     return plan.ranking.take(plan.entries)
 
 
@@ -88,20 +93,22 @@ def rank(
     attention_mask: torch.Tensor | None = None,
     redundancy: torch.Tensor | None = None,
     output_factor: torch.Tensor | Callable[[], torch.Tensor | None] | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    logits: LogitOptions | None = None,
     shard: HeadShard | None = None,
     longest: torch.Tensor | None = None,
+    newest: torch.Tensor | None = None,
     measured: Measured | None = None,
 ) -> Ranking:
     """Puts the candidates of each head in order, by ``config.score``.
 
     Args:
-        query, key, value, config, layer_idx, num_layers, attention_mask, redundancy, scaling, softcap, sinks: as in `select`.
+        query, key, value, config, layer_idx, num_layers, attention_mask, redundancy: as in `select`.
         output_factor: as in `select`, or a function that returns it, called if it is needed.
+        logits: how the model computes its logits; None: with factor D ** -0.5 and nothing else.
         shard: which heads of the layer these are, where other processes have others; None: all.
         longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
+        newest: int64 [B], only so many of each head's last real tokens are candidates and window, the others are always kept;
+            None: all.
         measured: what else was measured on the prompt.
 
     Raises:
@@ -126,9 +133,7 @@ def rank(
         output_factor=output_factor,
         given_redundancy=redundancy,
         shard=shard,
-        scaling=scaling,
-        softcap=softcap,
-        sinks=sinks,
+        logits=logits,
         measured=measured or Measured(),
     )
     scores = context.without_padding(_compute(score, context), -torch.inf)
@@ -141,17 +146,24 @@ def rank(
     # What the context has computed is not needed while candidates are sorted.
     del context
     every = heads if shard is None else shard.total
+    entries = partial(base_entries, config, key=key, value=value, heads=every, num_layers=num_layers)
     if not unequal:
         real, choosable = (torch.full((batch, heads), count, device=key.device) for count in (length, length - window))
-        base, padding = base_entries(config, real[:, 0], key, value, heads=every, num_layers=num_layers), [0] * batch
+        base, padding = entries(real[:, 0]), [0] * batch
     else:
         real = valid.expand(batch, heads, length).sum(dim=-1)
         choosable = (real - window).clamp(min=0)
         longest = real.amax(dim=-1) if longest is None else longest
-        base = base_entries(config, longest, key, value, heads=every, num_layers=num_layers)
-        padding = (length - longest).tolist()
+        base, padding = entries(longest), (length - longest).tolist()
+    if newest is None:
+        ranks = _ranks(scores, padding)
+    else:
+        earlier = torch.arange(length - window, device=key.device) < (length - newest).view(-1, 1, 1)
+        scores, importance = (numbers.masked_fill(earlier, -torch.inf) for numbers in (scores, importance))
+        ranks = _ranks(scores, padding).masked_fill(earlier & (valid[..., : length - window] if unequal else True), KEPT)
+        choosable, base = choosable.minimum((newest - window).clamp(min=0).unsqueeze(-1)), entries(newest)
     return Ranking(
-        ranks=_ranks(scores, padding),
+        ranks=ranks,
         importance=importance,
         base=base,
         real=real,

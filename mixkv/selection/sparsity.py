@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import score_reference
+from ..ops.arguments import LogitOptions
 
 
 def scoring_queries(
@@ -27,11 +28,9 @@ def sparsity(
     key: torch.Tensor,
     scoring: torch.Tensor,
     valid: torch.Tensor | None,
+    logits: LogitOptions,
     *,
     first: int,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The share of a head's attention that rests on the few tokens that are kept anyway: the first ones and the window's.
 
@@ -42,8 +41,8 @@ def sparsity(
         key: [B, Hkv, N, D].
         scoring: bool [B, W], the queries that count, at least one for each batch row: `scoring_queries`.
         valid: bool [B, N], False for padding on the left.
+        logits: as in the model; attention to a sink counts as attention to the tokens that are kept.
         first: how many of the prompt's first tokens.
-        scaling, softcap, sinks: as in the model; attention to a sink counts as attention to these tokens.
 
     Returns: float32 [B, Hkv], from 0 to 1.
     """
@@ -51,8 +50,7 @@ def sparsity(
     positions = torch.arange(length, device=key.device)
     real = torch.ones(1, length, dtype=torch.bool, device=key.device) if valid is None else valid
     others = (real.cumsum(dim=-1) > first) & (positions < length - window)
-    logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
     mask = None if valid is None else valid.unsqueeze(1)
-    found = score_reference.attention_share(query, key, mask, others.unsqueeze(1), **logits).amax(dim=2)
+    found = score_reference.attention_share(query, key, mask, others.unsqueeze(1), logits).amax(dim=2)
     counted = scoring.unsqueeze(1)
     return 1 - found.masked_fill(~counted, 0.0).sum(dim=-1) / counted.sum(dim=-1)

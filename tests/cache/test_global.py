@@ -144,7 +144,7 @@ def test_quotas_so_far_are_never_below_the_final_ones():
         counts.add(torch.tensor([9, 9]), torch.full((2, 3), 50), importance, num_layers=5)
         seen.append(counts.quota())
     final = seen[-1]
-    assert final.sum(axis=(1, 2)).tolist() == [5 * 3 * 9] * 2
+    assert final.sum(dim=(1, 2)).tolist() == [5 * 3 * 9] * 2
     assert (final >= int(0.2 * 9)).all()
     for count, quota in enumerate(seen[:-1], 1):
         assert (quota >= final[:, :count]).all()

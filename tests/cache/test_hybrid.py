@@ -13,6 +13,7 @@ from packaging.version import Version
 from support import oracle, zoo
 
 import mixkv
+from mixkv.ops.arguments import LogitOptions
 from mixkv.selection import hybrid
 from mixkv.selection.global_budget import allocate_chunks
 from mixkv.selection.sparsity import scoring_queries, sparsity
@@ -88,7 +89,7 @@ def test_sparsity_equals_loops(window, length, pad, softcap, with_sinks):
     image[1, length // 4 : length - 2] = True
     rows = scoring_queries(2, window, image, valid, key.device)
     assert rows.any(dim=1).all()
-    found = sparsity(query, key, rows, valid, first=FIRST, scaling=0.4, softcap=softcap, sinks=sinks)
+    found = sparsity(query, key, rows, valid, LogitOptions(0.4, softcap, sinks), first=FIRST)
     assert torch.allclose(found, naive_sparsity(query, key, rows, valid, 0.4, softcap, sinks), atol=1e-6)
 
 

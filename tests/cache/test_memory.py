@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.configs import measured_for
 from support.stores import needs_library
 
 from mixkv import MixKVConfig, registry
@@ -15,7 +16,7 @@ TOKENS, HEADS, GROUPS, SIZE = 16384, 1, 3, 64
 
 def compress(query, key, value, config, factor):
     """What a layer does with a prompt: its stores, `RaggedStore` and perhaps `ChunkStore`."""
-    ranking = rank(query, key, value, config, output_factor=factor, num_layers=2)
+    ranking = rank(query, key, value, config, output_factor=factor, num_layers=2, measured=measured_for(config.score, key))
     method = registry.method(config.method)
     if method.plan is None:
         selection = ranking.take(allocate(config, ranking, 0, 2))

@@ -9,6 +9,7 @@ from support.configs import options_for
 
 import mixkv
 from mixkv import registry
+from mixkv.selection.refit import attention_output
 
 STEPS = 3
 SMALL = dict(budget=14, window=6, kernel_size=3, pyramid_beta=4)
@@ -132,3 +133,45 @@ def test_saved_copied_and_evicted_while_decoding(tmp_path):
         logits = [model(input_ids=fed, past_key_values=each).logits for each in (cache, loaded, copied)]
         assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
     assert max(int(layer.store.lengths.max()) for layer in cache.layers) < 40
+
+
+@torch.no_grad()
+def test_replayed_queries_are_served_too():
+    """After a replay, what tokens of the replay got from the whole prompt is nearer than without."""
+    model = zoo.build("llama")
+    prompts, found = zoo.inputs("llama", 60, batch=2), {}
+    for refit in (False, True):
+        cache = mixkv.MixKVCache(model, score="replay", **SMALL, refit=refit)
+        kept = []
+        for layer in cache.layers:
+            layer.replay = record_queries(layer, kept)
+        model.generate(**prompts, max_new_tokens=1, past_key_values=cache)
+        found[refit] = [(layer.store.attend(query, layer.logits), output) for layer, (query, output) in zip(cache.layers, kept)]
+    errors = {refit: [(one - other).square().sum() for one, other in pairs] for refit, pairs in found.items()}
+    assert all(after < before for before, after in zip(errors[False], errors[True]))
+
+
+def record_queries(layer, kept):
+    """`layer.replay`, which appends the last token's query and its attention over the whole prompt to `kept`."""
+
+    def replay(query, key, value, logits):
+        asked = query[:, :, -1:].clone()
+        kept.append((asked, attention_output(asked, layer.prompt.key, layer.prompt.value, None, logits, after=True)))
+        return type(layer).replay(layer, query, key, value, logits)
+
+    return replay
+
+
+def test_padded_batch_after_a_replay_equals_its_rows_alone():
+    model = zoo.build("llama")
+    batch, rows = zoo.ragged("llama", [60, 47, 10])
+    options = dict(score="replay", replay_chunk=16, refit=True, **SMALL)
+    whole = mixkv.MixKVCache(model, **options)
+    oracle.generate(model, batch, STEPS, past_key_values=whole)
+    for index, prompt in enumerate(rows):
+        alone = mixkv.MixKVCache(model, **options)
+        oracle.generate(model, prompt, STEPS, past_key_values=alone)
+        oracle.assert_keeps_as_alone(whole, index, alone, 60 - prompt["input_ids"].shape[1])
+        for layer in range(3):
+            mine = whole.layers[layer].store.lengths.view(3, 2).sum(1).tolist()
+            assert (values(whole, layer).split(mine)[index] - values(alone, layer)).abs().max() <= 1e-3

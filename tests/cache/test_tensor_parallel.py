@@ -34,6 +34,10 @@ CASES = {
     "llama-bounded": ("llama", BASE | dict(decode_budget=16, decode_slack=3), {}),
     "llama-lookup": ("llama", BASE | dict(decode_budget=18, decode_slack=3), dict(prompt_lookup_num_tokens=3)),
     "llama-chunks": ("llama", BASE, dict(prefill_chunk_size=16)),
+    "llama-turns": ("llama", BASE | dict(method="adakv", turns="each"), {}),
+    "llama-all": ("llama", BASE | dict(method="adakv", turns="all"), {}),
+    "llama-default-turns": ("llama", BASE | dict(turns="each"), {}),
+    "llama-default-all": ("llama", BASE | dict(turns="all", decode_budget=20, decode_slack=3), {}),
     "qwen2-default": ("qwen2", BASE, {}),
     "qwen2-adakv": ("qwen2", BASE | dict(method="adakv", score="output"), {}),
     "gemma3-default": ("gemma3", BASE, {}),
@@ -52,7 +56,13 @@ def prompts(name, options):
 
 def generated(model, name, config, options):
     cache = mixkv.MixKVCache(model, **config)
-    tokens = model.generate(**prompts(name, options), past_key_values=cache, max_new_tokens=12, do_sample=False, **options)
+    first = prompts(name, options)
+    tokens = model.generate(**first, past_key_values=cache, max_new_tokens=12, do_sample=False, **options)
+    if config.get("turns"):
+        tokens = torch.cat([tokens, first["input_ids"][:, -20:]], dim=1)
+        mask = torch.nn.functional.pad(first["attention_mask"], (0, 32), value=1)
+        second = {"input_ids": tokens, "attention_mask": mask}
+        tokens = model.generate(**second, past_key_values=cache, max_new_tokens=12, do_sample=False)
     stats = cache.stats()
     return dict(
         tokens=tokens,
@@ -155,8 +165,8 @@ def layers(mesh, method, seed):
 
     def decode(layer, module, query, key, value):
         layer.seen, layer.arrived = layer.seen + 1, 1
-        layer.decode(query, key, value, LogitOptions(0.4))
-        layer.enforce_decode_budget(query, None)
+        layer.decode(query, key, value, layer.seen - 1, LogitOptions(0.4))
+        layer.enforce_budgets(query, query, None, layer.seen)
 
     for _ in range(9):
         step(1, decode)
@@ -239,7 +249,7 @@ def test_at_most_one_collective_a_layer_and_compression(found, case):
     elif not registry.method(config.get("method", "global")).uses_importance:
         assert calls == {0}
     elif "decode_budget" not in config:
-        assert calls == {layers}
+        assert calls == {2 * layers if "turns" in config else layers}
 
 
 @pytest.mark.parametrize("method", TIED)

@@ -222,16 +222,10 @@ def test_window_equals_oracle(dtype, groups, window, columns, size, statistic, r
     sinks = torch.randn(2 * groups) if with_sinks else None
     valid = (torch.arange(columns) >= torch.tensor([[0], [columns // 3]]).clamp(max=columns - window)).view(2, 1, columns)
     valid = valid if padded else None
-    options = {
-        "scaling": size**-0.5,
-        "statistic": statistic,
-        "group_reduce": reduce,
-        "softcap": softcap,
-        "sinks": sinks,
-    }
-    result = native.window_attention(query, key, valid, **options)
-    twin = score_reference.window_attention(query, key, valid, **options)
-    exact = scores_in_double(query, key, valid, **options)
+    logits, options = LogitOptions(size**-0.5, softcap, sinks), {"statistic": statistic, "group_reduce": reduce}
+    result = native.window_attention(query, key, valid, logits, **options)
+    twin = score_reference.window_attention(query, key, valid, logits, **options)
+    exact = scores_in_double(query, key, valid, **vars(logits), **options)
     assert result.shape == twin.shape and result.dtype == torch.float32
     if result.numel():
         assert_close(result, exact, twin)
@@ -257,11 +251,20 @@ def scores_in_double(query, key, valid, scaling, statistic, group_reduce, softca
     return out.amax(dim=2) if group_reduce == "max" else out.mean(dim=2)
 
 
+def projected_norm(value, factor):
+    """The norms that compiled `importance` weighs tokens by, where all get the same attention."""
+    batch, heads, rows, size = value.shape
+    value = torch.cat([value, value.new_zeros(batch, heads, 1, size)], dim=2)
+    query, key, options = value.new_zeros(batch, heads, 1, 16), value.new_zeros(batch, heads, rows + 1, 16), LogitOptions(1.0)
+    found = native.importance(query, key, None, options, kernel_size=1, pooling="max", value=value, factor=factor)
+    return found * (rows + 1)
+
+
 @needs_library
 def test_window_padding_query_counts_as_nothing():
     query, key = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 6, 64)
     valid = torch.tensor([[[False, False, False, True, True, True]]])
-    result = native.window_attention(query, key, valid, scaling=0.1)
+    result = native.window_attention(query, key, valid, LogitOptions(0.1))
     assert torch.equal(result, torch.zeros(1, 2, 2))
 
 
@@ -276,7 +279,7 @@ def test_projected_norm_equals_oracle(dtype, rows, size, outputs, triangular):
     value, factor = strided(2, 3, rows, size, dtype), torch.randn(3, outputs, size)
     factor = factor.triu() if triangular else factor
     exact = (value.double() @ factor.double().transpose(-1, -2)).norm(dim=-1)
-    result = native.projected_norm(value, factor)
+    result = projected_norm(value, factor)
     assert result.shape == (2, 3, rows) and result.dtype == torch.float32
     # bfloat16 values meet a factor rounded to bfloat16 where the chip multiplies those. What cancels leaves its error behind.
     tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-6
@@ -297,7 +300,7 @@ def test_projected_norm_equals_oracle(dtype, rows, size, outputs, triangular):
 )
 def test_wrong_projections_are_refused(value, factor):
     with pytest.raises(RuntimeError):
-        native.projected_norm(value, factor)
+        projected_norm(value, factor)
 
 
 def samples():
@@ -339,7 +342,6 @@ def samples():
             ),
         )
         yield "encode_rotated", (key.flatten(0, 2), codes)
-        yield "projected_norm", (torch.randn(1, 2, 9, 64).to(dtype), torch.randn(2, 64, 64))
 
 
 @needs_library

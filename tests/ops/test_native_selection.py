@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.stores import DTYPES, make_store, needs_library, strided
 
-from mixkv.ops import native, score_reference, selection_reference
+from mixkv.ops import mixing_reference, native, score_reference, selection_reference
+from mixkv.ops.arguments import LogitOptions
 
 
 def left_padded(batch, heads, length, pad):
@@ -20,19 +21,17 @@ def left_padded(batch, heads, length, pad):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length,size", [(1, 64), (33, 80), (1030, 16), (300, 256)])
 @pytest.mark.parametrize("pad", [None, 0, 17])
-def test_directions_and_norms(dtype, length, size, pad):
+def test_diversity_and_norms(dtype, length, size, pad):
     torch.manual_seed(3)
     key = strided(2, 3, length, size, dtype) + 0.5
     valid = None if pad is None else left_padded(2, 3, length, pad)
-    mine, twin = native.directions(key, valid), score_reference.directions(key, valid)
+    mine, twin = native.diversity(key, valid), score_reference.diversity(key, valid)
     unit = key.double() / key.double().norm(dim=-1, keepdim=True)
     real = torch.ones(2, 3, length, dtype=torch.bool) if valid is None else valid
-    exact = (unit * real.unsqueeze(-1)).sum(dim=2) / real.sum(dim=-1, keepdim=True).clamp(min=1)
-    for name in ("inverse_norm", "mean", "count"):
-        torch.testing.assert_close(getattr(mine, name), getattr(twin, name), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mine.mean.double(), exact, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(native.similarity(key, twin), score_reference.similarity(key, twin), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(native.redundancy(twin), score_reference.redundancy(twin), rtol=1e-5, atol=1e-6)
+    mean = (unit * real.unsqueeze(-1)).sum(dim=2) / real.sum(dim=-1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(mine[0].double(), (unit @ mean.unsqueeze(-1)).squeeze(-1), rtol=1e-5, atol=1e-6)
+    for one, other in zip(mine, twin, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(native.norm(key), score_reference.norm(key), rtol=1e-6, atol=1e-6)
     assert native.norm(key).dtype == torch.float32
 
@@ -42,9 +41,8 @@ def test_a_padded_prompt_has_the_numbers_it_has_alone():
     torch.manual_seed(4)
     key, raw, reference = torch.randn(2, 3, 700, 64), torch.randn(2, 3, 700), torch.rand(2, 3, 700)
     valid = left_padded(2, 3, 700, 123)
-    alone = native.directions(key[:1, :, 123:], None)
-    padded = native.directions(key, valid)
-    assert torch.equal(padded.mean[:1], alone.mean) and torch.equal(padded.inverse_norm[:1, :, 123:], alone.inverse_norm)
+    alone, padded = native.diversity(key[:1, :, 123:], None), native.diversity(key, valid)
+    assert torch.equal(padded[0][:1, :, 123:], alone[0]) and torch.equal(padded[1][:1], alone[1])
     matched = native.match(raw, reference, valid)
     assert torch.equal(matched[:1, :, 123:], native.match(raw[:1, :, 123:], reference[:1, :, 123:], None))
     assert (matched[:1, :, :123] == 0).all()
@@ -69,11 +67,11 @@ def test_match_and_mix(batch, heads, length, pad, kind, seed):
     if kind != "numbers":
         raw[0, 0] = {"constant": 2.0, "nan": torch.nan, "infinite": torch.inf}[kind]
     for valid in (left_padded(batch, heads, length, pad), left_padded(batch, 1, length, pad), None):
-        mine, twin = native.match(raw, reference, valid), score_reference.match(raw, reference, valid)
+        mine, twin = native.match(raw, reference, valid), mixing_reference.match(raw, reference, valid)
         torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
         share, size = torch.rand(batch, heads, generator=generator), torch.rand(batch, heads, length, generator=generator)
         given = (reference, raw, size, share, valid)
-        mine, twin = native.mix(*given), score_reference.mix(*given)
+        mine, twin = native.mix(*given), mixing_reference.mix(*given)
         torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
@@ -84,7 +82,7 @@ def test_normalized(exponent):
     importance = torch.rand(3, 2, 40) * torch.tensor([1e-6, 1.0, 0.0]).view(3, 1, 1)
     importance[:, :, :7] = -torch.inf
     mine = native.normalized(importance, exponent)
-    torch.testing.assert_close(mine, score_reference.normalized(importance, exponent), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine, mixing_reference.normalized(importance, exponent), rtol=1e-6, atol=0)
     assert native.normalized(importance[..., :0], exponent).shape == (3, 2, 0)
 
 
@@ -123,7 +121,8 @@ def test_evict(dtype, lengths, tail, seed):
         selection_reference.evict(store, ranks, quota, tail),
     )
     assert torch.equal(left, expected)
-    for name, one, other in zip(mine._fields, mine, twin, strict=True):
+    assert mine.key_scale is None and twin.key_scale is None
+    for name, one, other in zip(mine._fields, mine[:5], twin[:5]):
         assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
@@ -136,7 +135,8 @@ def test_gather(dtype, counts):
     kept = [torch.randperm(300)[:count].sort().values for count in counts.flatten().tolist()]
     positions = torch.cat(kept).to(torch.int32)
     mine, twin = native.gather(key, value, positions, counts), selection_reference.gather(key, value, positions, counts)
-    for name, one, other in zip(mine._fields, mine, twin, strict=True):
+    assert mine.key_scale is None and twin.key_scale is None
+    for name, one, other in zip(mine._fields, mine[:5], twin[:5]):
         assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
@@ -153,15 +153,22 @@ def test_gather(dtype, counts):
 def test_merge_largest(batch, heads, layers, size, levels, seed):
     generator = torch.Generator().manual_seed(seed)
     totals = torch.randint(0, heads * size + 2, (batch,), generator=generator)
-    within = torch.randint(0, heads * size + 2, (batch,), generator=generator)
-    mine = twin = (torch.empty(batch, 0), torch.empty(batch, 0, dtype=torch.int32))
-    for layer in range(1, layers + 1):
+    own_totals = torch.randint(0, heads * size + 2, (batch,), generator=generator)
+    limits = (
+        *torch.randint(0, size + 1, (2, batch), generator=generator),
+        torch.randint(0, 5 << 20, (batch, layers * heads), generator=generator),
+        torch.randint(0, size + 1, (batch, layers * heads), generator=generator),
+        0.3,
+    )
+    kinds = (torch.float32, torch.int32, torch.int64, torch.int64, torch.int64)
+    mine = twin = selection_reference.Largest(*(torch.empty(batch, 0, dtype=kind) for kind in kinds))
+    for _ in range(layers):
         importance = torch.randint(0, levels, (batch, heads, size), generator=generator).float()
         importance[importance == 0] = -torch.inf
-        mine = native.merge_largest(*mine[:2], importance, within, totals, layer * heads)
-        twin = selection_reference.merge_largest(*twin[:2], importance, within, totals, layer * heads)
-        for one, other in zip(mine, twin, strict=True):
-            assert one.dtype == other.dtype and torch.equal(one, other)
+        mine = native.merge_largest(mine, importance, own_totals, totals, *limits)
+        twin = selection_reference.merge_largest(twin, importance, own_totals, totals, *limits)
+        for name, one, other in zip(mine._fields, mine, twin, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
 @needs_library
@@ -213,28 +220,49 @@ def test_places(batch, heads, length, kind, seed):
 @needs_library
 @settings(max_examples=80, deadline=None)
 @given(
-    length=st.integers(0, 30),
+    length=st.integers(1, 60),
+    window=st.integers(1, 9),
     kernel=st.sampled_from([1, 3, 7, 41]),
     pooling=st.sampled_from(["avg", "max"]),
+    reduce=st.sampled_from(["mean", "max"]),
+    weighted=st.sampled_from(["not", "by values", "by a factor"]),
+    dtype=st.sampled_from(DTYPES),
+    pad=st.integers(-1, 30),
     with_nan=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_pool(length, kernel, pooling, with_nan, seed):
-    attention = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(seed))
+def test_importance(length, window, kernel, pooling, reduce, weighted, dtype, pad, with_nan, seed):
+    torch.manual_seed(seed)
+    window = min(window, length)
+    query, key, value = (strided(2, heads, rows, 64, dtype) for heads, rows in ((6, window), (3, length), (3, length)))
+    valid = None if pad < 0 else left_padded(2, 3, length, min(pad, length - window))
     if with_nan:
-        attention[0, 0, length // 2 :] = torch.nan
-    for norm in (None, torch.rand(2, 3, length + 4)):
-        mine, twin = (ops.pool(attention, kernel, pooling, norm) for ops in (native, score_reference))
-        assert torch.equal(mine.nan_to_num(-1.0), twin.nan_to_num(-1.0))
+        value[0, 0, length // 2] = torch.nan
+    options = {
+        "group_reduce": reduce,
+        "kernel_size": kernel,
+        "pooling": pooling,
+        "value": None if weighted == "not" else value,
+        "factor": torch.randn(3, 10, 64) if weighted == "by a factor" else None,
+    }
+    logits = LogitOptions(0.1, 5.0, torch.randn(6))
+    mine, twin = (ops.importance(query, key, valid, logits, **options) for ops in (native, score_reference))
+    assert mine.shape == twin.shape == (2, 3, length - window)
+    bound = 2e-2 if dtype == torch.bfloat16 else 2e-4
+    torch.testing.assert_close(mine, twin, rtol=bound, atol=1e-6, equal_nan=True)
 
 
 @needs_library
 def test_wrong_arguments_are_refused():
     store = make_store([3, 4], 64, 64, torch.float32)
     ranks = torch.zeros(7, dtype=torch.int32)
+    key, owners, counts = torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64)
+    both = torch.zeros(1, 4, dtype=torch.int64)
+    largest = selection_reference.Largest(torch.zeros(1, 2), owners, counts, counts, counts)
+    limits = (torch.tensor([1]), torch.tensor([8]), torch.tensor([2]), torch.tensor([5]), both, both, 0.2)
     for wrong in (
         lambda: native.norm(torch.zeros(1, 2, 5, 24)),
-        lambda: native.directions(torch.zeros(1, 2, 5, 64).double(), None),
+        lambda: native.diversity(torch.zeros(1, 2, 5, 64).double(), None),
         lambda: native.match(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4), None),
         lambda: native.take(torch.zeros(1, 2, 5, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64), None, 3),
         lambda: native.mix(*(torch.zeros(1, 2, 5) for _ in range(3)), torch.zeros(1, 3), None),
@@ -245,11 +273,11 @@ def test_wrong_arguments_are_refused():
         lambda: native.evict(store, ranks[:5], torch.ones(2, dtype=torch.int64), 0),
         lambda: native.evict(store, ranks[:0], torch.ones(2, dtype=torch.int64), 4),
         lambda: native.evict(store, ranks, torch.ones(3, dtype=torch.int64), 0),
-        lambda: native.merge_largest(
-            torch.zeros(1, 2), ranks[:2].view(1, 2) + 9, torch.zeros(1, 2, 3), torch.tensor([1]), torch.tensor([8]), 4
-        ),
-        lambda: native.pool(torch.zeros(1, 2, 5), 4, "avg"),
-        lambda: native.pool(torch.zeros(1, 2, 5), 3, "max", torch.zeros(1, 2, 4)),
+        lambda: native.merge_largest(largest._replace(owner=largest.owner + 9), torch.zeros(1, 2, 3), *limits),
+        lambda: native.merge_largest(largest, torch.zeros(1, 3, 3), *limits),
+        lambda: native.merge_largest(largest, torch.zeros(1, 2, 3), *limits[:2], limits[2].float(), *limits[3:]),
+        lambda: native.importance(key, key, None, LogitOptions(1.0), kernel_size=4, pooling="avg"),
+        lambda: native.importance(key, key, None, LogitOptions(1.0), kernel_size=3, pooling="max", value=key[:, :, 1:]),
     ):
         with pytest.raises(RuntimeError):
             wrong()
@@ -261,27 +289,30 @@ def test_opcheck():
     store = make_store([3, 4], 64, 64, torch.float32)
     for name, arguments in (
         ("row_norms", (key,)),
-        ("mean_directions", (key, None)),
-        ("row_cosines", (key, torch.ones(1, 2, 9), torch.randn(1, 2, 64))),
+        ("diversity", (key, None)),
         ("match", (torch.randn(1, 2, 9), torch.rand(1, 2, 9), left_padded(1, 2, 9, 3))),
         ("take", (ranks, torch.tensor([[3, 4]]), None, 2)),
-        ("mean_cosine", (torch.randn(1, 2, 64), torch.ones(1, 2))),
         ("mix", (*(torch.rand(1, 2, 9) for _ in range(3)), torch.rand(1, 2), None)),
         ("normalized", (torch.rand(1, 2, 9), 0.5)),
-        ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), 16, 0.125)),
+        ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), False, 16, 0.125)),
         ("places", (torch.randn(1, 2, 9),)),
         ("ada_counts", (torch.rand(1, 2, 9), torch.tensor([2]), torch.tensor([4]))),
-        ("pool", (torch.rand(1, 2, 9), torch.rand(1, 2, 11), 5, True)),
+        ("importance", (key[:, :, :2], key, key, torch.randn(2, 64, 64), None, 0.1, True, 0.0, None, 3, True)),
         ("evict", (*store, torch.arange(7, dtype=torch.int32), torch.tensor([2, 5]), 0, 16, 0.125)),
         (
             "merge_largest",
             (
                 torch.randn(2, 3),
                 torch.zeros(2, 3, dtype=torch.int32),
+                torch.zeros(2, 2, dtype=torch.int64),
                 torch.randn(2, 2, 4),
                 torch.tensor([2, 3]),
                 torch.tensor([5, 6]),
-                4,
+                torch.tensor([2, 1]),
+                torch.tensor([4, 4]),
+                torch.ones(2, 4, dtype=torch.int64),
+                torch.ones(2, 4, dtype=torch.int64),
+                0.2,
             ),
         ),
     ):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.stores import needs_library
 
 from mixkv.ops import native, score_reference
+from mixkv.ops.arguments import LogitOptions
 from mixkv.selection import scores
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,10 +120,10 @@ SHAPES = dict(
 def test_window_attention(many, statistic, reduce, softcap, with_sinks, groups, heads, **shape):
     query, key, _, valid = draw(heads=heads, groups=groups, **shape)
     sinks = torch.randn(query.shape[1]) if with_sinks else None
-    options = dict(scaling=0.3, statistic=statistic, group_reduce=reduce, softcap=softcap, sinks=sinks)
+    logits, options = LogitOptions(0.3, softcap, sinks), {"statistic": statistic, "group_reduce": reduce}
     for mask in (valid, valid.expand(-1, heads, -1), *([None] if valid.all() else [])):
-        mine = score_reference.window_attention(query, key, mask, **options)
-        assert_same(mine, whole_window_attention(query, key, mask, **options), many)
+        mine = score_reference.window_attention(query, key, mask, logits, **options)
+        assert_same(mine, whole_window_attention(query, key, mask, **vars(logits), **options), many)
 
 
 @needs_library
@@ -132,10 +133,10 @@ def test_window_attention(many, statistic, reduce, softcap, with_sinks, groups, 
 def test_compiled_window_attention_of_long_prompts(length, dtype, statistic, softcap, with_sinks):
     query, key, _, valid = draw(2, 1, 2, length, 20, 16, dtype, 3, (0, 4500))
     sinks = torch.randn(query.shape[1]) if with_sinks else None
-    options = dict(scaling=0.5, statistic=statistic, group_reduce="mean", softcap=softcap, sinks=sinks)
+    logits, options = LogitOptions(0.5, softcap, sinks), {"statistic": statistic, "group_reduce": "mean"}
     for mask in (valid, None):
-        expected = whole_window_attention(query, key, mask, **options)
-        mine = native.window_attention(query, key, mask, **options)
+        expected = whole_window_attention(query, key, mask, **vars(logits), **options)
+        mine = native.window_attention(query, key, mask, logits, **options)
         bound = 4e-3 if dtype == torch.bfloat16 else 1e-4
         # A token that is not valid may get what rounding leaves.
         torch.testing.assert_close(mine, expected, rtol=bound, atol=1e-12)
@@ -147,7 +148,7 @@ def test_attention_share(many, softcap, with_sinks, groups, heads, **shape):
     query, key, _, valid = draw(heads=heads, groups=groups, **shape)
     sinks = torch.randn(query.shape[1]) if with_sinks else None
     tokens = torch.rand(valid.shape) < 0.6
-    mine = score_reference.attention_share(query, key, valid, tokens, scaling=0.3, softcap=softcap, sinks=sinks)
+    mine = score_reference.attention_share(query, key, valid, tokens, LogitOptions(0.3, softcap, sinks))
     weights = whole_weights(query, key, valid, 0.3, softcap, sinks)
     expected = (weights * tokens[:, :, None, None]).sum(dim=-1).nan_to_num(0.0)
     torch.testing.assert_close(mine, expected, rtol=2e-5, atol=1e-6)

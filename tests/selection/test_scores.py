@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.configs import measured_for
 
 from mixkv import MixKVConfig, registry
 from mixkv.ops import score_reference
+from mixkv.ops.arguments import LogitOptions
 from mixkv.selection import ScoreContext, scores
 
 shapes = st.tuples(
@@ -66,10 +68,10 @@ def test_window_attention_equals_full_softmax_rows(shape, seed, reduce, softcap,
     batch, length, window = key.shape[0], key.shape[2], query.shape[2]
     valid = left_valid(batch, length, [0, min(pad, length - window)])
     sinks = torch.randn(query.shape[1]) if with_sinks else None
-    options = dict(scaling=0.3, group_reduce=reduce, softcap=softcap, sinks=sinks)
-    mine = score_reference.window_attention(query, key, valid, **options)
+    logits = LogitOptions(0.3, softcap, sinks)
+    mine = score_reference.window_attention(query, key, valid, logits, group_reduce=reduce)
     if valid.all():
-        assert torch.equal(mine, score_reference.window_attention(query, key, None, **options))
+        assert torch.equal(mine, score_reference.window_attention(query, key, None, logits, group_reduce=reduce))
     assert mine.dtype == torch.float32
     expected = naive_attention(query, key, valid, 0.3, reduce, softcap, sinks)
     assert torch.allclose(mine.double(), expected, atol=1e-6)
@@ -131,9 +133,9 @@ def context_for(score, query, key, value, **options):
 def test_a_score_is_its_formula(score):
     query, key, value = draw((1, 2, 2, 40, 8, 16))
     valid = torch.ones(1, 1, 40, dtype=torch.bool)
-    attention = score_reference.window_attention(query, key, valid, scaling=0.25)
+    attention = score_reference.window_attention(query, key, valid, LogitOptions(0.25))
     if "output" in score:
-        attention = score_reference.window_attention(query, key, valid, scaling=0.25, statistic="rms")
+        attention = score_reference.window_attention(query, key, valid, LogitOptions(0.25), statistic="rms")
         attention = attention * value[:, :, :32].norm(dim=-1)
     share, found = torch.tensor([[0.3, 0.8]]), scores.directions(key, valid)
     head = slice(0, 32)
@@ -161,6 +163,6 @@ def test_constant_inputs_give_finite_scores(score, constant):
     query, key, value = draw((1, 2, 2, 40, 8, 16))
     key = torch.ones_like(key) if constant != "values" else key
     value = torch.zeros_like(value) if constant != "keys" else value
-    context = context_for(score, query, key, value)
+    context = context_for(score, query, key, value, measured=measured_for(score, key))
     assert torch.isfinite(context.redundancy).all()
     assert torch.isfinite(registry.score(score).compute(context)).all()

@@ -1,10 +1,12 @@
 """select: totals, every prompt length, padding, precision, and its errors."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.configs import options_for
+from support.configs import measured_for, options_for
 
 from mixkv import MixKVConfig, registry, select
 
@@ -32,7 +34,8 @@ def test_every_length_from_one(method, length, score):
     """N in {1, 2, W - 1, W, W + 1, budget - 1, budget, budget + 1, more}: totals over the model are exact."""
     config = config_for(method, score=score, budget=20, window=8)
     query, key, value = draw(2, 2, 2, length, 8)
-    kept = [select(query, key, value, config, layer_idx=layer, num_layers=2) for layer in range(2)]
+    place = {"num_layers": 2, "measured": measured_for(score, key)}
+    kept = [select(query, key, value, config, layer_idx=layer, **place) for layer in range(2)]
     total = sum(selection.lengths.sum(dim=-1) for selection in kept)
     assert total.tolist() == [4 * min(20, length)] * 2
     for selection in kept:
@@ -71,8 +74,10 @@ def test_padded_row_selects_what_it_selects_alone(method, score, length, pad, bu
     noise = [100 * torch.randn(1, part.shape[1], pad, 16) for part in (query, key, value)]
     full = [torch.cat(pair, dim=2) for pair in zip(noise, (query, key, value))]
     mask = (torch.arange(pad + length) >= pad).long().unsqueeze(0)
-    alone = select(query, key, value, config, layer_idx=1, num_layers=2)
-    padded = select(*full, config, layer_idx=1, num_layers=2, attention_mask=mask)
+    measured = measured_for(score, full[1])
+    own = dataclasses.replace(measured, replay=None if measured.replay is None else measured.replay[..., pad:])
+    alone = select(query, key, value, config, layer_idx=1, num_layers=2, measured=own)
+    padded = select(*full, config, layer_idx=1, num_layers=2, attention_mask=mask, measured=measured)
     assert torch.equal(alone.lengths, padded.lengths)
     assert torch.equal(alone.flat_positions + pad, padded.flat_positions)
     assert torch.allclose(alone.redundancy, padded.redundancy, atol=1e-6)

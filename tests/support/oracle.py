@@ -56,6 +56,14 @@ def masked(model, masks, prompt, refit_window=None, stored=None):
             key, value = stored(key), stored(value)
         return naive_attention(query, key, value, mask, past, kwargs), None
 
+    with replaced(model, attention):
+        yield
+
+
+@contextmanager
+def replaced(model, attention):
+    """Within, all layers of the decoder use this ``attention`` function."""
+    base = model.get_decoder().config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[base])
     configs = {
@@ -175,3 +183,65 @@ def beams(model, prompts, cache, tokens: int = 8):
         return_dict_in_generate=True,
         output_scores=True,
     )
+
+
+NEVER = 1 << 40
+
+
+class EvictionTimes:
+    """When a cache evicted each entry: a query at position q sees the entry of position k if k <= q < times[..., k].
+
+    ``layers``: int64 [B, Hkv, positions] for every layer, None for those that are not compressed.
+    """
+
+    def __init__(self, cache, batch):
+        self.cache, self.batch, self.layers = cache, batch, None
+
+    def note(self, end):
+        """To be called after a compression that came with the token before position ``end``, and before the next one."""
+        held = keep_masks(self.cache, end, self.batch)
+        before = self.layers or [None] * len(held)
+        self.layers = [None if mask is None else self._noted(old, mask, end) for old, mask in zip(before, held)]
+
+    @staticmethod
+    def _noted(old, mask, end):
+        times = torch.full(mask.shape, NEVER)
+        if old is not None:
+            times[..., : old.shape[-1]] = old
+            assert not (mask & (times != NEVER)).any(), "an entry that was evicted is held again"
+        return times.masked_fill(~mask & (times == NEVER), end)
+
+
+@contextmanager
+def masked_by_time(model, layers):
+    """Within, a query does not see entries that had been evicted before it: ``layers`` of `EvictionTimes`."""
+    base = model.get_decoder().config._attn_implementation
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        times = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+        if times is None:
+            function = model_eager if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+            return function(module, query, key, value, attention_mask, **kwargs)
+        return timed_attention(query, key, value, attention_mask, times, kwargs), None
+
+    with replaced(model, attention):
+        yield
+
+
+def timed_attention(query, key, value, mask, times, kwargs):
+    """[B, n, Hq, Dv] in float64, every query over the entries that it sees."""
+    new, total, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    places = torch.arange(total)
+    at = places[total - new :].unsqueeze(-1)
+    times = torch.nn.functional.pad(times, (0, max(total - times.shape[-1], 0)), value=NEVER)[..., :total]
+    seen = at < times.unsqueeze(-2)
+    seen = seen & (places <= at if mask is None else mask if mask.dtype == torch.bool else mask == 0)
+    logits = query.double() @ key.double().repeat_interleave(groups, 1).mT * (kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    if kwargs.get("softcap") is not None:
+        logits = kwargs["softcap"] * torch.tanh(logits / kwargs["softcap"])
+    logits = logits.masked_fill(~seen.repeat_interleave(groups, 1), -torch.inf)
+    if kwargs.get("s_aux") is not None:
+        sinks = kwargs["s_aux"].double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = logits.softmax(dim=-1)[..., :total].nan_to_num()
+    return (weights @ value.double().repeat_interleave(groups, 1)).transpose(1, 2).to(query.dtype)

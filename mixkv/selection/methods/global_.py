@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ...config import MixKVConfig
@@ -16,9 +17,9 @@ def allocate(context: AllocationContext) -> torch.Tensor:
     return ada(context.budget, context.candidates, context.importance, floor=context.config.global_floor)
 
 
-def new_budget(config: MixKVConfig, num_layers: int, patient: bool = False) -> GlobalBudget:
+def new_budget(config: MixKVConfig, num_layers: int, patient: bool = False, limits: np.ndarray | None = None) -> GlobalBudget:
     """The budget that the layers of one prompt share."""
-    return GlobalBudget(num_layers, config.global_floor, layer_exponent(config), patient=patient)
+    return GlobalBudget(num_layers, config.global_floor, layer_exponent(config), patient=patient, limits=limits)
 
 
 add(

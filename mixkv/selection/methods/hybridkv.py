@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ...config import MixKVConfig
 from ...registry import Method, add
 from ..global_budget import ChunkBudget, layer_exponent
 from ..hybrid import plan
 
 
-def new_budget(config: MixKVConfig, num_layers: int, patient: bool = False) -> ChunkBudget:
+def new_budget(config: MixKVConfig, num_layers: int, patient: bool = False, limits: np.ndarray | None = None) -> ChunkBudget:
     """The chunks a step that the layers of one prompt share; entries are never evicted late, ``patient`` or not."""
     return ChunkBudget(num_layers, config.hybrid_floor, layer_exponent(config))
 
@@ -32,6 +34,7 @@ add(
         uses_importance=True,
         uses_output_importance=True,
         decode_budget=False,
+        turns=False,
         tensor_parallel=False,
     )
 )

@@ -10,8 +10,10 @@ from . import mix
 from . import attention
 from . import keydiff
 from . import output
+from . import replay
+from . import gate
 
 from .diversity import Directions, directions, modal_redundancy, redundancy, similarity
-from ...ops.score_reference import match, pool
+from ...ops.mixing_reference import match, pool
 
 __all__ = ["Directions", "directions", "match", "modal_redundancy", "pool", "redundancy", "similarity"]

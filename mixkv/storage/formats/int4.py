@@ -23,4 +23,8 @@ def row_bytes(key_size: int, value_size: int, itemsize: int) -> int:
     return key_size // 2 + 2 + value_size // 2 + 2
 
 
-add(RowFormat("int4", rows, row_bytes, int8.row_bytes, "4 bits an element; the window and later tokens 8 bits"))
+add(
+    RowFormat(
+        "int4", rows, row_bytes, int8.row_bytes, "4 bits an element; the window and later tokens 8 bits", codes=True, packs=True
+    )
+)

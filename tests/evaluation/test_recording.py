@@ -7,7 +7,7 @@ from support import oracle, zoo
 import mixkv
 from mixkv import MixKVConfig
 from mixkv.evaluation import measure
-from mixkv.evaluation.replay import Recording, joined
+from mixkv.evaluation.recording import Recording, joined
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])

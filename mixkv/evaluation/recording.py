@@ -20,6 +20,7 @@ from ..cache.parts import PromptStatistics
 from ..config import MixKVConfig
 from ..hf.versions import cache_argument
 from ..selection.budget import base_entries
+from ..selection.context import Measured
 from ..selection.ranking import Ranking
 from ..storage.chunks import ChunkStore
 from ..storage.packed import joined as joined_stores
@@ -43,15 +44,21 @@ class Recording:
         *,
         window: int = 128,
         inputs: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        replay_chunk: int | None = None,
     ):
         """Runs the prefill.
 
         Args:
             window: the largest observation window of the configs to be compressed by.
             inputs: further inputs of the model, such as pixel_values.
+            replay_chunk: as in `MixKVConfig`, to replay the prompt for the configs whose score needs that; None: it is not
+                replayed.
         """
         self.model = model
-        self.cache = _RecordingCache(model, budget=input_ids.shape[1] + window, window=window)
+        config = MixKVConfig(budget=input_ids.shape[1] + window, window=window)
+        if replay_chunk is not None:
+            config = config.replace(score="replay", replay_chunk=replay_chunk)
+        self.cache = _RecordingCache(model, config)
         options = {**inputs, **last_logits_only(model)}
         self.logits = model(input_ids=input_ids, **cache_argument(self.cache), use_cache=True, **options).logits[:, -1]
         self._inputs = [
@@ -65,7 +72,7 @@ class Recording:
         Raises:
             ValueError: ``config.window`` exceeds the recorded window.
         """
-        cache = _ReplayCache(self.model, config or self.cache.config)
+        cache = _RecordedCache(self.model, config or self.cache.config)
         name = _name(cache.config)
         for index, (layer, recorded) in enumerate(zip(cache.layers, self._inputs)):
             if isinstance(layer, MixKVLayer):
@@ -124,7 +131,7 @@ def _name(config: MixKVConfig) -> str:
     return json.dumps(config.to_dict() | dict.fromkeys(allocation) | importance, sort_keys=True)
 
 
-class _ReplayCompressor(Compressor):
+class _RecordedCompressor(Compressor):
     """Ranks candidates once for all configurations of one ``name``; ``known``: rankings by name, None: ranks as ever."""
 
     # The recording has the whole prompt in memory: early eviction would save nothing.
@@ -132,39 +139,40 @@ class _ReplayCompressor(Compressor):
     known: dict[str, Ranking] | None = None
     name: str
 
-    def rank(self, *args):
+    def rank(self, *args, **options):
         if self.known is None:
-            return super().rank(*args)
+            return super().rank(*args, **options)
         if self.name not in self.known:
-            self.known[self.name] = super().rank(*args)
+            self.known[self.name] = super().rank(*args, **options)
         found = self.known[self.name]
         key, value, place = args[1], args[2], {"heads": self.shard.total, "num_layers": self.num_layers}
         return replace(found, base=base_entries(self.config, found.real.amax(dim=-1), key, value, **place))
 
 
-class _ReplayLayer(MixKVLayer):
-    compressor_class = _ReplayCompressor
+class _RecordedLayer(MixKVLayer):
+    compressor_class = _RecordedCompressor
     known: dict[str, Ranking] | None = None
     name: str
 
-    def _compressor(self) -> Compressor:
-        compressor = cast(_ReplayCompressor, super()._compressor())
+    def compressor(self) -> Compressor:
+        compressor = cast(_RecordedCompressor, super().compressor())
         if self.known is not None:
             compressor.known, compressor.name = self.known, self.name
         return compressor
 
 
-class _ReplayCache(MixKVCache):
-    layer_class = _ReplayLayer
+class _RecordedCache(MixKVCache):
+    layer_class = _RecordedLayer
 
 
 class _RecordingLayer(MixKVLayer):
     """Records the arguments of `compress`."""
 
-    def compress(self, query, key, value, output, valid, options):
+    def compress(self, query, key, value, output, valid, options, measured=None):
         last = slice(-self.state.config.window, None)
-        self.recorded = (self.module(), query[:, :, last].clone(), key, value, output[:, last].clone(), valid, options)
-        super().compress(query, key, value, output, valid, options)
+        held = (query[:, :, last].clone(), key, value, output[:, last].clone())
+        self.recorded = (self.module(), *held, valid, options, measured or Measured())
+        super().compress(query, key, value, output, valid, options, measured)
 
 
 class _RecordingCache(MixKVCache):

@@ -1,0 +1,37 @@
+"""How much a replay of the prompt is expected to need each row, from what is stored of it: without a replay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...registry import Score, add
+from ..gate import predict
+
+if TYPE_CHECKING:
+    from ..context import ScoreContext
+
+# The prompt's first tokens, on which much attention rests whatever is asked.
+_FIRST = 4
+
+
+def gate(context: ScoreContext) -> torch.Tensor:
+    """The predicted largest attention weight of each candidate while the prompt is repeated, [B, Hkv, M]; 1 for the first four.
+
+    Raises:
+        ValueError: there is no gate for the layer.
+    """
+    if context.measured.gate is None:
+        raise ValueError(
+            "score='gate' needs a gate that was fitted to the model: use a MixKVCache of the model, or mixkv.patch"
+        )
+    count = context.num_candidates
+    found = predict(context.key[:, :, :count], context.value[:, :, :count], context.measured.gate)
+    if context.mask is None:
+        return torch.cat([torch.ones_like(found[..., :_FIRST]), found[..., _FIRST:]], dim=-1)
+    first = context.valid_candidates.cumsum(dim=-1) <= _FIRST
+    return found.masked_fill(first, 1.0)
+
+
+add(Score("gate", gate, "what a replay is expected to attend to, from keys and values", comparable=True, needs_gate=True))
