@@ -114,7 +114,7 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
-    replay_chunk: int = 2048
+    replay_chunk: int = 1024
     rows: str = "full"
     refit: bool = False
     gate: str | None = None
