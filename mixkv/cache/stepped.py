@@ -72,8 +72,7 @@ class SteppedCache(TrackedCache):
             return model(**inputs)
         if not self._regions or self._left < 1:
             self._start_steps(model)
-        mask = inputs.get("attention_mask")
-        inputs = {**inputs, "attention_mask": self._fixed_mask(mask)} if mask is not None else inputs
+        inputs = {**inputs, "attention_mask": self._fixed_mask(inputs.get("attention_mask"))}
         with self._state.progress.changing("a compiled decode step"):
             self._stepping = True
             try:
@@ -147,7 +146,10 @@ class SteppedCache(TrackedCache):
         self._regions = []
 
     def _fixed_mask(self, mask: Any) -> Any:
-        """``mask``, that of sliding-window layers with a column for every row of their windows."""
+        """``mask`` in a shape that does not grow: with a column for every row of the windows of sliding-window layers."""
+        if torch.is_tensor(mask) and mask.ndim == 2:
+            # It says which tokens are padding, and the new ones are not.
+            return None
         window = next((region for region in self._regions if isinstance(region, FixedWindow)), None)
         if window is None:
             return mask
@@ -171,7 +173,9 @@ class SteppedCache(TrackedCache):
             return self._tokens_seen()
         return super().get_seq_length(layer_idx)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
+        if self._stepping:
+            return query_length, self.get_seq_length()
         region = self._regions[layer_idx] if self._regions else None
         if isinstance(region, FixedWindow) and query_length > 1:
             self._end_steps()
