@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from mixkv import MixKVConfig, select
 from mixkv.hf import output_projection
-from mixkv.ops import native, reference, score_reference
+from mixkv.ops import native, native_scores, reference, score_reference
 from mixkv.ops.arguments import LogitOptions, RaggedBuffers
 
 SHAPES = [(9, 3, 64), (32, 8, 128)]
@@ -210,7 +210,7 @@ def bench_window(threads: list[int], repeats: int) -> None:
         torch.set_num_threads(count)
         query, key = torch.randn(1, 32, 32, 128).to(dtype), torch.randn(1, 8, 8192, 128).to(dtype)
         candidates = {
-            "native": lambda: native.window_attention(query, key, None, LogitOptions(0.1)),
+            "native": lambda: native_scores.window_attention(query, key, None, LogitOptions(0.1)),
             "plain": lambda: score_reference.window_attention(query, key, None, LogitOptions(0.1)),
         }
         torch.testing.assert_close(candidates["native"](), candidates["plain"](), rtol=1e-3, atol=1e-5)

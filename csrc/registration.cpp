@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("attend(Tensor query, " MIXKV_STORE MIXKV_LOGITS ") -> Tensor");
   m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, " MIXKV_SCALES "Tensor key, Tensor value, int first_position, "
         MIXKV_LOGITS ") -> Tensor");
+  m.def("step(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, " MIXKV_SCALES "Tensor ends, Tensor evicted, Tensor key, Tensor value, "
+        MIXKV_LOGITS ") -> Tensor");
   m.def("attend_extend(Tensor query, " MIXKV_STORE "Tensor key, Tensor value, Tensor? mask, " MIXKV_LOGITS ") -> Tensor");
   m.def("chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor starts, Tensor counts, int longest) -> Tensor");
   m.def("attend_chunks(Tensor query, " MIXKV_STORE "Tensor chunk_key, Tensor chunk_value, Tensor blocks, Tensor block_rows, int chunk, "

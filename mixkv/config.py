@@ -83,6 +83,8 @@ class MixKVConfig:
             scale for each key and each value. Scores are computed from the model's keys and values whatever the format.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
+        compile: whether ``generate`` compiles decode steps to one graph each (torch.compile). The first call takes long; see
+            `mixkv.cache.stepped`.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.
@@ -112,11 +114,12 @@ class MixKVConfig:
     layer_exponent: float = 2 / 3
     hybrid_first: int = 4
     hybrid_last: int = 8
-    replay_chunk: int = 2048
+    replay_chunk: int = 1024
     rows: str = "full"
     refit: bool = False
     gate: str | None = None
     turns: str = "first"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         registry.method(self.method)
@@ -144,7 +147,7 @@ class MixKVConfig:
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
-        for name in ("offload", "refit"):
+        for name in ("offload", "refit", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if isinstance(self.gate, Path):

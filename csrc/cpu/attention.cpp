@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention.h"
 #include "rows.h"
 #include "store.h"
 
@@ -183,8 +184,8 @@ struct Buffers {
   }
 };
 
-static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
-                     std::optional<Tensor> value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
+Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
+              std::optional<Tensor> value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
   const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);

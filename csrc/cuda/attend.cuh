@@ -39,18 +39,18 @@ __device__ inline const float* sink_of(const Attention& a, int sequence, int row
 
 // Copies new rows first .. end of a sequence (counted from its beginning) into the store.
 template <class T>
-__device__ inline void store_rows(const Attention& a, int64_t start, int stored, int first, int end, const T* key, const T* value) {
+__device__ inline void store_rows(const Attention& a, int sequence, int64_t start, int stored, int first, int end, const T* key, const T* value) {
   const int key_chunks = a.size / kVector<T>, chunks = key_chunks + a.value_size / kVector<T>;
   for (int item = threadIdx.x; item < (end - first) * chunks; item += blockDim.x) {
     const int row = first + item / chunks, chunk = item % chunks;
     // A caller that breaks its promise of room must not reach other memory.
-    if (start + row >= a.capacity) continue;
+    if (start + row >= room_end(a, sequence)) continue;
     const bool is_key = chunk < key_chunks;
     const T* from = is_key ? key + int64_t(row - stored) * a.new_key_strides.row : value + int64_t(row - stored) * a.new_value_strides.row;
     T* to = is_key ? static_cast<T*>(a.key) + (start + row) * a.size : static_cast<T*>(a.value) + (start + row) * a.value_size;
     const int at = (is_key ? chunk : chunk - key_chunks) * kVector<T>;
     *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
-    if (chunk == 0) a.position[start + row] = a.first_position + row - stored;
+    if (chunk == 0) a.position[start + row] = a.evicted ? a.evicted[sequence] + row : a.first_position + row - stored;
   }
 }
 
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kAttendWarps<S::Capacity> * 32) attend_part(co
     return query + row % a.groups * a.query_strides.head + row / a.groups * a.query_strides.row;
   });
   for (int stage = 0; stage < ahead; ++stage) load_stage(stage);
-  if (a.store && tile == 0) store_rows(a, start, stored, max(begin, stored), end, new_key, new_value);
+  if (a.store && tile == 0) store_rows(a, sequence, start, stored, max(begin, stored), end, new_key, new_value);
 
   const int warp = threadIdx.x / 32;
   const Scale scale{a.scaling, a.softcap};
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kAttendWarps<S::Capacity> * 32) attend_part(co
     }
   }
   // With one block a sequence, all who read its length have read it.
-  if (a.store && a.splits == 1 && a.tiles == 1 && threadIdx.x == 0) a.lengths[sequence] = stored + a.new_rows;
+  if (a.store && a.splits == 1 && a.tiles == 1 && threadIdx.x == 0) a.lengths[sequence] = raised_length(a, sequence, stored);
 }
 
 // Merges the parts of one query row of one sequence.
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_parts(const Attention a) 
     }
     put(static_cast<T*>(a.out) + output_row(a, sequence, row) + d, total);
   }
-  if (a.store && row == 0 && threadIdx.x == 0) a.lengths[sequence] += a.new_rows;
+  if (a.store && row == 0 && threadIdx.x == 0) a.lengths[sequence] = raised_length(a, sequence, a.lengths[sequence]);
 }
 
 template <class T>

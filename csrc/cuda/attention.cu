@@ -154,6 +154,43 @@ static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer
   return run(a, query, store, heads, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks, place);
 }
 
+static __global__ void raise_new_lengths(const Attention a) {
+  const int64_t sequence = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (sequence < a.sequences) a.lengths[sequence] = raised_length(a, int(sequence), a.lengths[sequence]);
+}
+
+static Tensor step(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
+                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor ends, Tensor evicted, Tensor key, Tensor value,
+                   int64_t max_length, double scaling, double softcap, std::optional<Tensor> sinks) {
+  const Place place(query);
+  refuse_codes(key_scale);
+  const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
+  check_new(store, key_buffer, key, value);
+  const Heads heads(store, query, key_buffer, sinks);
+  STD_TORCH_CHECK(heads.rows == 1 && key.size(2) == 1, "step takes one query position and one new row");
+  STD_TORCH_CHECK(key.size(0) == heads.batch, "query and new rows must agree in batch");
+  check_ints(position_buffer, store.rows, "position_buffer");
+  check_ints(ends, store.sequences, "ends");
+  check_ints(evicted, store.sequences, "evicted");
+  place.check({&position_buffer, &ends, &evicted, &key, &value});
+  key = vector_rows(key);
+  value = vector_rows(value);
+  Attention a{};
+  take_new(a, key, value);
+  a.store = true;
+  a.position = data<int32_t>(position_buffer);
+  a.evicted = data<int32_t>(evicted);
+  a.ends = data<int32_t>(ends);
+  Tensor out =
+      run(a, query, store, heads, key_buffer, value_buffer, starts, lengths, max_length, scaling, softcap, sinks, place);
+  // Several blocks have read a sequence's length, and none has raised it.
+  if (a.tiles > 1 && a.splits == 1) {
+    constexpr int kThreads = 128;
+    launch<raise_new_lengths>(place.device(), place.stream(), (a.sequences + kThreads - 1) / kThreads, kThreads, 0, a);
+  }
+  return out;
+}
+
 static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
                             std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
                             std::optional<Tensor> mask, int64_t max_length, double scaling, double softcap,
@@ -188,6 +225,7 @@ static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CUDA, m) {
   m.impl("attend", TORCH_BOX(&mixkv::cuda::attend));
   m.impl("append_attend", TORCH_BOX(&mixkv::cuda::append_attend));
+  m.impl("step", TORCH_BOX(&mixkv::cuda::step));
   m.impl("attend_extend", TORCH_BOX(&mixkv::cuda::attend_extend));
   m.impl("attend_chunks", TORCH_BOX(&mixkv::cuda::attend_chunks));
 }

@@ -33,7 +33,11 @@ struct Attention {
   Strides new_key_strides, new_value_strides;
   int new_rows;
   bool store;
+  // The position of the first new row; where `evicted` is given, that of a row is its number in the sequence and evicted[s].
   int first_position;
+  const int32_t* evicted;
+  // The row of the store behind the room of each sequence; null: all reach to the end of the store.
+  const int32_t* ends;
   // Which new rows a query sees: bool [B, n, new_rows] (`head` is its query stride), else causally, else all.
   const uint8_t* mask;
   Strides mask_strides;
@@ -59,6 +63,15 @@ struct Attention {
   // Tiles of query rows; parts of `chunk` rows a sequence; stages in the ring.
   int tiles, splits, chunk, ring_stages;
 };
+
+// The row behind those that a sequence may have.
+__device__ inline int64_t room_end(const Attention& a, int sequence) { return a.ends ? a.ends[sequence] : a.capacity; }
+
+// Its length once the new rows are stored: without room they are not.
+__device__ inline int raised_length(const Attention& a, int sequence, int stored) {
+  const int64_t room = room_end(a, sequence) - a.starts[sequence];
+  return a.ends && stored + a.new_rows > room ? stored : stored + a.new_rows;
+}
 
 struct Device {
   int index, multiprocessors, block_memory, multiprocessor_memory;

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from .. import head_profile, registry
 from ..config import MixKVConfig, checked_config
@@ -22,10 +23,10 @@ from .layer import MixKVLayer
 from .progress import Progress
 from .replay import Replayer, check_watched, replayer
 from .state import CacheState
-from .tracked import TrackedCache
+from .stepped import SteppedCache
 
 
-class MixKVCache(TrackedCache):
+class MixKVCache(SteppedCache):
     """A transformers cache that compresses a prompt once it has been read, and keeps all tokens generated after it.
 
     Example:
@@ -57,6 +58,7 @@ class MixKVCache(TrackedCache):
         self.config = checked_config(config, **options)
         self._state = CacheState(self.config)
         self._batch: int | None = None
+        self._regions = []
         self._replayer: Replayer | None = None
         self._model: weakref.ref | None = None
         self._bound_to: binding.ModelReference | None = None
@@ -78,16 +80,18 @@ class MixKVCache(TrackedCache):
             self._state.num_layers = sum(slot is None for slot in self._slots)
             self._model_name, self._model = type(model).__name__, weakref.ref(model)
             self._make_layers()
+            self._check_compileable(model)
         self._replayer = replayer(self, self._replayer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_replayer": None}
+        self._end_steps()
+        return {**self.__dict__, "_model": None, "_replayer": None, "_steps": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_shared" in state:  # pickled by version 0.1.0
             state = {**state, "_state": state["_shared"]}
             del state["_shared"]
-        self.__dict__.update({"_bound_to": None, "_replayer": None, **state})
+        self.__dict__.update({"_bound_to": None, "_replayer": None, "_regions": [], **state})
         if self._state.progress is None:
             self._state.progress = self._new_progress()
         model = self._bound_to and self._bound_to()
@@ -96,10 +100,11 @@ class MixKVCache(TrackedCache):
         self._replayer = replayer(self, self._replayer)
 
     @torch.compiler.disable
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         if self._state.replay is not None:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
         self._check_met()
+        self._end_steps()
         if not self.layers or (layer_idx == 0 and (self._bound_to is None or self._bound_to() is None)):
             self._bind_to_caller()
         if layer_idx >= len(self.layers):
@@ -120,7 +125,9 @@ class MixKVCache(TrackedCache):
         try:
             if isinstance(layer, MixKVLayer) and layer.ordinal == 0:
                 self._read_plan(layer, key_states)
-            result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+                if self._state.rollback_enabled:
+                    self.refuse_compiling("assisted decoding")
+            result = Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
             self._batch = batch
             if not isinstance(layer, MixKVLayer) and stock_layers.keeps_prompt_alive(layer):
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
@@ -191,7 +198,7 @@ class MixKVCache(TrackedCache):
         """Tokens seen, not rows stored."""
         length = super().get_seq_length(layer_idx)
         # A compiled forward is not the place where a cache is thrown away, and its frames cannot be looked at.
-        limit = None if torch.compiler.is_compiling() else call_stack.thrown_away_at(length)
+        limit = None if self._stepping or torch.compiler.is_compiling() else call_stack.thrown_away_at(length)
         if limit is not None:
             warnings.warn(
                 f"transformers throws this compressed cache away: beyond {limit} tokens a {self._model_name} changes its rotary "
@@ -209,6 +216,7 @@ class MixKVCache(TrackedCache):
         self._bind(model)
 
     def activate_past_recording(self) -> None:
+        self._end_steps()
         self._state.rollback_enabled = True
         model = None if self.layers else call_stack.assisted_model()
         if model is not None:
@@ -220,7 +228,7 @@ class MixKVCache(TrackedCache):
     def reset(self) -> None:
         """Forgets everything that was read, and makes a broken cache usable."""
         state = self._state
-        state.progress.change = "reset()"
+        state.progress.change, self._regions, self._final_length = "reset()", [], None
         self._batch = state.prompt_length = state.expected_prompt = None
         state.pending_layer = state.shared_budget = state.before = state.turn = None
         state.rollback_enabled = False
@@ -245,6 +253,7 @@ class MixKVCache(TrackedCache):
             super().crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.refuse_compiling("beam search")
         self._take(beam_idx.tolist(), "reorder_cache", beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:

@@ -6,13 +6,14 @@ import torch
 
 from .. import registry
 from ..storage.chunks import ChunkStore
+from ..storage.counted import Counted, CountsSteps
 from ..storage.ragged import RaggedStore
 from ..storage.rows import Rows
 from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, RowScores
 from .state import CacheState
 
 
-class HeldEntries:
+class HeldEntries(CountsSteps):
     """What a layer holds; a `MixKVLayer` is one.
 
     Attributes:
@@ -27,7 +28,7 @@ class HeldEntries:
     state: CacheState
     shape: tuple[int, int, int] | None
     dtype: torch.dtype
-    seen: int
+    seen = Counted()
     is_initialized: bool
     prompt: PromptSoFar | None
     rows: Rows | None
@@ -35,6 +36,9 @@ class HeldEntries:
     window: QueryWindow | None
     scores: RowScores | None = None
     statistics: PromptStatistics | None
+
+    def _add_steps(self, new: int) -> None:
+        self.__dict__["seen"] += new
 
     @property
     def parts(self) -> list[Part]:

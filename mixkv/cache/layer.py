@@ -35,6 +35,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
 
     pending_refit: PendingRefit | None = None
 
+    is_step = False
     is_sliding = False
     is_compileable = False
     is_croppable = True
@@ -56,7 +57,8 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
             setattr(self, name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "module": None}
+        self.count_steps()
+        return {**self.__dict__, "module": None, "_steps": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # mixkv 0.1.0 pickled the logit options as a dictionary, and the contents of the parts one by one.

@@ -41,6 +41,10 @@ class TrackedCache(Cache):
     def _check_usable(self) -> None:
         self._check_met()
         self._state.progress.check()
+        self._end_steps()
+
+    def _end_steps(self) -> None:
+        """Makes the layers ready for anything but compiled steps."""
 
     def _check_met(self) -> None:
         if self._state.pending_layer is not None:

@@ -42,6 +42,8 @@ def attend_with_cache(
     """
     # The mark is looked for outside what torch.compile leaves out: with other caches a bound model compiles to one graph.
     if (layer := getattr(key, MARK, None)) is not None:
+        if layer.is_step:
+            return layer.step(query, key, value, _logit_options(query, kwargs)), None
         return _attend(layer, base, module, query, key, value, attention_mask, kwargs)
     if _CACHE_IS_IGNORED and kwargs.get("cache") is not None:
         raise TypeError("this transformers calls the cache past_key_values: pass past_key_values=cache to the model's forward")

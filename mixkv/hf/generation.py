@@ -5,10 +5,13 @@ Each function stands in for the method of the same name. A copied model keeps th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
+from transformers.generation import CompileConfig
 
 from . import versions
 from .weak_method import Override
@@ -50,6 +53,30 @@ def generate(self: PreTrainedModel, *args, **kwargs):
     return type(self).generate(self, *args, **kwargs)
 
 
+def _valid_auto_compile_criteria(self: PreTrainedModel, model_kwargs: dict, generation_config) -> bool:
+    """Whether ``generate`` compiles decode steps: for a cache that asks for it on every device, not on a GPU alone."""
+    own, cache = type(self)._valid_auto_compile_criteria, model_kwargs.get(versions.CACHE_ARGUMENT)
+    if not hasattr(cache, "expect_length") or not cache.is_compileable:
+        return own(self, model_kwargs, generation_config)
+    asked = copy.copy(generation_config)
+    asked.compile_config = copy.copy(asked.compile_config or CompileConfig())
+    asked.compile_config._compile_all_devices = True
+    valid = own(self, model_kwargs, asked)
+    if valid:
+        cache.expect_length(generation_config.max_length)
+    return valid
+
+
+def get_compiled_call(self: PreTrainedModel, compile_config) -> Callable:
+    """The compiled call, which a cache may run or not."""
+    return partial(_call, self, type(self).get_compiled_call(self, compile_config))
+
+
+def _call(model: PreTrainedModel, compiled: Callable, *args, **kwargs):
+    run = getattr(kwargs.get(versions.CACHE_ARGUMENT), "run_step", None)
+    return compiled(*args, **kwargs) if run is None or args else run(model, compiled, kwargs)
+
+
 def _get_candidate_generator(self: PreTrainedModel, *args, **kwargs) -> CandidateGenerator:
     """The drafts of assisted decoding, from the second forward on where a cache takes none along with its prompt."""
     candidates = type(self)._get_candidate_generator(self, *args, **kwargs)
@@ -73,6 +100,6 @@ def _skip_first_draft(candidates: CandidateGenerator) -> None:
     candidates.get_candidates = get_candidates
 
 
-_METHODS: list[Callable] = [_get_candidate_generator]
+_METHODS: list[Callable] = [_get_candidate_generator, _valid_auto_compile_criteria, get_compiled_call]
 if versions.CACHE_ARGUMENT != "cache":
     _METHODS.append(generate)

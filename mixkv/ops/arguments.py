@@ -43,6 +43,18 @@ class RaggedBuffers(NamedTuple):
         return sum(tensor.untyped_storage().nbytes() for tensor in self if tensor is not None)
 
 
+class FixedRoom(NamedTuple):
+    """What a decode step of which the host knows no length reads of S sequences besides their `RaggedBuffers`.
+
+    Attributes:
+        ends: int32 [S], the row behind the room of each sequence.
+        evicted: int32 [S], how many tokens each sequence has seen and does not hold: its length and this is its next position.
+    """
+
+    ends: torch.Tensor
+    evicted: torch.Tensor
+
+
 class ChosenChunks(NamedTuple):
     """Chunks of rows outside the store that sequences attend to in a step, up to K each.
 

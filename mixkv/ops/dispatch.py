@@ -2,9 +2,9 @@
 
 Back ends: ``native`` (csrc/, CPU and CUDA), ``varlen`` (torch's variable-length flash attention, torch >= 2.12, GPU),
 ``flash`` (the flash-attn package, GPU), ``torch`` (plain torch: padded SDPA). The choice: ``MixKVConfig(backend=...)``, else
-the environment's ``MIXKV_BACKEND``, else on a CPU the first in this order that can take the store's dtype and head sizes. On a GPU plain torch
-is taken unless another is asked for by name: the others have not been run on one yet. What ``varlen`` and ``flash`` do not
-have, plain torch does.
+the environment's ``MIXKV_BACKEND``, else on a CPU the first in this order that can take the store's dtype and head sizes, and
+on an NVIDIA GPU the fastest of those that have passed their checks there (`mixkv.ops.checked`). What ``varlen`` and ``flash`` do
+not have, plain torch does.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from ..registry import BACKENDS
-from . import flash, mixing_reference, native, reference, score_reference, selection_reference
+from . import checked, flash, mixing_reference, native, native_scores, reference, score_reference, selection_reference
 from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
 from .selection_reference import Largest
 
-# `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
-_UNASKED_ON_GPU = ("torch",)
+# What a GPU is checked for beforehand.
+_USUAL = checked.Place(torch.device("cuda"), torch.bfloat16, 128, 128)
 
 
 def choose(
@@ -44,8 +44,11 @@ def choose(
     if requested == "auto":
         if device.type == "cpu":
             return "torch" if native.why_not(device, dtype, key_size, value_size) else "native"
-        names = _UNASKED_ON_GPU
-        return next(name for name in names if why_not(name, device, dtype, key_size, value_size, codes=codes) is None)
+        if codes or device.type != "cuda":
+            return "torch"
+        place = checked.Place(device, dtype, key_size, value_size)
+        chosen = checked.choice(place)
+        return chosen if why_not(chosen, *place) is None else "torch"
     reason = why_not(requested, device, dtype, key_size, value_size, codes=codes)
     if reason is not None:
         raise ValueError(f"backend={requested!r} cannot be used: {reason}. Leave it at 'auto', or use 'torch'")
@@ -213,15 +216,15 @@ def window_attention(
 ) -> torch.Tensor:
     """`score_reference.window_attention`: compiled where queries and keys have one dtype."""
     compiled = backend == "native" and query.dtype == key.dtype
-    return (native if compiled else score_reference).window_attention(query, key, valid, logits, **options)
+    return (native_scores if compiled else score_reference).window_attention(query, key, valid, logits, **options)
 
 
 def importance(
     backend: str, query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions, **options: Any
 ) -> torch.Tensor:
     """`score_reference.importance`; as all that follows compiled for the CPU only: a GPU multiplies matrices at full speed."""
-    if query.dtype == key.dtype and _scores(backend, key) is native:
-        return native.importance(query, key, valid, logits, **options)
+    if query.dtype == key.dtype and _scores(backend, key) is native_scores:
+        return native_scores.importance(query, key, valid, logits, **options)
     return score_reference.importance(query, key, valid, logits, **options, attend=partial(window_attention, backend))
 
 
@@ -256,7 +259,7 @@ def mix(
 def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     """`mixing_reference.normalized`, compiled where the library has been loaded."""
     compiled = importance.device.type == "cpu" and native.status("cpu", load=False).available
-    return (native if compiled else mixing_reference).normalized(importance, exponent)
+    return (native_scores if compiled else mixing_reference).normalized(importance, exponent)
 
 
 def evict(
@@ -291,16 +294,25 @@ def merge_largest(so_far: Largest, importance: torch.Tensor, *limits: torch.Tens
 
 def report() -> list[str]:
     """What runs on this machine, a line each, for ``mixkv info``: the choice for float32 on the CPU and bfloat16 on the GPU."""
-    lines = []
-    kinds = [("cpu", torch.float32)] + ([("cuda", torch.bfloat16)] if torch.cuda.is_available() else [])
-    for kind, dtype in kinds:
-        place = (torch.device(kind), dtype, 128, 128)
-        chosen = choose("auto", *place)
-        lines.append(f"{kind}: back end {chosen}" + (f" ({native.describe(kind)})" if chosen == "native" else ""))
-        for name in BACKENDS[1 : BACKENDS.index(chosen)]:
-            reason = why_not(name, *place) or "not yet checked on a GPU; ask for it with MIXKV_BACKEND"
-            lines.append(f"{kind}: not {name}: {reason}")
-    return lines
+    place = (torch.device("cpu"), torch.float32, 128, 128)
+    chosen = choose("auto", *place)
+    lines = [f"cpu: back end {chosen}" + (f" ({native.describe('cpu')})" if chosen == "native" else "")]
+    if chosen != "native":
+        lines.append(f"cpu: not native: {why_not('native', *place)}")
+    if not torch.cuda.is_available():
+        return lines
+    asked = os.environ.get("MIXKV_BACKEND", "auto")
+    if asked != "auto":
+        return [*lines, f"cuda: back end {asked} (MIXKV_BACKEND)"]
+    return lines + checked.report(_USUAL)
+
+
+def check_gpu() -> list[str]:
+    """Checks the back ends of a GPU for bfloat16 and head size 128 beforehand, where there is one; the outcome, a line each."""
+    if not torch.cuda.is_available():
+        return []
+    checked.outcomes(_USUAL)
+    return checked.report(_USUAL)
 
 
 def _rows(backend: str):
@@ -308,11 +320,11 @@ def _rows(backend: str):
 
 
 def _scores(backend: str, tensor: torch.Tensor):
-    return native if backend == "native" and tensor.device.type == "cpu" else score_reference
+    return native_scores if backend == "native" and tensor.device.type == "cpu" else score_reference
 
 
 def _mixing(backend: str, tensor: torch.Tensor):
-    return native if backend == "native" and tensor.device.type == "cpu" else mixing_reference
+    return native_scores if backend == "native" and tensor.device.type == "cpu" else mixing_reference
 
 
 def _selection(tensor: torch.Tensor):

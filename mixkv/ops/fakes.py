@@ -51,6 +51,7 @@ def register() -> None:
         "move_rows": nothing,
         "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
+        "step": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "attend_extend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "chunk_scores": lambda query, codes, grid, starts, counts, longest: query.new_empty(
             starts.numel(), longest, dtype=torch.float32

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
 from .row_codes import dequantised, quantised
+from .sequence_rows import seen_or_hidden, sequence_rows
 
 # Queries attended at once by `attend_extend`: bounds its mask and logits at this many rows per prefix row.
 _EXTEND_BLOCK = 256
@@ -34,7 +35,7 @@ def append(
     """
     batch, heads, new, _ = key.shape
     lengths = buffers.lengths
-    ends = (buffers.starts + lengths).long()
+    ends = sequence_rows(buffers.starts, 0).starts + lengths
     if valid is None and new == 1:
         write_rows(buffers, ends, key.reshape(batch * heads, -1), value.reshape(batch * heads, -1))
         buffers.position.index_fill_(0, ends, position)
@@ -296,12 +297,10 @@ def _padded(
     if stride is not None and buffers.key_scale is None:
         shape = (batch, heads, stride, -1)
         return key.view(shape)[:, :, :max_length], value.view(shape)[:, :, :max_length], None
-    offsets = torch.arange(max_length, dtype=torch.int32, device=starts.device)
-    # Beyond a sequence's end other rows are read, and masked: all that matters is to stay inside the buffer.
-    rows = (starts.unsqueeze(1) + offsets).clamp_(max=key.shape[0] - 1).flatten()
+    known = sequence_rows(starts, max_length, key.shape[0])
     shape = (batch, heads, max_length, -1)
-    mask = (offsets < lengths.unsqueeze(1)).view(batch, heads, max_length)
-    key, value = (part.view(shape) for part in read_rows(buffers, rows))
+    mask = (known.offsets[:max_length] < lengths.unsqueeze(1)).view(batch, heads, max_length)
+    key, value = (part.view(shape) for part in read_rows(buffers, known.rows[:, :max_length].flatten()))
     return key, value, mask
 
 
@@ -330,7 +329,8 @@ def _attention(
         wide = torch.promote_types(query.dtype, key.dtype)
         return _attention(query.to(wide), key.to(wide), value.to(wide), mask, options).to(query.dtype)
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=options.scaling)
+        bias = None if mask is None else torch.where(mask, *seen_or_hidden(query.dtype, query.device))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=options.scaling)
     logits = (query.float() * options.scaling) @ key.float().transpose(-1, -2)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

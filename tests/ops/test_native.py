@@ -27,7 +27,7 @@ from support.stores import (
     strided,
 )
 
-from mixkv.ops import native, reference, score_reference
+from mixkv.ops import native, native_scores, reference, score_reference
 from mixkv.ops.arguments import LogitOptions
 
 
@@ -222,7 +222,7 @@ def test_window_equals_oracle(dtype, groups, window, columns, size, statistic, r
     valid = (torch.arange(columns) >= torch.tensor([[0], [columns // 3]]).clamp(max=columns - window)).view(2, 1, columns)
     valid = valid if padded else None
     logits, options = LogitOptions(size**-0.5, softcap, sinks), {"statistic": statistic, "group_reduce": reduce}
-    result = native.window_attention(query, key, valid, logits, **options)
+    result = native_scores.window_attention(query, key, valid, logits, **options)
     twin = score_reference.window_attention(query, key, valid, logits, **options)
     exact = scores_in_double(query, key, valid, **vars(logits), **options)
     assert result.shape == twin.shape and result.dtype == torch.float32
@@ -255,7 +255,7 @@ def projected_norm(value, factor):
     batch, heads, rows, size = value.shape
     value = torch.cat([value, value.new_zeros(batch, heads, 1, size)], dim=2)
     query, key, options = value.new_zeros(batch, heads, 1, 16), value.new_zeros(batch, heads, rows + 1, 16), LogitOptions(1.0)
-    found = native.importance(query, key, None, options, kernel_size=1, pooling="max", value=value, factor=factor)
+    found = native_scores.importance(query, key, None, options, kernel_size=1, pooling="max", value=value, factor=factor)
     return found * (rows + 1)
 
 
@@ -263,7 +263,7 @@ def projected_norm(value, factor):
 def test_window_padding_query_counts_as_nothing():
     query, key = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 6, 64)
     valid = torch.tensor([[[False, False, False, True, True, True]]])
-    result = native.window_attention(query, key, valid, LogitOptions(0.1))
+    result = native_scores.window_attention(query, key, valid, LogitOptions(0.1))
     assert torch.equal(result, torch.zeros(1, 2, 2))
 
 

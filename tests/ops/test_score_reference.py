@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.stores import needs_library
 
-from mixkv.ops import native, score_reference
+from mixkv.ops import native_scores, score_reference
 from mixkv.ops.arguments import LogitOptions
 from mixkv.selection import scores
 
@@ -136,7 +136,7 @@ def test_compiled_window_attention_of_long_prompts(length, dtype, statistic, sof
     logits, options = LogitOptions(0.5, softcap, sinks), {"statistic": statistic, "group_reduce": "mean"}
     for mask in (valid, None):
         expected = whole_window_attention(query, key, mask, **vars(logits), **options)
-        mine = native.window_attention(query, key, mask, logits, **options)
+        mine = native_scores.window_attention(query, key, mask, logits, **options)
         bound = 4e-3 if dtype == torch.bfloat16 else 1e-4
         # A token that is not valid may get what rounding leaves.
         torch.testing.assert_close(mine, expected, rtol=bound, atol=1e-12)

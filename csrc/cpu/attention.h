@@ -1,0 +1,10 @@
+#pragma once
+
+#include "../tensors.h"
+
+namespace mixkv::cpu {
+
+Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
+              std::optional<Tensor> value_scale, int64_t max_length, double scaling, double softcap, std::optional<Tensor> sinks);
+
+}  // namespace mixkv::cpu
