@@ -162,6 +162,11 @@ class Compressor:
             entries = shared_budget.add_layer(whole, None if projected is None else output_scale(projected))
         return entries, whole.real - whole.choosable
 
+    @property
+    def decode_config(self) -> MixKVConfig:
+        """How rows are scored while an answer is generated: rows held side by side are not of neighbouring tokens, so nothing is pooled."""
+        return self.config.replace(kernel_size=1, output_kernel_size=1)
+
     def enforce_decode_budget(
         self,
         query: torch.Tensor,
@@ -192,7 +197,7 @@ class Compressor:
             longest = remote.lengths(store.lengths.view(store.batch, -1).long()).amax(dim=-1)
             length = int(longest.max())
         key, value, valid = store.padded(length)
-        ranking = self.rank(query, key, value, logits, valid, longest)
+        ranking = self.rank(query, key, value, logits, valid, longest, config=self.decode_config)
         # A batch row that does not exceed its budget stays as it is, as it would alone.
         base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, exceeds)]
         ranking = dataclasses.replace(ranking, base=torch.tensor(base, device=key.device))
@@ -210,15 +215,16 @@ class Compressor:
         longest: torch.Tensor | None = None,
         newest: torch.Tensor | None = None,
         measured: Measured | None = None,
+        config: MixKVConfig | None = None,
     ) -> Ranking:
-        """The candidates in order; ``longest``, ``newest``: as `mixkv.selection.select.rank` takes them."""
+        """The candidates in order; ``longest``, ``newest``: as `mixkv.selection.select.rank` takes them; ``config``: another one."""
         if self.gate is not None:
             measured = dataclasses.replace(measured or Measured(), gate=self.gate)
         return rank(
             query,
             key,
             value,
-            self.config,
+            config or self.config,
             attention_mask=valid,
             output_factor=partial(self._output_factor, value),
             shard=self.shard,
