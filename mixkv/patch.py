@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .cache import MixKVCache
+from .cache import MixKVCache, workspace
 from .config import MixKVConfig, checked_config
 from .hf import binding, versions
 from .hf.weak_method import WeakMethod
@@ -55,6 +55,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     inner = binding.unwrap(model)
     _remove_hook(inner)
     binding.unbind(inner)
+    workspace.forget(inner)
     return model
 
 

@@ -84,6 +84,20 @@ def test_pieces_eviction_copies_and_files(llama, tmp_path):
     assert max(int(layer.store.lengths.max()) for layer in whole.layers) < 60
 
 
+@torch.no_grad()
+def test_later_turns_compete_by_the_gate(llama):
+    model, path = llama
+    cache = mixkv.MixKVCache(model, method="snapkv", score="gate", gate=str(path), budget=14, window=6, turns="all")
+    first, second = (zoo.inputs("llama", length, seed=length)["input_ids"] for length in (60, 40))
+    model.generate(input_ids=first, max_new_tokens=1, past_key_values=cache)
+    model.generate(input_ids=torch.cat([first, second], dim=1), max_new_tokens=1, past_key_values=cache)
+    assert all(len(head) == 14 for layer in range(3) for head in cache.kept(layer)[0])
+    kept = {int(position) for layer in range(3) for head in cache.kept(layer)[0] for position in head}
+    assert (
+        {0, 1, 2, 3} <= kept and any(6 <= position < 54 for position in kept) and any(60 <= position < 94 for position in kept)
+    )
+
+
 def test_it_is_bound_to_the_weights(llama, tmp_path):
     model, path = llama
     for same in (copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).to(torch.float16)):
@@ -128,7 +142,8 @@ def test_no_tokenizer_and_nothing_to_read():
 
 
 def test_shipped_gates_are_sound():
-    files = sorted(gates._SHIPPED.glob("*.safetensors"))
-    for file in files:
-        gate = gate_file.load(file)
+    names = sorted(file.stem for file in gates._SHIPPED.glob("*.safetensors"))
+    assert names == ["SmolLM2-135M-Instruct", "document-vlm"]
+    for name in names:
+        gate = gate_file.load(gates._SHIPPED / f"{name}.safetensors")
         assert gate.probe and all(layer.weight.isfinite().all() for layer in gate.layers)

@@ -125,6 +125,8 @@ class MixKVCache(SteppedCache):
         try:
             if isinstance(layer, MixKVLayer) and layer.ordinal == 0:
                 self._read_plan(layer, key_states)
+                if self._state.rollback_enabled:
+                    self.refuse_compiling("assisted decoding")
             result = Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
             self._batch = batch
             if not isinstance(layer, MixKVLayer) and stock_layers.keeps_prompt_alive(layer):
@@ -214,7 +216,6 @@ class MixKVCache(SteppedCache):
         self._bind(model)
 
     def activate_past_recording(self) -> None:
-        self.refuse_compiling("assisted decoding")
         self._end_steps()
         self._state.rollback_enabled = True
         model = None if self.layers else call_stack.assisted_model()

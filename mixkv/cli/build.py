@@ -1,4 +1,4 @@
-"""``mixkv build``: compiles the operations of ``csrc/`` before anything needs them."""
+"""``mixkv build``: compiles the operations of ``csrc/``, and checks the back ends of a GPU, before anything needs them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..evaluation import InputError
-    from ..ops import build
+    from ..ops import build, dispatch
 
     if options.device == "all":
         devices = ["cpu", "cuda"] if build.compiler("cuda") else ["cpu"]
@@ -32,3 +32,6 @@ def run(options: argparse.Namespace) -> None:
         except (build.BuildError, OSError) as error:
             raise InputError(f"the operations for {device} cannot be compiled: {error}") from error
         print(f"{device}: {path} ({f'built in {time.monotonic() - began:.0f} s' if built == 'now' else built})")
+    if "cuda" in devices:
+        for line in dispatch.check_gpu():
+            print(line)

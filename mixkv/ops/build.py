@@ -69,9 +69,9 @@ def build(out_dir: str | os.PathLike, cuda: bool = False) -> Path:
         BuildError: no compiler, no torch, or the compiler's own message.
     """
     for device in ("cpu", "cuda") if cuda else ("cpu",):
-        target = Path(out_dir) / f"{DEVICES[device]}-{_source_hash(device)}.so"
+        target = Path(out_dir) / f"{DEVICES[device]}-{source_hash(device)}.so"
         _compile(device, target, _timeout(device))
-    return Path(out_dir) / f"{DEVICES['cpu']}-{_source_hash('cpu')}.so"
+    return Path(out_dir) / f"{DEVICES['cpu']}-{source_hash('cpu')}.so"
 
 
 def compiler(device: str = "cpu") -> str | None:
@@ -116,7 +116,7 @@ def find(device: str, *, again: bool = False) -> tuple[Path, str]:
         if prebuilt:
             return prebuilt[-1], "prebuilt"
         raise BuildError("the package came without a library and without its sources")
-    name = f"{DEVICES[device]}-{_source_hash(device)}.so"
+    name = f"{DEVICES[device]}-{source_hash(device)}.so"
     if (folder / name).is_file() and not _extra_flags():
         return folder / name, "prebuilt"
     command = compiler(device)
@@ -132,7 +132,7 @@ def find(device: str, *, again: bool = False) -> tuple[Path, str]:
         return path, "cached"
     cache.mkdir(parents=True, exist_ok=True)
     limit = _timeout(device)
-    with _exclusively(cache / f"{DEVICES[device]}.lock", limit):
+    with exclusively(cache / f"{DEVICES[device]}.lock", limit):
         if path.is_file():
             return path, "cached"
         if failure.is_file() and not again:
@@ -224,7 +224,7 @@ def _run(command: list[str], deadline: float) -> None:
 
 
 @contextlib.contextmanager
-def _exclusively(path: Path, limit: float) -> Iterator[None]:
+def exclusively(path: Path, limit: float) -> Iterator[None]:
     """Holds a lock file against other processes. The system drops the lock when its holder ends, however it ends."""
     try:
         import fcntl
@@ -262,7 +262,12 @@ def _timeout(device: str) -> float:
 
 
 @functools.cache
-def _source_hash(device: str) -> str:
+def source_hash(device: str) -> str:
+    """Names the sources of the operations for ``device``.
+
+    Raises:
+        BuildError: they are missing.
+    """
     sources = source_dir()
     if sources is None:
         raise BuildError("the sources (csrc/) are missing")
@@ -280,7 +285,7 @@ def _cache_key(device: str, command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         shown = ""
     flags = [*_CXX_FLAGS, *_NVCC_FLAGS, *_ARCHITECTURES, *_extra_flags(), _TARGET_FLAG]
-    parts = [_source_hash(device), command, shown, *flags, *(flag for table in _TABLES.values() for flag in table)]
+    parts = [source_hash(device), command, shown, *flags, *(flag for table in _TABLES.values() for flag in table)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     return f"{sys.platform}-{platform.machine()}-torch{TARGET[0]}.{TARGET[1]}-{digest}"
 

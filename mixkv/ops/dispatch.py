@@ -2,9 +2,9 @@
 
 Back ends: ``native`` (csrc/, CPU and CUDA), ``varlen`` (torch's variable-length flash attention, torch >= 2.12, GPU),
 ``flash`` (the flash-attn package, GPU), ``torch`` (plain torch: padded SDPA). The choice: ``MixKVConfig(backend=...)``, else
-the environment's ``MIXKV_BACKEND``, else on a CPU the first in this order that can take the store's dtype and head sizes. On a GPU plain torch
-is taken unless another is asked for by name: the others have not been run on one yet. What ``varlen`` and ``flash`` do not
-have, plain torch does.
+the environment's ``MIXKV_BACKEND``, else on a CPU the first in this order that can take the store's dtype and head sizes, and
+on an NVIDIA GPU the fastest of those that have passed their checks there (`mixkv.ops.checked`). What ``varlen`` and ``flash`` do
+not have, plain torch does.
 """
 
 from __future__ import annotations
@@ -17,12 +17,22 @@ from typing import Any
 import torch
 
 from ..registry import BACKENDS
-from . import flash, mixing_reference, native, reference, score_reference, selection_reference
-from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from . import (
+    checked,
+    flash,
+    mixing_reference,
+    native,
+    native_scores,
+    reference,
+    row_codes,
+    score_reference,
+    selection_reference,
+)
+from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
 from .selection_reference import Largest
 
-# `benchmarks/gpu.py` checks the other back ends; what it has passed on a GPU belongs here, the fastest first.
-_UNASKED_ON_GPU = ("torch",)
+# What a GPU is checked for beforehand.
+_USUAL = checked.Place(torch.device("cuda"), torch.bfloat16, 128, 128)
 
 
 def choose(
@@ -44,8 +54,11 @@ def choose(
     if requested == "auto":
         if device.type == "cpu":
             return "torch" if native.why_not(device, dtype, key_size, value_size) else "native"
-        names = _UNASKED_ON_GPU
-        return next(name for name in names if why_not(name, device, dtype, key_size, value_size, codes=codes) is None)
+        if codes or device.type != "cuda":
+            return "torch"
+        place = checked.Place(device, dtype, key_size, value_size)
+        chosen = checked.choice(place)
+        return chosen if why_not(chosen, *place) is None else "torch"
     reason = why_not(requested, device, dtype, key_size, value_size, codes=codes)
     if reason is not None:
         raise ValueError(f"backend={requested!r} cannot be used: {reason}. Leave it at 'auto', or use 'torch'")
@@ -109,9 +122,10 @@ def attend(
     *,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend`: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-    return _ATTEND[backend](query, buffers, logits, max_length=max_length, stride=stride)
+    return _ATTEND[backend](query, buffers, logits, max_length=max_length, stride=stride, **_packed(packed))
 
 
 def append_attend(
@@ -125,11 +139,13 @@ def append_attend(
     *,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
+    rotate: bool = False,
 ) -> torch.Tensor:
     """`reference.append_attend`: rows ``key`` [B, Hkv, 1, D], then ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-    extent = {"max_length": max_length, "stride": stride}
-    if backend == "native":
-        return native.append_attend(query, buffers, key, value, position, logits, **extent)
+    extent: dict[str, Any] = {"max_length": max_length, "stride": stride, **_packed(packed)}
+    if backend == "native" or rotate:
+        return _rows(backend).append_attend(query, buffers, key, value, position, logits, rotate=rotate, **extent)
     reference.append(buffers, key, value, position)
     return _ATTEND[backend](query, buffers, logits, **extent)
 
@@ -145,9 +161,10 @@ def attend_extend(
     mask: torch.Tensor | None,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend_extend`: ``query`` [B, Hq, n, D], new rows [B, Hkv, n, D] to [B, n, Hq, Dv]."""
-    extent = {"max_length": max_length, "stride": stride}
+    extent: dict[str, Any] = {"max_length": max_length, "stride": stride, **_packed(packed)}
     return _rows(backend).attend_extend(query, buffers, new_key, new_value, logits, mask=mask, **extent)
 
 
@@ -200,6 +217,12 @@ def gather(
     return (native if backend == "native" else selection_reference).gather(key, value, positions, counts, codes=codes)
 
 
+def encode_rotated(backend: str, rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_codes.encode_rotated`; compiled for the CPU only."""
+    compiled = backend == "native" and rows.device.type == "cpu"
+    return (native if compiled else row_codes).encode_rotated(rows, pack=pack)
+
+
 def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:
     """`reference.move_rows`; ``max_length`` is at least ``buffers.lengths.max()`` (host)."""
     if backend == "native":
@@ -213,15 +236,15 @@ def window_attention(
 ) -> torch.Tensor:
     """`score_reference.window_attention`: compiled where queries and keys have one dtype."""
     compiled = backend == "native" and query.dtype == key.dtype
-    return (native if compiled else score_reference).window_attention(query, key, valid, logits, **options)
+    return (native_scores if compiled else score_reference).window_attention(query, key, valid, logits, **options)
 
 
 def importance(
     backend: str, query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, logits: LogitOptions, **options: Any
 ) -> torch.Tensor:
     """`score_reference.importance`; as all that follows compiled for the CPU only: a GPU multiplies matrices at full speed."""
-    if query.dtype == key.dtype and _scores(backend, key) is native:
-        return native.importance(query, key, valid, logits, **options)
+    if query.dtype == key.dtype and _scores(backend, key) is native_scores:
+        return native_scores.importance(query, key, valid, logits, **options)
     return score_reference.importance(query, key, valid, logits, **options, attend=partial(window_attention, backend))
 
 
@@ -256,7 +279,7 @@ def mix(
 def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
     """`mixing_reference.normalized`, compiled where the library has been loaded."""
     compiled = importance.device.type == "cpu" and native.status("cpu", load=False).available
-    return (native if compiled else mixing_reference).normalized(importance, exponent)
+    return (native_scores if compiled else mixing_reference).normalized(importance, exponent)
 
 
 def evict(
@@ -291,16 +314,30 @@ def merge_largest(so_far: Largest, importance: torch.Tensor, *limits: torch.Tens
 
 def report() -> list[str]:
     """What runs on this machine, a line each, for ``mixkv info``: the choice for float32 on the CPU and bfloat16 on the GPU."""
-    lines = []
-    kinds = [("cpu", torch.float32)] + ([("cuda", torch.bfloat16)] if torch.cuda.is_available() else [])
-    for kind, dtype in kinds:
-        place = (torch.device(kind), dtype, 128, 128)
-        chosen = choose("auto", *place)
-        lines.append(f"{kind}: back end {chosen}" + (f" ({native.describe(kind)})" if chosen == "native" else ""))
-        for name in BACKENDS[1 : BACKENDS.index(chosen)]:
-            reason = why_not(name, *place) or "not yet checked on a GPU; ask for it with MIXKV_BACKEND"
-            lines.append(f"{kind}: not {name}: {reason}")
-    return lines
+    place = (torch.device("cpu"), torch.float32, 128, 128)
+    chosen = choose("auto", *place)
+    lines = [f"cpu: back end {chosen}" + (f" ({native.describe('cpu')})" if chosen == "native" else "")]
+    if chosen != "native":
+        lines.append(f"cpu: not native: {why_not('native', *place)}")
+    if not torch.cuda.is_available():
+        return lines
+    asked = os.environ.get("MIXKV_BACKEND", "auto")
+    if asked != "auto":
+        return [*lines, f"cuda: back end {asked} (MIXKV_BACKEND)"]
+    return lines + checked.report(_USUAL)
+
+
+def check_gpu() -> list[str]:
+    """Checks the back ends of a GPU for bfloat16 and head size 128 beforehand, where there is one; the outcome, a line each."""
+    if not torch.cuda.is_available():
+        return []
+    checked.outcomes(_USUAL)
+    return checked.report(_USUAL)
+
+
+def _packed(packed: Packed | None) -> dict[str, Packed]:
+    """For back ends of which some take no codes."""
+    return {} if packed is None else {"packed": packed}
 
 
 def _rows(backend: str):
@@ -308,11 +345,11 @@ def _rows(backend: str):
 
 
 def _scores(backend: str, tensor: torch.Tensor):
-    return native if backend == "native" and tensor.device.type == "cpu" else score_reference
+    return native_scores if backend == "native" and tensor.device.type == "cpu" else score_reference
 
 
 def _mixing(backend: str, tensor: torch.Tensor):
-    return native if backend == "native" and tensor.device.type == "cpu" else mixing_reference
+    return native_scores if backend == "native" and tensor.device.type == "cpu" else mixing_reference
 
 
 def _selection(tensor: torch.Tensor):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import build, fakes, layout, selection_reference
-from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
 from .selection_reference import Largest
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,14 +85,20 @@ def append(
     buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, position: int, valid: torch.Tensor | None = None
 ) -> None:
     """`reference.append`."""
-    _ops().append.default(*buffers, key, value, position, valid)
+    operations().append.default(*buffers, key, value, position, valid)
 
 
 def attend(
-    query: torch.Tensor, buffers: RaggedBuffers, logits: LogitOptions, *, max_length: int, stride: int | None = None
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    logits: LogitOptions,
+    *,
+    max_length: int,
+    stride: int | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend`; ``stride`` makes no difference. A sequence without rows gives zeros."""
-    return _ops().attend.default(query, *_store(buffers), max_length, *_logits(logits))
+    return operations().attend.default(query, *_store(buffers), *_packed(packed), max_length, *_logits(logits))
 
 
 def append_attend(
@@ -105,9 +111,12 @@ def append_attend(
     *,
     max_length: int,
     stride: int | None = None,
+    packed: Packed | None = None,
+    rotate: bool = False,
 ) -> torch.Tensor:
     """`reference.append_attend`, in one call; ``stride`` makes no difference."""
-    return _ops().append_attend.default(query, *buffers, key, value, position, max_length, *_logits(logits))
+    new = (key, value, position, rotate)
+    return operations().append_attend.default(query, *buffers, *_packed(packed), *new, max_length, *_logits(logits))
 
 
 def attend_extend(
@@ -120,23 +129,25 @@ def attend_extend(
     mask: torch.Tensor | None,
     max_length: int,
     stride: int | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend_extend`; ``stride`` makes no difference. A query that sees nothing gets zeros."""
-    return _ops().attend_extend.default(query, *_store(buffers), new_key, new_value, mask, max_length, *_logits(logits))
+    store = (*_store(buffers), *_packed(packed))
+    return operations().attend_extend.default(query, *store, new_key, new_value, mask, max_length, *_logits(logits))
 
 
 def chunk_scores(
     query: torch.Tensor, codes: torch.Tensor, grid: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, *, longest: int
 ) -> torch.Tensor:
     """`reference.chunk_scores`."""
-    return _ops().chunk_scores.default(query, codes, grid, starts, counts, longest)
+    return operations().chunk_scores.default(query, codes, grid, starts, counts, longest)
 
 
 def attend_chunks(
     query: torch.Tensor, buffers: RaggedBuffers, chunks: ChosenChunks, logits: LogitOptions, *, max_length: int
 ) -> torch.Tensor:
     """`reference.attend_chunks`, each chunk read where it lies. A sequence without rows gives zeros."""
-    return _ops().attend_chunks.default(query, *_store(buffers), *chunks, max_length, *_logits(logits))
+    return operations().attend_chunks.default(query, *_store(buffers), *chunks, max_length, *_logits(logits))
 
 
 def fetch_chunks(
@@ -149,96 +160,25 @@ def fetch_chunks(
     chunk: int,
 ) -> None:
     """`reference.fetch_chunks` to a GPU, which reads the host's pinned memory itself: nothing waits to know which chunks."""
-    _ops().fetch_chunks.default(*buffers, *from_buffers, from_rows, to_rows, rows, chunk)
+    operations().fetch_chunks.default(*buffers, *from_buffers, from_rows, to_rows, rows, chunk)
 
 
 def compact(buffers: RaggedBuffers, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
     """`reference.compact`."""
     lengths = buffers.lengths
     offsets = lengths.cumsum(0, dtype=lengths.dtype) - lengths
-    _ops().compact.default(*buffers, offsets, key, value, positions)
+    operations().compact.default(*buffers, offsets, key, value, positions)
 
 
 def move_rows(buffers: RaggedBuffers, source: RaggedBuffers, *, max_length: int) -> None:
     """`reference.move_rows`; ``max_length`` is at least ``buffers.lengths.max()`` (host)."""
     moved = (source.key, source.value, source.position, source.starts, source.key_scale, source.value_scale)
-    _ops().move_rows.default(*buffers, *moved, max_length)
-
-
-def window_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    valid: torch.Tensor | None,
-    logits: LogitOptions,
-    *,
-    statistic: str = "mean",
-    group_reduce: str = "mean",
-) -> torch.Tensor:
-    """`score_reference.window_attention`, a few columns at a time instead of all logits at once."""
-    valid = _expanded(valid, key)
-    options = (logits.scaling, statistic == "rms", group_reduce == "max", logits.softcap or 0.0, _sinks(logits.sinks))
-    return _ops().window_scores.default(query, key, valid, *options)
-
-
-def importance(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    valid: torch.Tensor | None,
-    logits: LogitOptions,
-    *,
-    group_reduce: str = "mean",
-    kernel_size: int,
-    pooling: str,
-    value: torch.Tensor | None = None,
-    factor: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`score_reference.importance` on the CPU."""
-    options = (
-        logits.scaling,
-        group_reduce == "max",
-        logits.softcap or 0.0,
-        _sinks(logits.sinks),
-        kernel_size,
-        pooling == "max",
-    )
-    return _ops().importance.default(query, key, value, factor, _expanded(valid, key), *options)
-
-
-def norm(rows: torch.Tensor) -> torch.Tensor:
-    """`score_reference.norm` on the CPU."""
-    return _ops().row_norms.default(rows)
-
-
-def diversity(key: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`score_reference.diversity` on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
-    return _ops().diversity.default(key, _expanded(valid, key))
-
-
-def mix(
-    importance: torch.Tensor,
-    similarity: torch.Tensor,
-    value_norm: torch.Tensor,
-    share: torch.Tensor,
-    valid: torch.Tensor | None,
-) -> torch.Tensor:
-    """`mixing_reference.mix` on the CPU."""
-    valid = None if valid is None else valid.expand_as(importance)
-    return _ops().mix.default(importance, similarity, value_norm, share, valid)
-
-
-def normalized(importance: torch.Tensor, exponent: float) -> torch.Tensor:
-    """`mixing_reference.normalized` of float32 on the CPU."""
-    return _ops().normalized.default(importance, exponent)
-
-
-def match(raw: torch.Tensor, reference: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """`mixing_reference.match` of float32 tensors on the CPU; the same for a padded prompt as for the prompt alone, to the bit."""
-    return _ops().match.default(raw, reference, None if valid is None else valid.expand_as(raw))
+    operations().move_rows.default(*buffers, *moved, max_length)
 
 
 def places(score: torch.Tensor) -> torch.Tensor:
     """`selection_reference.places` of float32 on the CPU: sorted by radix where all scores of a head differ."""
-    found, tied = _ops().places.default(score)
+    found, tied = operations().places.default(score)
     for row, heads in enumerate(tied.tolist()):
         for head, is_tied in enumerate(heads):
             if is_tied:
@@ -248,14 +188,14 @@ def places(score: torch.Tensor) -> torch.Tensor:
 
 def ada_counts(importance: torch.Tensor, base: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
     """`selection_reference.ada_counts` on the CPU."""
-    return _ops().ada_counts.default(importance, base, totals)
+    return operations().ada_counts.default(importance, base, totals)
 
 
 def take(
     ranks: torch.Tensor, entries: torch.Tensor, window: torch.Tensor | None, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`selection_reference.take` on the CPU."""
-    return _ops().take.default(ranks, entries, None if window is None else window.expand(*ranks.shape[:2], width), width)
+    return operations().take.default(ranks, entries, None if window is None else window.expand(*ranks.shape[:2], width), width)
 
 
 def gather(
@@ -264,7 +204,7 @@ def gather(
     """`selection_reference.gather`: on the CPU in one pass."""
     if not key.is_cuda:
         spare_rows = (layout.SPARE_ROWS, layout.SPARE_SHARE)
-        return _buffers(*_ops().gather.default(key, value, positions, counts, codes, *spare_rows))
+        return _buffers(*operations().gather.default(key, value, positions, counts, codes, *spare_rows))
     total = positions.numel()
     spare = layout.spare_per_sequence(total, counts.numel())
     buffers = layout.empty_buffers(counts.flatten(), total, spare, (key, value), codes=codes)
@@ -272,9 +212,14 @@ def gather(
     return buffers
 
 
+def encode_rotated(rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_codes.encode_rotated`: the scale may be the next float16, as sums are taken in another order."""
+    return operations().encode_rotated.default(rows, pack)
+
+
 def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:
     """`selection_reference.evict` on the CPU, in one pass."""
-    *new, left = _ops().evict.default(*buffers, ranks, quota, tail, layout.SPARE_ROWS, layout.SPARE_SHARE)
+    *new, left = operations().evict.default(*buffers, ranks, quota, tail, layout.SPARE_ROWS, layout.SPARE_SHARE)
     return _buffers(*new), left
 
 
@@ -292,7 +237,7 @@ def merge_largest(
     """`selection_reference.merge_largest` on the CPU."""
     value, owner, _, within, _ = so_far
     shares = (own_totals, totals, base, candidates, least, limit, floor)
-    return Largest(*_ops().merge_largest.default(value, owner, within, importance, *shares))
+    return Largest(*operations().merge_largest.default(value, owner, within, importance, *shares))
 
 
 def _load(device: str) -> Status:
@@ -330,14 +275,15 @@ def _detail(path: Path) -> str:
 
 
 @functools.cache
-def _ops():
+def operations():
+    """``torch.ops.mixkv``.
+
+    Raises:
+        RuntimeError: they are not available.
+    """
     if not status("cpu").available:
         raise RuntimeError(f"the compiled operations are not available: {status('cpu').reason}")
     return torch.ops.mixkv
-
-
-def _expanded(valid: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
-    return None if valid is None else valid.expand(key.shape[:3])
 
 
 def _store(buffers: RaggedBuffers) -> tuple[torch.Tensor | None, ...]:
@@ -345,14 +291,18 @@ def _store(buffers: RaggedBuffers) -> tuple[torch.Tensor | None, ...]:
     return buffers.key, buffers.value, buffers.starts, buffers.lengths, buffers.key_scale, buffers.value_scale
 
 
+def _packed(packed: Packed | None) -> tuple[torch.Tensor | None, ...]:
+    return (None,) * 6 if packed is None else _store(packed.buffers)
+
+
 def _buffers(*parts: torch.Tensor) -> RaggedBuffers:
     """The buffers that an operation returned; without codes it returns empty scales."""
-    return RaggedBuffers(*(parts if parts[0].dtype == torch.int8 else parts[:5]))
+    return RaggedBuffers(*(parts if parts[0].dtype in (torch.int8, torch.uint8) else parts[:5]))
 
 
 def _logits(options: LogitOptions) -> tuple[float, float, torch.Tensor | None]:
-    return options.scaling, options.softcap or 0.0, _sinks(options.sinks)
+    return options.scaling, options.softcap or 0.0, float_sinks(options.sinks)
 
 
-def _sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
+def float_sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
     return None if sinks is None else sinks.detach().float().contiguous()

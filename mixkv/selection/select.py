@@ -69,8 +69,8 @@ def select(
         attention_mask=attention_mask,
         redundancy=redundancy,
         output_factor=output_factor,
-        measured=measured,
         logits=logits,
+        measured=measured,
     )
     if lengths is not None:
         return ranking.take(_forced(lengths.to(key.device), ranking.real, ranking.width))

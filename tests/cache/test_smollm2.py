@@ -8,7 +8,9 @@ import torch
 from support import oracle
 
 import mixkv
-from mixkv.evaluation import loading
+from mixkv.cache import gates
+from mixkv.evaluation import loading, tasks
+from mixkv.evaluation.measure import kl_divergence
 
 pytestmark = pytest.mark.usefixtures("needs_smollm2")
 OPTIONS = dict(budget=48, window=16)
@@ -74,3 +76,19 @@ def test_half_precision_keeps_the_same_rows(loaded, prompt):
         kept.append([set(part.tolist()) for layer in range(len(cache.layers)) for part in cache.kept(layer)[0]])
     shared = sum(len(a & b) for a, b in zip(*kept))
     assert shared > 0.85 * sum(map(len, kept[0]))
+
+
+def test_the_gate_that_is_shipped_serves_a_later_question(loaded, monkeypatch):
+    """At the same budget the answer to a question that comes later is as with a full cache, as it is not by default."""
+    monkeypatch.setattr(gates, "MAKERS", [])
+    sample = tasks.TASKS["several"](loaded.tokenizer, 400, 1)
+    context, fed = (torch.tensor([ids]) for ids in (sample.context, sample.follow[0]))
+    wanted, divergence = None, []
+    for options in ({"budget": 1000}, {"score": "gate", "budget": 80}, {"budget": 80}):
+        cache = mixkv.MixKVCache(loaded.model, **options)
+        with torch.no_grad():
+            loaded.model(context, past_key_values=cache)
+            logits = loaded.model(fed, past_key_values=cache).logits[:, -1]
+        wanted = logits if wanted is None else wanted
+        divergence.append(float(kl_divergence(wanted, logits)))
+    assert divergence[1] < 0.5 * divergence[2]

@@ -22,12 +22,13 @@ from support.stores import (
     needs_library,
     oracle_attend,
     oracle_extend,
+    packed_of,
     rows_of,
     softmax_row,
     strided,
 )
 
-from mixkv.ops import native, reference, score_reference
+from mixkv.ops import native, native_scores, reference, score_reference
 from mixkv.ops.arguments import LogitOptions
 
 
@@ -222,7 +223,7 @@ def test_window_equals_oracle(dtype, groups, window, columns, size, statistic, r
     valid = (torch.arange(columns) >= torch.tensor([[0], [columns // 3]]).clamp(max=columns - window)).view(2, 1, columns)
     valid = valid if padded else None
     logits, options = LogitOptions(size**-0.5, softcap, sinks), {"statistic": statistic, "group_reduce": reduce}
-    result = native.window_attention(query, key, valid, logits, **options)
+    result = native_scores.window_attention(query, key, valid, logits, **options)
     twin = score_reference.window_attention(query, key, valid, logits, **options)
     exact = scores_in_double(query, key, valid, **vars(logits), **options)
     assert result.shape == twin.shape and result.dtype == torch.float32
@@ -255,7 +256,7 @@ def projected_norm(value, factor):
     batch, heads, rows, size = value.shape
     value = torch.cat([value, value.new_zeros(batch, heads, 1, size)], dim=2)
     query, key, options = value.new_zeros(batch, heads, 1, 16), value.new_zeros(batch, heads, rows + 1, 16), LogitOptions(1.0)
-    found = native.importance(query, key, None, options, kernel_size=1, pooling="max", value=value, factor=factor)
+    found = native_scores.importance(query, key, None, options, kernel_size=1, pooling="max", value=value, factor=factor)
     return found * (rows + 1)
 
 
@@ -263,7 +264,7 @@ def projected_norm(value, factor):
 def test_window_padding_query_counts_as_nothing():
     query, key = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 6, 64)
     valid = torch.tensor([[[False, False, False, True, True, True]]])
-    result = native.window_attention(query, key, valid, LogitOptions(0.1))
+    result = native_scores.window_attention(query, key, valid, LogitOptions(0.1))
     assert torch.equal(result, torch.zeros(1, 2, 2))
 
 
@@ -318,9 +319,11 @@ def samples():
         read = (store.key, store.value, store.starts, store.lengths, *scales)
         yield "append", (*store, key, value, 3)
         yield "append", (*store, key, value, 3, torch.ones(2, 1, dtype=torch.bool))
-        yield "attend", (query, *read, *logits)
-        yield "append_attend", (query, *store, key, value, 3, *logits)
-        yield "attend_extend", (query, *read, key, value, None, *logits)
+        others = packed_of([3, 0, 1, 9], 64, 80).buffers if codes else (None,) * 7
+        others = (*others[:2], *others[3:])
+        yield "attend", (query, *read, *others, *logits)
+        yield "append_attend", (query, *store, *others, key, value, 3, codes, *logits)
+        yield "attend_extend", (query, *read, *others, key, value, None, *logits)
         offsets = (store.lengths.cumsum(0) - store.lengths).to(torch.int32)
         positions = torch.zeros(int(store.lengths.sum()), dtype=torch.int32)
         yield "compact", (*store, offsets, key, value, positions)
@@ -338,6 +341,7 @@ def samples():
                 torch.randn(4),
             ),
         )
+        yield "encode_rotated", (key.flatten(0, 2), codes)
 
 
 @needs_library

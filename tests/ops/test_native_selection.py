@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.stores import DTYPES, make_store, needs_library, strided
 
-from mixkv.ops import mixing_reference, native, score_reference, selection_reference
+from mixkv.ops import mixing_reference, native, native_scores, score_reference, selection_reference
 from mixkv.ops.arguments import LogitOptions
 
 
@@ -25,15 +25,15 @@ def test_diversity_and_norms(dtype, length, size, pad):
     torch.manual_seed(3)
     key = strided(2, 3, length, size, dtype) + 0.5
     valid = None if pad is None else left_padded(2, 3, length, pad)
-    mine, twin = native.diversity(key, valid), score_reference.diversity(key, valid)
+    mine, twin = native_scores.diversity(key, valid), score_reference.diversity(key, valid)
     unit = key.double() / key.double().norm(dim=-1, keepdim=True)
     real = torch.ones(2, 3, length, dtype=torch.bool) if valid is None else valid
     mean = (unit * real.unsqueeze(-1)).sum(dim=2) / real.sum(dim=-1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(mine[0].double(), (unit @ mean.unsqueeze(-1)).squeeze(-1), rtol=1e-5, atol=1e-6)
     for one, other in zip(mine, twin, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(native.norm(key), score_reference.norm(key), rtol=1e-6, atol=1e-6)
-    assert native.norm(key).dtype == torch.float32
+    torch.testing.assert_close(native_scores.norm(key), score_reference.norm(key), rtol=1e-6, atol=1e-6)
+    assert native_scores.norm(key).dtype == torch.float32
 
 
 @needs_library
@@ -41,10 +41,10 @@ def test_a_padded_prompt_has_the_numbers_it_has_alone():
     torch.manual_seed(4)
     key, raw, reference = torch.randn(2, 3, 700, 64), torch.randn(2, 3, 700), torch.rand(2, 3, 700)
     valid = left_padded(2, 3, 700, 123)
-    alone, padded = native.diversity(key[:1, :, 123:], None), native.diversity(key, valid)
+    alone, padded = native_scores.diversity(key[:1, :, 123:], None), native_scores.diversity(key, valid)
     assert torch.equal(padded[0][:1, :, 123:], alone[0]) and torch.equal(padded[1][:1], alone[1])
-    matched = native.match(raw, reference, valid)
-    assert torch.equal(matched[:1, :, 123:], native.match(raw[:1, :, 123:], reference[:1, :, 123:], None))
+    matched = native_scores.match(raw, reference, valid)
+    assert torch.equal(matched[:1, :, 123:], native_scores.match(raw[:1, :, 123:], reference[:1, :, 123:], None))
     assert (matched[:1, :, :123] == 0).all()
 
 
@@ -67,11 +67,11 @@ def test_match_and_mix(batch, heads, length, pad, kind, seed):
     if kind != "numbers":
         raw[0, 0] = {"constant": 2.0, "nan": torch.nan, "infinite": torch.inf}[kind]
     for valid in (left_padded(batch, heads, length, pad), left_padded(batch, 1, length, pad), None):
-        mine, twin = native.match(raw, reference, valid), mixing_reference.match(raw, reference, valid)
+        mine, twin = native_scores.match(raw, reference, valid), mixing_reference.match(raw, reference, valid)
         torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
         share, size = torch.rand(batch, heads, generator=generator), torch.rand(batch, heads, length, generator=generator)
         given = (reference, raw, size, share, valid)
-        mine, twin = native.mix(*given), mixing_reference.mix(*given)
+        mine, twin = native_scores.mix(*given), mixing_reference.mix(*given)
         torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
@@ -81,9 +81,9 @@ def test_normalized(exponent):
     torch.manual_seed(5)
     importance = torch.rand(3, 2, 40) * torch.tensor([1e-6, 1.0, 0.0]).view(3, 1, 1)
     importance[:, :, :7] = -torch.inf
-    mine = native.normalized(importance, exponent)
+    mine = native_scores.normalized(importance, exponent)
     torch.testing.assert_close(mine, mixing_reference.normalized(importance, exponent), rtol=1e-6, atol=0)
-    assert native.normalized(importance[..., :0], exponent).shape == (3, 2, 0)
+    assert native_scores.normalized(importance[..., :0], exponent).shape == (3, 2, 0)
 
 
 @needs_library
@@ -121,9 +121,10 @@ def test_evict(dtype, lengths, tail, seed):
         selection_reference.evict(store, ranks, quota, tail),
     )
     assert torch.equal(left, expected)
-    assert mine.key_scale is None and twin.key_scale is None
-    for name, one, other in zip(mine._fields, mine[:5], twin[:5]):
+    for name in mine._fields[:5]:
+        one, other = getattr(mine, name), getattr(twin, name)
         assert one.dtype == other.dtype and torch.equal(one, other), name
+    assert mine[5:] == twin[5:] == (None, None)
 
 
 @needs_library
@@ -135,9 +136,10 @@ def test_gather(dtype, counts):
     kept = [torch.randperm(300)[:count].sort().values for count in counts.flatten().tolist()]
     positions = torch.cat(kept).to(torch.int32)
     mine, twin = native.gather(key, value, positions, counts), selection_reference.gather(key, value, positions, counts)
-    assert mine.key_scale is None and twin.key_scale is None
-    for name, one, other in zip(mine._fields, mine[:5], twin[:5]):
+    for name in mine._fields[:5]:
+        one, other = getattr(mine, name), getattr(twin, name)
         assert one.dtype == other.dtype and torch.equal(one, other), name
+    assert mine[5:] == twin[5:] == (None, None)
 
 
 @needs_library
@@ -246,7 +248,7 @@ def test_importance(length, window, kernel, pooling, reduce, weighted, dtype, pa
         "factor": torch.randn(3, 10, 64) if weighted == "by a factor" else None,
     }
     logits = LogitOptions(0.1, 5.0, torch.randn(6))
-    mine, twin = (ops.importance(query, key, valid, logits, **options) for ops in (native, score_reference))
+    mine, twin = (ops.importance(query, key, valid, logits, **options) for ops in (native_scores, score_reference))
     assert mine.shape == twin.shape == (2, 3, length - window)
     bound = 2e-2 if dtype == torch.bfloat16 else 2e-4
     torch.testing.assert_close(mine, twin, rtol=bound, atol=1e-6, equal_nan=True)
@@ -261,11 +263,11 @@ def test_wrong_arguments_are_refused():
     largest = selection_reference.Largest(torch.zeros(1, 2), owners, counts, counts, counts)
     limits = (torch.tensor([1]), torch.tensor([8]), torch.tensor([2]), torch.tensor([5]), both, both, 0.2)
     for wrong in (
-        lambda: native.norm(torch.zeros(1, 2, 5, 24)),
-        lambda: native.diversity(torch.zeros(1, 2, 5, 64).double(), None),
-        lambda: native.match(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4), None),
+        lambda: native_scores.norm(torch.zeros(1, 2, 5, 24)),
+        lambda: native_scores.diversity(torch.zeros(1, 2, 5, 64).double(), None),
+        lambda: native_scores.match(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4), None),
         lambda: native.take(torch.zeros(1, 2, 5, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64), None, 3),
-        lambda: native.mix(*(torch.zeros(1, 2, 5) for _ in range(3)), torch.zeros(1, 3), None),
+        lambda: native_scores.mix(*(torch.zeros(1, 2, 5) for _ in range(3)), torch.zeros(1, 3), None),
         lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks, torch.tensor([[3, 3]])),
         lambda: native.gather(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), ranks + 9, torch.tensor([[3, 4]])),
         lambda: native.places(torch.zeros(2, 3)),
@@ -276,8 +278,8 @@ def test_wrong_arguments_are_refused():
         lambda: native.merge_largest(largest._replace(owner=largest.owner + 9), torch.zeros(1, 2, 3), *limits),
         lambda: native.merge_largest(largest, torch.zeros(1, 3, 3), *limits),
         lambda: native.merge_largest(largest, torch.zeros(1, 2, 3), *limits[:2], limits[2].float(), *limits[3:]),
-        lambda: native.importance(key, key, None, LogitOptions(1.0), kernel_size=4, pooling="avg"),
-        lambda: native.importance(key, key, None, LogitOptions(1.0), kernel_size=3, pooling="max", value=key[:, :, 1:]),
+        lambda: native_scores.importance(key, key, None, LogitOptions(1.0), kernel_size=4, pooling="avg"),
+        lambda: native_scores.importance(key, key, None, LogitOptions(1.0), kernel_size=3, pooling="max", value=key[:, :, 1:]),
     ):
         with pytest.raises(RuntimeError):
             wrong()

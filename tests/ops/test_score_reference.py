@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.stores import needs_library
 
-from mixkv.ops import native, score_reference
+from mixkv.ops import native_scores, score_reference
 from mixkv.ops.arguments import LogitOptions
 from mixkv.selection import scores
 
@@ -33,7 +33,8 @@ def whole_weights(query, key, valid, scaling, softcap, sinks):
 
 def whole_window_attention(query, key, valid, *, scaling, statistic, group_reduce, softcap, sinks):
     weights = whole_weights(query, key, valid, scaling, softcap, sinks)[..., : key.shape[2] - query.shape[2]]
-    mass = weights.square().mean(dim=3).sqrt() if statistic == "rms" else weights.mean(dim=3)
+    statistics = {"mean": weights.mean(dim=3), "rms": weights.square().mean(dim=3).sqrt(), "max": weights.amax(dim=3)}
+    mass = statistics[statistic]
     mass = mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2)
     return mass if valid is None else mass.nan_to_num(0.0)
 
@@ -108,7 +109,7 @@ SHAPES = dict(
 )
 
 
-@pytest.mark.parametrize("statistic", ["mean", "rms"])
+@pytest.mark.parametrize("statistic", ["mean", "rms", "max"])
 @settings(max_examples=60, deadline=None)
 @given(
     **SHAPES,
@@ -136,7 +137,7 @@ def test_compiled_window_attention_of_long_prompts(length, dtype, statistic, sof
     logits, options = LogitOptions(0.5, softcap, sinks), {"statistic": statistic, "group_reduce": "mean"}
     for mask in (valid, None):
         expected = whole_window_attention(query, key, mask, **vars(logits), **options)
-        mine = native.window_attention(query, key, mask, logits, **options)
+        mine = native_scores.window_attention(query, key, mask, logits, **options)
         bound = 4e-3 if dtype == torch.bfloat16 else 1e-4
         # A token that is not valid may get what rounding leaves.
         torch.testing.assert_close(mine, expected, rtol=bound, atol=1e-12)
