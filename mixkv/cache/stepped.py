@@ -21,6 +21,7 @@ from ..hf import versions
 from ..hf.fixed_window import FixedWindow
 from ..storage.arena import ArenaStore, Region
 from ..storage.counted import Steps
+from ..storage.ragged import RaggedStore
 from . import workspace
 from .layer import MixKVLayer
 from .tracked import TrackedCache
@@ -111,7 +112,7 @@ class SteppedCache(TrackedCache):
         """Moves all rows to where compiled steps find them, unless they are there and have room."""
         space = workspace.acquire(model, self)
         ours = [layer for layer in self.layers if isinstance(layer, MixKVLayer)]
-        stores, seen = [layer.rows.resident for layer in ours], ours[0].seen
+        stores, seen = [cast(RaggedStore, layer.rows.resident) for layer in ours], ours[0].seen
         held = [store for store in stores if isinstance(store, ArenaStore) and store.in_arena]
         if len(held) < len(stores) or min(store.spare for store in held) < 1:
             wanted = (self._final_length or 0) - seen
@@ -191,6 +192,8 @@ def _refusal(config: MixKVConfig, model: PreTrainedModel, slots: list[CacheLayer
     """What of a cache cannot be compiled; None: nothing."""
     if registry.method(config.method).keeps_chunks:
         return f"method={config.method!r}"
+    if registry.row_format(config.rows).packs:
+        return f"rows={config.rows!r}"
     if config.decode_budget is not None:
         return f"decode_budget={config.decode_budget}"
     if versions.tensor_parallel_mesh(model) is not None:
