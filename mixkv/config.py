@@ -82,7 +82,8 @@ class MixKVConfig:
         replay_chunk: for the scores ``replay`` and ``replay-window``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
             prompt's first four.
         rows: how the kept keys and values are stored: ``full`` in the model's dtype, ``int8`` in 8 bits an element with a float16
-            scale for each key and each value. Scores are computed from the model's keys and values whatever the format.
+            scale for each key and each value, ``int4`` the selected entries in 4 bits, rotated, and the window and later tokens in
+            8. Scores are computed from the model's keys and values whatever the format.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
         compile: whether ``generate`` compiles decode steps to one graph each (torch.compile). The first call takes long; see
@@ -126,8 +127,7 @@ class MixKVConfig:
     def __post_init__(self) -> None:
         registry.method(self.method)
         registry.score(self.score)
-        registry.row_format(self.rows)
-        if self.rows != "full" and registry.method(self.method).keeps_chunks:
+        if registry.row_format(self.rows).codes and registry.method(self.method).keeps_chunks:
             raise ValueError(
                 f"rows={self.rows!r} does not go with method={self.method!r}, whose chunks are in the model's dtype: leave rows "
                 f"out, or use another method"
