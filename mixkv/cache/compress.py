@@ -23,7 +23,7 @@ from ..selection.ranking import Ranking, Selection
 from ..selection.select import allocate, rank
 from ..storage import formats  # noqa: F401 (adds the row formats)
 from ..storage.chunks import ChunkStore
-from ..storage.ragged import RaggedStore
+from ..storage.packed import Store
 from ..storage.rows import Rows, with_chunks
 from .parts import PromptStatistics, RemoteHeads
 
@@ -165,7 +165,7 @@ class Compressor:
     def enforce_decode_budget(
         self,
         query: torch.Tensor,
-        store: RaggedStore,
+        store: Store,
         logits: LogitOptions,
         share: list[float] | None,
         remote: RemoteHeads | None,
@@ -258,6 +258,6 @@ class Compressor:
         return None if factor is None else factor.to(value.device)
 
 
-def row_totals(store: RaggedStore, remote: RemoteHeads | None) -> list[int]:
+def row_totals(store: Store, remote: RemoteHeads | None) -> list[int]:
     """Rows of every batch row of a layer, those of heads in other processes included."""
     return store.row_totals if remote is None else remote.totals(store.row_totals)

@@ -34,7 +34,7 @@ expected = [int((position[first : first + length] < 5).sum()) for first, length 
 assert dispatch.count_before("torch", buffers, 5).tolist() == expected
 
 model, prompts = zoo.build("granite"), zoo.inputs("granite", 48)
-cache = mixkv.MixKVCache(model, budget=20, window=8)
+cache = mixkv.MixKVCache(model, budget=20, window=8, rows="half")
 model.generate(**prompts, cache=cache, max_new_tokens=5)
 assert cache.layers[0].rows.resident.key.dtype == torch.bfloat16
 assert cache.stats()["lengths"][0].sum() < 2 * 48
