@@ -30,8 +30,10 @@ class MixKVConfig:
         score: which entries a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
             (MixKV, 2510.20707), ``mix-fixed`` their plain mean, ``attn`` window attention (SnapKV), ``vnorm`` attention
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
-            attention times what the entry adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``; or
-            one of your own: `mixkv.register_score`.
+            attention times what the entry adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``,
+            ``replay`` the largest attention while the model repeats the prompt (KVzip, 2505.23416), for questions that come later,
+            ``replay-window`` that and the window's, for prompts that end with a question; or one of your own:
+            `mixkv.register_score`.
         budget: entries kept per KV head and layer, on average, window included (int); or a share of the prompt (float in
             (0, 1]); or the bytes of all entries that a prompt may keep, whatever ``rows`` is (str): such as ``"64MiB"``, or
             ``"10%"`` of the bytes that the full cache of the prompt takes. Of bytes all layers have equal parts on average; they
@@ -77,7 +79,7 @@ class MixKVConfig:
             later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
             ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
             turn being read and what was generated since the turn before.
-        replay_chunk: for the score ``replay``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
+        replay_chunk: for the scores ``replay`` and ``replay-window``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
             prompt's first four.
         rows: how the kept keys and values are stored: ``full`` in the model's dtype, ``int8`` in 8 bits an element with a float16
             scale for each key and each value, ``int4`` the selected entries in 4 bits, rotated, and the window and later tokens in

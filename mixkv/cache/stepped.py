@@ -104,8 +104,9 @@ class SteppedCache(TrackedCache):
         # The last queries are kept in a tensor of a fixed size.
         if self._state.keeps_window and ours[0].window.query.shape[2] < self.config.window:
             return False
-        # A window that is not full is masked by columns, which only a mask with queries has.
-        return not any(self.is_sliding) or _is_block(inputs.get("attention_mask"))
+        # A window that is not full is masked by columns, which only masks with queries have, one a kind of layer.
+        mask = inputs.get("attention_mask")
+        return not any(self.is_sliding) or (isinstance(mask, dict) and all(map(_is_block, mask.values())))
 
     def _start_steps(self, model: PreTrainedModel) -> None:
         """Moves all rows to where compiled steps find them, unless they are there and have room."""
@@ -118,11 +119,12 @@ class SteppedCache(TrackedCache):
             # A sequence that has outgrown its room gets twice as much.
             self._room = wanted if wanted > 0 else max(2 * self._room, _ROOM)
             least = self.config.budget if isinstance(self.config.budget, int) else 0
-            self._steps = Steps()
-            held = space.take(stores, least, self._room, self._steps)
+            steps = Steps()
+            held = space.take(stores, least, self._room, steps)
+            self._steps = steps
             for layer, store in zip(ours, held):
                 layer.rows.resident = store
-                layer.follow(self._steps)
+                layer.follow(steps)
         for layer, store in zip(ours, held):
             store.count_evicted(seen)
             store.region.keep_queries(layer.window.query if self._state.keeps_window else None)
@@ -154,9 +156,7 @@ class SteppedCache(TrackedCache):
         window = next((region for region in self._regions if isinstance(region, FixedWindow)), None)
         if window is None:
             return mask
-        if not isinstance(mask, dict):
-            return window.padded_mask(mask) if all(self.is_sliding) else mask
-        return {kind: window.padded_mask(part) if "sliding" in kind else part for kind, part in mask.items()}
+        return {kind: part if kind == "full_attention" else window.padded_mask(part) for kind, part in mask.items()}
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         if self._stepping:
@@ -208,5 +208,4 @@ def _warn(what: str) -> None:
 
 
 def _is_block(mask: Any) -> bool:
-    parts = mask.values() if isinstance(mask, dict) else [mask]
-    return all(torch.is_tensor(part) and part.ndim == 4 for part in parts)
+    return torch.is_tensor(mask) and mask.ndim == 4

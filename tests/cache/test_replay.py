@@ -317,3 +317,22 @@ def test_a_padded_page_is_read_as_its_rows_alone(turns):
         for layer in range(3):
             for kept, own in zip(together.kept(layer)[row], alone.kept(layer)[0], strict=True):
                 assert places[row][kept.long()].tolist() == own.tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_replay_window_adds_what_the_window_attends_to(name):
+    model = zoo.build(name, "eager")
+    ids = zoo.inputs(name, 47)["input_ids"]
+    options = OPTIONS | dict(method="snapkv", score="replay-window")
+    cache = Watched(model, **options)
+    model(input_ids=ids, **cache_argument(cache))
+    mixkv.unpatch(model)
+    window, candidates = OPTIONS["window"], 47 - OPTIONS["window"]
+    weights = model.get_decoder()(input_ids=ids, output_attentions=True).attentions
+    for index, (mine, part) in enumerate(zip(cache.measured, weights, strict=True)):
+        if mine is not None:
+            attended = part[0, :, -window:, :candidates].unflatten(0, (mine.shape[1], -1)).amax(dim=(1, 2))
+            best = (mine[0, :, :candidates] + 8 * attended).topk(OPTIONS["budget"] - window).indices.sort().values
+            for positions, expected_positions in zip(cache.kept(index)[0], best, strict=True):
+                assert positions[:-window].tolist() == expected_positions.tolist()
