@@ -1,6 +1,6 @@
 """Times the compiled operations on the CPU and their alternatives in plain torch.
 
-    python benchmarks/ops.py [--threads 1 2] [--repeats 60] [--only attend append window select]
+    python benchmarks/ops.py [--threads 1 2] [--repeats 60] [--only attend append window select rows]
 
 Repeats of all candidates are interleaved, so that a busy machine slows each alike; a figure is the median in microseconds.
 
@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from mixkv import MixKVConfig, select
+from mixkv import MixKVConfig, Selection, registry, select
 from mixkv.hf import output_projection
 from mixkv.ops import native, native_scores, reference, score_reference
 from mixkv.ops.arguments import LogitOptions, RaggedBuffers
@@ -52,7 +54,7 @@ def ragged(sequences: int, size: int, dtype: torch.dtype, low: int = 64, high: i
 
 
 def attend_candidates(query, store, scaling) -> dict:
-    key, value, _, starts, lengths = store
+    key, value, starts, lengths = store.key, store.value, store.starts, store.lengths
     batch, query_heads, _, size = query.shape
     heads = starts.numel() // batch
     groups = query_heads // heads
@@ -187,6 +189,50 @@ def bench_extend(threads: list[int], repeats: int) -> None:
         )
 
 
+def bench_rows(threads: list[int], repeats: int) -> None:
+    print(
+        "\nattend by row format: of as many rows a head, a window of 32 in 8 bits under int4; and compressing 4,096 tokens to them\n"
+    )
+    names = list(registry.FORMATS)
+    titles = ["Hq/Hkv/D", "dtype", "rows a head", "threads", *names, *(f"{name} / full" for name in names[1:])]
+    print(
+        "| "
+        + " | ".join([*titles, *(f"compress {name}" for name in names)])
+        + " |\n"
+        + "|---" * (len(titles) + len(names))
+        + "|"
+    )
+    for shape, dtype, rows, count in itertools.product(SHAPES, (torch.float32, torch.bfloat16), (128, 1024, 4096), threads):
+        torch.manual_seed(0)
+        torch.set_num_threads(count)
+        query_heads, heads, size = shape
+        key, value = (torch.randn(1, heads, 4096, size).to(dtype) for _ in range(2))
+        query, logits = torch.randn(1, query_heads, 1, size).to(dtype), LogitOptions(size**-0.5)
+        selection = window_and_random(rows, heads)
+        formats = {name: partial(registry.row_format(name).rows, key, value, selection, "native") for name in names}
+        # Several stores, as a model has layers: one alone would stay in the processor's caches.
+        stores = {name: [make().resident for _ in range(8)] for name, make in formats.items()}
+
+        def run(name: str):
+            return lambda: [store.attend(query, logits) for store in stores[name]]
+
+        times = interleaved({name: run(name) for name in names}, max(5, repeats // 4))
+        making = interleaved(formats, max(5, repeats // 8))
+        cells = [f"{query_heads}/{heads}/{size}", str(dtype)[6:], rows, count, *(f"{times[name] / 8:.0f}" for name in names)]
+        cells += [f"{times[name] / times['full']:.2f}" for name in names[1:]] + [f"{making[name]:.0f}" for name in names]
+        print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+def window_and_random(rows: int, heads: int, tokens: int = 4096, window: int = 32) -> Selection:
+    """So many positions of every head, the last ``window`` tokens among them."""
+    chosen = [torch.randperm(tokens - window)[: rows - window].sort().values for _ in range(heads)]
+    last = torch.arange(tokens - window, tokens)
+    positions = torch.cat([part for head in chosen for part in (head, last)]).to(torch.int32)
+    ranks = torch.cat([torch.arange(rows - window), torch.full((window,), -1)]).repeat(heads).to(torch.int32)
+    nothing = torch.zeros(1)
+    return Selection(positions, ranks, torch.full((1, heads), rows), nothing, nothing)
+
+
 def peak_extra(run) -> int:
     """The increase of the process's peak resident memory in a call, in bytes (Linux)."""
 
@@ -253,6 +299,7 @@ BENCHES = {
     "extend": bench_extend,
     "window": bench_window,
     "select": bench_select,
+    "rows": bench_rows,
 }
 
 

@@ -4,21 +4,25 @@
 #define MIXKV_BUFFERS "Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor(c!) position_buffer, Tensor starts, "
 #define MIXKV_SCALES "Tensor(e!)? key_scale, Tensor(f!)? value_scale, "
 #define MIXKV_STORE "Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, Tensor? key_scale, Tensor? value_scale, "
+#define MIXKV_PACKED \
+  "Tensor? packed_key, Tensor? packed_value, Tensor? packed_starts, Tensor? packed_lengths, Tensor? packed_key_scale, " \
+  "Tensor? packed_value_scale, "
 #define MIXKV_LOGITS "int max_length, float scaling, float softcap, Tensor? sinks"
 
 STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("append(" MIXKV_BUFFERS "Tensor(d!) lengths, " MIXKV_SCALES "Tensor key, Tensor value, int first_position, Tensor? valid=None) -> ()");
-  m.def("attend(Tensor query, " MIXKV_STORE MIXKV_LOGITS ") -> Tensor");
-  m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, " MIXKV_SCALES "Tensor key, Tensor value, int first_position, "
-        MIXKV_LOGITS ") -> Tensor");
+  m.def("attend(Tensor query, " MIXKV_STORE MIXKV_PACKED MIXKV_LOGITS ") -> Tensor");
+  m.def("append_attend(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, " MIXKV_SCALES MIXKV_PACKED
+        "Tensor key, Tensor value, int first_position, bool rotate, " MIXKV_LOGITS ") -> Tensor");
   m.def("step(Tensor query, " MIXKV_BUFFERS "Tensor(d!) lengths, " MIXKV_SCALES "Tensor ends, Tensor evicted, Tensor key, Tensor value, "
         MIXKV_LOGITS ") -> Tensor");
-  m.def("attend_extend(Tensor query, " MIXKV_STORE "Tensor key, Tensor value, Tensor? mask, " MIXKV_LOGITS ") -> Tensor");
+  m.def("attend_extend(Tensor query, " MIXKV_STORE MIXKV_PACKED "Tensor key, Tensor value, Tensor? mask, " MIXKV_LOGITS ") -> Tensor");
   m.def("chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor starts, Tensor counts, int longest) -> Tensor");
   m.def("attend_chunks(Tensor query, " MIXKV_STORE "Tensor chunk_key, Tensor chunk_value, Tensor blocks, Tensor block_rows, int chunk, "
         MIXKV_LOGITS ") -> Tensor");
   m.def("fetch_chunks(Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor from_key, Tensor from_value, Tensor from_rows, "
         "Tensor to_rows, Tensor rows, int chunk) -> ()");
+  m.def("encode_rotated(Tensor rows, bool pack) -> (Tensor, Tensor)");
   m.def("compact(" MIXKV_BUFFERS "Tensor lengths, " MIXKV_SCALES "Tensor offsets, Tensor key, Tensor value, Tensor positions) -> ()");
   m.def("move_rows(" MIXKV_BUFFERS "Tensor lengths, " MIXKV_SCALES "Tensor from_key, Tensor from_value, Tensor from_position, "
         "Tensor from_starts, Tensor? from_key_scale, Tensor? from_value_scale, int max_length) -> ()");

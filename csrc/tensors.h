@@ -33,8 +33,13 @@ inline bool is_floating(const Tensor& tensor) {
 
 inline void check_flat(const Tensor& buffer, const char* name, bool coded = false) {
   STD_TORCH_CHECK(buffer.dim() == 2 && buffer.is_contiguous(), name, " must be a contiguous [rows, size] tensor");
+  if (buffer.scalar_type() == ScalarType::Byte && coded) {
+    STD_TORCH_CHECK(buffer.size(1) > 0 && buffer.size(1) % 8 == 0 && buffer.size(1) <= 128, name,
+                    ": the head size must be a multiple of 16 up to 256, is ", 2 * buffer.size(1));
+    return;
+  }
   if (coded) {
-    STD_TORCH_CHECK(buffer.scalar_type() == ScalarType::Char, name, " with scales must be int8");
+    STD_TORCH_CHECK(buffer.scalar_type() == ScalarType::Char, name, " with scales must be int8 or uint8");
   } else {
     STD_TORCH_CHECK(is_floating(buffer), name, " must be float32, float16 or bfloat16");
   }
@@ -49,7 +54,7 @@ inline void check_scale(const std::optional<Tensor>& scale, int64_t rows, const 
                   " must be a contiguous float16 vector with an entry for each of ", rows, " rows");
 }
 
-// Flat storage of S sequences. Rows with scales are codes in int8.
+// Flat storage of S sequences. Rows with scales are codes in int8, or in uint8 two to a byte.
 struct Store {
   int64_t sequences, rows, size, value_size;
   bool coded;

@@ -75,6 +75,13 @@ def scores() -> str:
     )
 
 
+def formats() -> str:
+    """Every row format, and the bytes of a selected entry with heads of 128 in bfloat16."""
+    built_in = (chosen for chosen in registry.FORMATS.values() if chosen.built_in)
+    rows = [[f"`{chosen.name}`", chosen.description, str(chosen.row_bytes(128, 128, 2))] for chosen in built_in]
+    return table(["`rows`", "keys and values", "bytes of a selected entry (D = 128, bfloat16)"], rows)
+
+
 def budgets() -> str:
     """Answers about pages by budget, averaged over four kinds of pages."""
     caches = (
@@ -193,7 +200,7 @@ def texts() -> str:
 
 TABLES = {
     function.__name__: function
-    for function in (readme, methods, scores, budgets, later, speed, hybrid, demo, options, quality, texts)
+    for function in (readme, methods, scores, formats, budgets, later, speed, hybrid, demo, options, quality, texts)
 }
 
 

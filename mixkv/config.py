@@ -30,8 +30,10 @@ class MixKVConfig:
         score: which entries a head keeps. ``mix`` importance and diversity in proportion to the head's redundancy
             (MixKV, 2510.20707), ``mix-fixed`` their plain mean, ``attn`` window attention (SnapKV), ``vnorm`` attention
             plus value norm, ``knorm`` attention minus key norm, ``keydiff`` diversity alone (2504.15364), ``output`` window
-            attention times what the entry adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``; or
-            one of your own: `mixkv.register_score`.
+            attention times what the entry adds to the layer's output, ``mix-output`` that mixed with diversity as in ``mix``,
+            ``replay`` the largest attention while the model repeats the prompt (KVzip, 2505.23416), for questions that come later,
+            ``replay-window`` that and the window's, for prompts that end with a question; or one of your own:
+            `mixkv.register_score`.
         budget: entries kept per KV head and layer, on average, window included (int); or a share of the prompt (float in
             (0, 1]); or the bytes of all entries that a prompt may keep, whatever ``rows`` is (str): such as ``"64MiB"``, or
             ``"10%"`` of the bytes that the full cache of the prompt takes. Of bytes all layers have equal parts on average; they
@@ -73,14 +75,17 @@ class MixKVConfig:
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
+        decode_decay: what entries were worth at earlier evictions of a generation counts so much, and what the last queries say the
+            rest; 0: the last queries decide alone.
         turns: which turns of a conversation are compressed. ``first`` the prompt alone, later turns are kept whole; ``each`` every
             later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
             ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
             turn being read and what was generated since the turn before.
-        replay_chunk: for the score ``replay``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
+        replay_chunk: for the scores ``replay`` and ``replay-window``, how many tokens of the prompt one forward repeats, at most; each sees only those and the
             prompt's first four.
         rows: how the kept keys and values are stored: ``full`` in the model's dtype, ``int8`` in 8 bits an element with a float16
-            scale for each key and each value. Scores are computed from the model's keys and values whatever the format.
+            scale for each key and each value, ``int4`` the selected entries in 4 bits, rotated, and the window and later tokens in
+            8. Scores are computed from the model's keys and values whatever the format.
         backend: what runs the operations on storage: ``native`` (compiled), ``varlen``, ``flash``, ``torch``, or ``auto``; see
             `mixkv.ops.dispatch`.
         compile: whether ``generate`` compiles decode steps to one graph each (torch.compile). The first call takes long; see
@@ -119,13 +124,13 @@ class MixKVConfig:
     refit: bool = False
     gate: str | None = None
     turns: str = "first"
+    decode_decay: float = 0.5
     compile: bool = False
 
     def __post_init__(self) -> None:
         registry.method(self.method)
         registry.score(self.score)
-        registry.row_format(self.rows)
-        if self.rows != "full" and registry.method(self.method).keeps_chunks:
+        if registry.row_format(self.rows).codes and registry.method(self.method).keeps_chunks:
             raise ValueError(
                 f"rows={self.rows!r} does not go with method={self.method!r}, whose chunks are in the model's dtype: leave rows "
                 f"out, or use another method"
@@ -143,7 +148,15 @@ class MixKVConfig:
             _positive_int(name, getattr(self, name))
         if self.hybrid_first != 0:
             _positive_int("hybrid_first", self.hybrid_first)
-        for name in ("ada_floor", "sparsemm_floor", "global_floor", "layer_exponent", "hybrid_floor", "hybrid_threshold"):
+        for name in (
+            "decode_decay",
+            "ada_floor",
+            "sparsemm_floor",
+            "global_floor",
+            "layer_exponent",
+            "hybrid_floor",
+            "hybrid_threshold",
+        ):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")

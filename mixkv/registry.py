@@ -113,6 +113,8 @@ class RowFormat:
             ``itemsize`` is that of the model's dtype.
         recent_bytes: likewise of an entry of the window or of a token that came later.
         description: one line for tables.
+        codes: whether rows are codes with scales.
+        packs: whether selected rows lie in a store of their own, a `mixkv.storage.packed.PackedStore`.
         built_in: False for the user's.
     """
 
@@ -121,6 +123,8 @@ class RowFormat:
     row_bytes: Callable[[int, int, int], int]
     recent_bytes: Callable[[int, int, int], int]
     description: str = ""
+    codes: bool = False
+    packs: bool = False
     built_in: bool = True
 
 

@@ -84,6 +84,20 @@ def test_pieces_eviction_copies_and_files(llama, tmp_path):
     assert max(int(layer.store.lengths.max()) for layer in whole.layers) < 60
 
 
+@torch.no_grad()
+def test_later_turns_compete_by_the_gate(llama):
+    model, path = llama
+    cache = mixkv.MixKVCache(model, method="snapkv", score="gate", gate=str(path), budget=14, window=6, turns="all")
+    first, second = (zoo.inputs("llama", length, seed=length)["input_ids"] for length in (60, 40))
+    model.generate(input_ids=first, max_new_tokens=1, past_key_values=cache)
+    model.generate(input_ids=torch.cat([first, second], dim=1), max_new_tokens=1, past_key_values=cache)
+    assert all(len(head) == 14 for layer in range(3) for head in cache.kept(layer)[0])
+    kept = {int(position) for layer in range(3) for head in cache.kept(layer)[0] for position in head}
+    assert (
+        {0, 1, 2, 3} <= kept and any(6 <= position < 54 for position in kept) and any(60 <= position < 94 for position in kept)
+    )
+
+
 def test_it_is_bound_to_the_weights(llama, tmp_path):
     model, path = llama
     for same in (copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).to(torch.float16)):

@@ -7,7 +7,7 @@
 
 #include "attention.h"
 #include "rows.h"
-#include "store.h"
+#include "runs.h"
 
 namespace mixkv::cpu {
 
@@ -37,49 +37,6 @@ static void merge(const State& into, const State& other, int64_t count, int64_t 
     into.maximum[i] = highest;
   }
 }
-
-// Rows `from` .. `to` of a run; `bytes`: of an element of rows without scales.
-static Run part_of(const Run& run, int64_t from, int64_t to, int64_t bytes) {
-  if (run.key_scale != nullptr) bytes = 1;
-  Run part = run;
-  part.key = static_cast<const char*>(run.key) + from * run.key_stride * bytes;
-  part.value = static_cast<const char*>(run.value) + from * run.value_stride * bytes;
-  part.rows = to - from;
-  if (run.key_scale != nullptr) {
-    part.key_scale = run.key_scale + from;
-    part.value_scale = run.value_scale + from;
-  }
-  return part;
-}
-
-// Takes a run that every query sees into the state.
-static void take(const ElementKernels& kernel, const Queries& queries, const Run& run, const State& state, float* scratch) {
-  (run.key_scale != nullptr ? kernel.attend_codes : kernel.attend)(queries, run, nullptr, state, scratch);
-}
-
-// The rows that each sequence attends to, in runs: those of sequence s are all[first[s]] .. all[first[s + 1]].
-struct Runs {
-  std::vector<Run> all;
-  std::vector<int64_t> first, rows;
-  int64_t total = 0;
-
-  explicit Runs(int64_t sequences) {
-    first.reserve(sequences + 1);
-    rows.reserve(sequences);
-  }
-  // The runs added from now on are the next sequence's.
-  void begin() {
-    first.push_back(int64_t(all.size()));
-    rows.push_back(0);
-  }
-  void add(const Run& run) {
-    if (run.rows == 0) return;
-    all.push_back(run);
-    rows.back() += run.rows;
-    total += run.rows;
-  }
-  void end() { first.push_back(int64_t(all.size())); }
-};
 
 static Tensor attend_runs(Tensor query, const Store& store, const Heads& heads, const Runs& runs, double scaling, double softcap,
                           const std::optional<Tensor>& sinks) {
@@ -163,38 +120,21 @@ static Tensor attend_runs(Tensor query, const Store& store, const Heads& heads, 
   return out;
 }
 
-// A store's buffers, read in runs of rows.
-struct Buffers {
-  const char *key, *value;
-  const uint16_t *key_scale, *value_scale;
-  int64_t size, value_size, bytes;
-
-  Buffers(const Tensor& keys, const Tensor& values, const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales)
-      : key(data<char>(keys)),
-        value(data<char>(values)),
-        key_scale(key_scales ? data<uint16_t>(*key_scales) : nullptr),
-        value_scale(value_scales ? data<uint16_t>(*value_scales) : nullptr),
-        size(keys.size(1)),
-        value_size(values.size(1)),
-        bytes(keys.element_size()) {}
-
-  Run run(int64_t row, int64_t rows) const {
-    return {key + row * size * bytes, value + row * value_size * bytes, size, value_size, rows,
-            key_scale ? key_scale + row : nullptr, value_scale ? value_scale + row : nullptr};
-  }
-};
-
 Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths, std::optional<Tensor> key_scale,
-              std::optional<Tensor> value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
+              std::optional<Tensor> value_scale, std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
+              std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+              std::optional<Tensor> packed_value_scale, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
   const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   const Heads heads(store, query, key_buffer, sinks);
   STD_TORCH_CHECK(heads.rows == 1, "attend takes one query position, not ", heads.rows);
   const Extents extents(store, starts, lengths);
   const Buffers buffers(key_buffer, value_buffer, key_scale, value_scale);
+  const PackedRows packed(store, packed_key, packed_value, packed_starts, packed_lengths, packed_key_scale, packed_value_scale);
   Runs runs(store.sequences);
-  runs.all.reserve(store.sequences);
+  runs.all.reserve(2 * store.sequences);
   for (int64_t s = 0; s < store.sequences; ++s) {
     runs.begin();
+    runs.add(packed.run(s));
     runs.add(buffers.run(extents.starts[s], extents.lengths[s]));
   }
   runs.end();
@@ -261,16 +201,51 @@ static Tensor chunk_scores(Tensor query, Tensor codes, Tensor grid, Tensor start
   return out;
 }
 
-static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
-                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
-                            int64_t first_position, int64_t max_length, double scaling, double softcap, std::optional<Tensor> sinks) {
+// Each row rotated, in float32.
+static Tensor rotated(const Tensor& rows) {
+  const Tensor from = torch::stable::contiguous(rows);
+  Tensor to = torch::stable::new_empty(from, {from.size(0), from.size(1), from.size(2), from.size(3)}, ScalarType::Float);
+  const ElementKernels& kernel = kernels().of[element_of(from)];
+  const int64_t size = from.size(3), bytes = size * int64_t(from.element_size());
+  for (int64_t row = 0; row < from.numel() / size; ++row) kernel.rotate(data<char>(from) + row * bytes, int(size), data<float>(to) + row * size);
+  return to;
+}
+
+// The inverse for rows of float32, in the dtype of `like`.
+static Tensor rotated_back(const Tensor& rows, const Tensor& like) {
+  Tensor to = torch::stable::new_empty(like, {rows.size(0), rows.size(1), rows.size(2), rows.size(3)}, like.scalar_type());
+  const ElementKernels& kernel = kernels().of[element_of(like)];
+  const int64_t size = rows.size(3), bytes = size * int64_t(to.element_size());
+  for (int64_t row = 0; row < rows.numel() / size; ++row)
+    kernel.rotate_back(data<float>(rows) + row * size, int(size), data<char>(to) + row * bytes);
+  return to;
+}
+
+static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts,
+                            Tensor lengths, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale,
+                            std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
+                            std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths,
+                            std::optional<Tensor> packed_key_scale, std::optional<Tensor> packed_value_scale, Tensor key,
+                            Tensor value, int64_t first_position, bool rotate, int64_t max_length, double scaling, double softcap,
+                            std::optional<Tensor> sinks) {
+  if (rotate) {
+    const Tensor turned = rotated(query);
+    const Tensor output = append_attend(turned, key_buffer, value_buffer, position_buffer, starts, lengths, key_scale, value_scale, packed_key,
+                                        packed_value, packed_starts, packed_lengths, packed_key_scale, packed_value_scale, rotated(key),
+                                        rotated(value), first_position, false, max_length, scaling, softcap, sinks);
+    return rotated_back(output, query);
+  }
   append(key_buffer, value_buffer, position_buffer, starts, lengths, key_scale, value_scale, key, value, first_position, std::nullopt);
-  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, max_length, scaling, softcap, sinks);
+  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, packed_key, packed_value, packed_starts,
+                packed_lengths, packed_key_scale, packed_value_scale, max_length, scaling, softcap, sinks);
 }
 
 static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
-                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
-                            std::optional<Tensor> mask, int64_t, double scaling, double softcap, std::optional<Tensor> sinks) {
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, std::optional<Tensor> packed_key,
+                            std::optional<Tensor> packed_value, std::optional<Tensor> packed_starts,
+                            std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+                            std::optional<Tensor> packed_value_scale, Tensor key, Tensor value, std::optional<Tensor> mask, int64_t,
+                            double scaling, double softcap, std::optional<Tensor> sinks) {
   const Store store(key_buffer, value_buffer, starts, lengths, key_scale, value_scale);
   check_new(store, key_buffer, key, value);
   const Heads heads(store, query, key_buffer, sinks);
@@ -292,6 +267,7 @@ static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer
   const Kernels& set = kernels();
   const ElementKernels& kernel = set.of[element_of(query)];
   const Buffers buffers(key_buffer, value_buffer, key_scale, value_scale);
+  const PackedRows packed(store, packed_key, packed_value, packed_starts, packed_lengths, packed_key_scale, packed_value_scale);
   const int64_t groups = heads.groups, value_size = store.value_size, bytes = query.element_size();
   const int64_t block = std::clamp<int64_t>(kExtendQueries / groups, 1, rows), blocks = (rows + block - 1) / block;
   const int64_t most = block * groups;
@@ -332,6 +308,7 @@ static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer
       const State state = fresh_state(memory.get(), count, value_size);
       const Queries block_queries{query_rows.data(), int(count), int(store.size), int(value_size), float(scaling), float(softcap)};
       float* free = row_sinks + most;
+      take(kernel, block_queries, packed.run(s), state, free);
       take(kernel, block_queries, buffers.run(extents.starts[s], extents.lengths[s]), state, free);
       const Visible visible{seen ? nullptr : limits.data(), seen ? masks.data() : nullptr, mask_row};
       kernel.attend(block_queries,

@@ -14,9 +14,11 @@ struct Run {
   int64_t key_stride;
   int64_t value_stride;
   int64_t rows;
-  // Of rows of codes in int8: the scale of each row, in float16.
+  // Of rows of codes: the scale of each row, in float16.
   const uint16_t* key_scale = nullptr;
   const uint16_t* value_scale = nullptr;
+  // Whether codes have 4 bits, two to a byte, and not 8.
+  bool packed = false;
 };
 
 // Query rows that attend to the same keys.
@@ -94,10 +96,14 @@ struct Rows {
 struct ElementKernels {
   // Takes a run into the state. scratch: `attend_scratch` floats.
   void (*attend)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
-  // The same for a run of codes in int8.
+  // The same for a run of codes.
   void (*attend_codes)(const Queries&, const Run&, const Visible*, const State&, float* scratch);
   // Writes a row's codes in int8, and its scale in float16.
   void (*quantise)(const void* row, int size, int8_t* codes, uint16_t* scale);
+  // Writes a row times an orthogonal matrix.
+  void (*rotate)(const void* row, int size, float* out);
+  // Writes the row that was rotated.
+  void (*rotate_back)(const float* row, int size, void* out);
   // Writes query i's result to out[i]; sinks (may be null) holds one logit per query.
   void (*finish)(const State&, int count, int value_size, const float* sinks, void* const* out);
   // Writes the mean, or root mean square, over the window's queries for tokens 0 .. N - W. scratch: `window_scratch` floats.
@@ -117,6 +123,8 @@ struct ElementKernels {
 struct Kernels {
   const char* name;
   ElementKernels of[kElements];
+  // Writes a row's codes of 4 bits, and its scale in float16.
+  void (*pack)(const float* row, int size, uint8_t* codes, uint16_t* scale);
   int64_t (*attend_scratch)(int count, int size);
   int64_t (*window_scratch)(int64_t tokens, int size);
   int64_t (*norm_scratch)(int64_t outputs, int size);

@@ -75,6 +75,30 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
   }
 }
 
+// Codes and scales of rows [n, D], which are rotated first: in 4 bits, two to a byte, or in 8.
+static std::tuple<Tensor, Tensor> encode_rotated(Tensor rows, bool pack) {
+  STD_TORCH_CHECK(rows.dim() == 2 && is_floating(rows), "rows must be [n, D] in float32, float16 or bfloat16");
+  rows = torch::stable::contiguous(rows);
+  const int64_t count = rows.size(0), size = rows.size(1), bytes = size * int64_t(rows.element_size());
+  STD_TORCH_CHECK(size > 0 && size % 16 == 0 && size <= 256, "the head size must be a multiple of 16 up to 256, is ", size);
+  Tensor codes = torch::stable::new_empty(rows, {count, pack ? size / 2 : size}, pack ? ScalarType::Byte : ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(rows, {count}, ScalarType::Half);
+  const Kernels& set = kernels();
+  const ElementKernels& kernel = set.of[element_of(rows)];
+  torch::stable::parallel_for(0, count, kGrain / bytes + 1, [&](int64_t begin, int64_t end) {
+    float turned[256];
+    for (int64_t row = begin; row < end; ++row) {
+      kernel.rotate(data<char>(rows) + row * bytes, int(size), turned);
+      if (pack) {
+        set.pack(turned, int(size), data<uint8_t>(codes) + row * size / 2, data<uint16_t>(scale) + row);
+      } else {
+        set.of[kFloat].quantise(turned, int(size), data<int8_t>(codes) + row * size, data<uint16_t>(scale) + row);
+      }
+    }
+  });
+  return {codes, scale};
+}
+
 static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
                     std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor offsets, Tensor key, Tensor value,
                     Tensor positions) {
@@ -254,6 +278,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("append", TORCH_BOX(&mixkv::cpu::append));
+  m.impl("encode_rotated", TORCH_BOX(&mixkv::cpu::encode_rotated));
   m.impl("compact", TORCH_BOX(&mixkv::cpu::compact));
   m.impl("move_rows", TORCH_BOX(&mixkv::cpu::move_rows));
   m.impl("gather", TORCH_BOX(&mixkv::cpu::gather));

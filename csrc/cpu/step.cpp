@@ -23,7 +23,8 @@ static Tensor step(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor 
     const int32_t before = extents.lengths[s] - 1;
     data<int32_t>(position_buffer)[extents.starts[s] + before] = before + data<int32_t>(evicted)[s];
   }
-  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, max_length, scaling, softcap, sinks);
+  return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                std::nullopt, std::nullopt, max_length, scaling, softcap, sinks);
 }
 
 }  // namespace mixkv::cpu

@@ -82,8 +82,11 @@ static Tensor run(Attention& a, const Tensor& query, const Store& store, const H
 }
 
 static Tensor attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
-                     std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, int64_t max_length, double scaling,
-                     double softcap, std::optional<Tensor> sinks) {
+                     std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, std::optional<Tensor> packed_key,
+                     std::optional<Tensor> packed_value, std::optional<Tensor> packed_starts,
+                     std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+                     std::optional<Tensor> packed_value_scale, int64_t max_length, double scaling, double softcap,
+                     std::optional<Tensor> sinks) {
   const Place place(query);
   refuse_codes(key_scale);
   const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);
@@ -127,8 +130,11 @@ static void take_new(Attention& a, const Tensor& key, const Tensor& value) {
 }
 
 static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts,
-                            Tensor lengths, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key,
-                            Tensor value, int64_t first_position, int64_t max_length, double scaling, double softcap,
+                            Tensor lengths, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale,
+                            std::optional<Tensor> packed_key, std::optional<Tensor> packed_value,
+                            std::optional<Tensor> packed_starts, std::optional<Tensor> packed_lengths,
+                            std::optional<Tensor> packed_key_scale, std::optional<Tensor> packed_value_scale, Tensor key,
+                            Tensor value, int64_t first_position, bool, int64_t max_length, double scaling, double softcap,
                             std::optional<Tensor> sinks) {
   const Place place(query);
   refuse_codes(key_scale);
@@ -142,7 +148,8 @@ static Tensor append_attend(Tensor query, Tensor key_buffer, Tensor value_buffer
   if (heads.groups > 16) {
     // Several blocks read a sequence's length: it is raised in a launch of its own.
     append(key_buffer, value_buffer, position_buffer, starts, lengths, key_scale, value_scale, key, value, first_position, std::nullopt);
-    return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, max_length, scaling, softcap, sinks);
+    return attend(query, key_buffer, value_buffer, starts, lengths, key_scale, value_scale, packed_key, packed_value, packed_starts, packed_lengths, packed_key_scale, packed_value_scale,
+                  max_length, scaling, softcap, sinks);
   }
   key = vector_rows(key);
   value = vector_rows(value);
@@ -192,9 +199,11 @@ static Tensor step(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor 
 }
 
 static Tensor attend_extend(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor starts, Tensor lengths,
-                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor key, Tensor value,
-                            std::optional<Tensor> mask, int64_t max_length, double scaling, double softcap,
-                            std::optional<Tensor> sinks) {
+                            std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, std::optional<Tensor> packed_key,
+                            std::optional<Tensor> packed_value, std::optional<Tensor> packed_starts,
+                            std::optional<Tensor> packed_lengths, std::optional<Tensor> packed_key_scale,
+                            std::optional<Tensor> packed_value_scale, Tensor key, Tensor value, std::optional<Tensor> mask,
+                            int64_t max_length, double scaling, double softcap, std::optional<Tensor> sinks) {
   const Place place(query);
   refuse_codes(key_scale);
   const Store store(key_buffer, value_buffer, starts, lengths, std::nullopt, std::nullopt);

@@ -7,9 +7,10 @@ import torch
 from .. import registry
 from ..storage.chunks import ChunkStore
 from ..storage.counted import Counted, CountsSteps
-from ..storage.ragged import RaggedStore
+from ..storage.packed import PackedStore, Store
 from ..storage.rows import Rows
-from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, RowScores
+from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads
+from .row_scores import RowScores, RunningImportance
 from .state import CacheState
 
 
@@ -22,7 +23,7 @@ class HeldEntries(CountsSteps):
         dtype: of keys and values.
         seen: tokens seen, padding included.
         is_initialized: whether a forward has come.
-        prompt, rows, remote, window, scores, statistics: the parts of `parts.PARTS`, None where there is nothing.
+        prompt, rows, remote, window, scores, running, statistics: the parts of `parts.PARTS`, None where there is nothing.
     """
 
     state: CacheState
@@ -35,6 +36,7 @@ class HeldEntries(CountsSteps):
     remote: RemoteHeads | None
     window: QueryWindow | None
     scores: RowScores | None = None
+    running: RunningImportance | None = None
     statistics: PromptStatistics | None
 
     def _add_steps(self, new: int) -> None:
@@ -46,7 +48,7 @@ class HeldEntries(CountsSteps):
         return [part for part in map(self.__dict__.get, PARTS) if part is not None]
 
     @property
-    def store(self) -> RaggedStore | None:
+    def store(self) -> Store | None:
         """The rows that every query attends to; None until the prompt has been read."""
         return None if self.rows is None else self.rows.resident
 
@@ -84,10 +86,12 @@ class HeldEntries(CountsSteps):
     def row_bytes(self) -> int:
         """Bytes of the keys and values of `lengths`, with their scales, without positions and spare capacity."""
         heads, key_size, value_size = self.shape
-        rows = int(self.lengths().sum())
+        rows, sizes = int(self.lengths().sum()), (key_size, value_size, self.dtype.itemsize)
         if self.rows is None:
             return rows * (key_size + value_size) * self.dtype.itemsize
-        return rows * registry.row_format(self.state.config.rows).row_bytes(key_size, value_size, self.dtype.itemsize)
+        chosen = registry.row_format(self.state.config.rows)
+        recent = self.store.recent.total if isinstance(self.store, PackedStore) else 0
+        return (rows - recent) * chosen.row_bytes(*sizes) + recent * chosen.recent_bytes(*sizes)
 
     def lengths(self) -> torch.Tensor:
         """Rows resident, those of slots for chunks included: int64 [B, Hkv], on the CPU."""

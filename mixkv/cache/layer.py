@@ -18,6 +18,7 @@ from .compress import Compressor, row_totals
 from .held import HeldEntries
 from .parts import PARTS, Part, PromptSoFar, QueryWindow, WholePrompt, from_earlier
 from .refit import PendingRefit
+from .row_scores import RunningImportance
 from .state import CacheState
 
 
@@ -128,7 +129,7 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         """Raises a ValueError if `crop` would for this ``count``."""
         count = self._tokens_to_remove(count)
         if count > 0 and (self.rows is None or self.state.reads_turn(self.seen)):
-            what = "prompt" if self.rows is None else "turn"
+            what = "turn" if self.rows else "prompt"
             raise ValueError(f"cannot crop {count} tokens: the {what} has not been read to its end")
         if count > 0:
             self.store.check_crop(count)
@@ -251,10 +252,8 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         prompt = cast(WholePrompt, self.prompt)
         if self.rows is not None:
             turns.compress_replayed(self, prompt)
-            return
-        measured = prompt.measured()
-        self.compress(prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=measured)
-        turns.keep_scores(self, measured.replay)
+        else:
+            turns.compress_prompt(self, prompt)
 
     def refit(self) -> None:
         """Refits the values of the rows, which are those that stay."""
@@ -302,15 +301,10 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
         logits: LogitOptions,
     ) -> torch.Tensor:
         """`Rows.extend`."""
-        options = {"mask": mask, "valid": valid, "before_storing": self.state.start_storing}
-        return self.rows.extend(query, key, value, position, logits, **options)
+        start = self.state.start_storing
+        return self.rows.extend(query, key, value, position, logits, mask=mask, valid=valid, before_storing=start)
 
     def enforce_budgets(self, query: torch.Tensor, output: torch.Tensor, valid: torch.Tensor | None, end: int) -> None:
-        """Evicts what exceeds the turn's budget, if its last token has been read, and the decode budget.
-
-        ``query`` [B, Hq, n, D] and attention's ``output`` [B, n, Hq, Dv] are those of the new tokens, ``valid`` [B, n] of them
-        real, up to position ``end`` (excluded).
-        """
         turns.enforce_budgets(self, query, output, valid, end)
 
     def append_query_window(self, query: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -321,7 +315,9 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def evict_to_decode_budget(self) -> None:
         """Evicts what exceeds the decode budget, by the last window of queries."""
         if self.state.config.decode_budget is not None and self.rows is not None:
-            held = (self.window.query, self.store, self.logits, self.statistics.share, self.remote)
+            if self.state.config.decode_decay > 0 and self.running is None:
+                self.running = RunningImportance.empty(self.store.batch, self.store.heads, self.device)
+            held = (self.window.query, self.store, self.logits, self.statistics.share, self.remote, self.running)
             self.remote = self.compressor().enforce_decode_budget(*held)
 
     def compressor(self) -> Compressor:

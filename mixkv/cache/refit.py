@@ -9,7 +9,7 @@ import torch
 
 from ..ops.arguments import LogitOptions
 from ..selection.refit import Reference, attention_output, refit
-from ..storage.ragged import RaggedStore
+from ..storage.packed import Store
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PendingRefit:
             references.append(Reference(asked, attention_output(asked, key, value, valid, logits, after=True)))
         return cls(references, real)
 
-    def apply(self, store: RaggedStore, logits: LogitOptions, dynamic: torch.Tensor | None = None) -> None:
+    def apply(self, store: Store, logits: LogitOptions, dynamic: torch.Tensor | None = None) -> None:
         """Refits the values in ``store`` of heads that lost rows; ``dynamic`` bool [B, Hkv]: heads to leave as they are."""
         lost = store.lengths.view(store.batch, store.heads) < self.real.unsqueeze(-1)
         lost = lost if dynamic is None else lost & ~dynamic

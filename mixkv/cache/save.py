@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import checked_file, tensor_parallel
+from .. import checked_file, registry, tensor_parallel
 from ..config import MixKVConfig
 from ..hf import binding, stock_layers, versions
 from ..ops.arguments import LogitOptions
@@ -281,8 +281,11 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         chunked = int(held["chunk_rows"].sum()) if "chunk_rows" in held else -1
         shapes |= {"chunk_key": [chunked, numbers["key_size"]], "chunk_value": [chunked, numbers["value_size"]]}
         shapes |= dict.fromkeys(_CHUNK_NUMBERS, [batch, heads])
-    if saved.config.rows != "full":
+    chosen = registry.row_format(saved.config.rows)
+    if chosen.codes:
         shapes |= {"key_scale": [rows], "value_scale": [rows]}
+    if chosen.packs:
+        shapes |= _packed_shapes(held, numbers, batch)
     if "modal_redundancy" in held:
         shapes["modal_redundancy"] = [batch, heads, 2]
     found = {name: list(held[name].shape) if name in held else None for name in shapes}
@@ -299,6 +302,16 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
     wrong = (rows < 0) | (first < 0) | (rows + first > numbers["seen"]) | (slots < 0) | (slots > most)
     if wrong.any() or not slots.any() or any(part.dtype != torch.int32 for part in (rows, first, slots)):
         raise ValueError(f"{saved.path} is damaged (layer {index} has chunk_rows {rows.tolist()}): save the cache again")
+
+
+def _packed_shapes(held: dict[str, torch.Tensor], numbers: dict[str, Any], batch: int) -> dict[str, list[int]]:
+    """Of the tensors of rows in 4 bits."""
+    lengths = held.get("packed_lengths")
+    whole = lengths is not None and lengths.dtype == torch.int32 and not (lengths < 0).any()
+    rows = int(lengths.sum()) if whole else -1
+    vectors = {f"packed_{name}": [rows] for name in ("position", "key_scale", "value_scale")}
+    codes = {f"packed_{name}": [rows, numbers[f"{name}_size"] // 2] for name in ("key", "value")}
+    return {"packed_lengths": [batch, numbers["heads"]], **vectors, **codes}
 
 
 def _checked_mask(saved: Saved) -> torch.Tensor:

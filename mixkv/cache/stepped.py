@@ -21,6 +21,7 @@ from ..hf import versions
 from ..hf.fixed_window import FixedWindow
 from ..storage.arena import ArenaStore, Region
 from ..storage.counted import Steps
+from ..storage.ragged import RaggedStore
 from . import workspace
 from .layer import MixKVLayer
 from .tracked import TrackedCache
@@ -103,25 +104,27 @@ class SteppedCache(TrackedCache):
         # The last queries are kept in a tensor of a fixed size.
         if self._state.keeps_window and ours[0].window.query.shape[2] < self.config.window:
             return False
-        # A window that is not full is masked by columns, which only a mask with queries has.
-        return not any(self.is_sliding) or _is_block(inputs.get("attention_mask"))
+        # A window that is not full is masked by columns, which only masks with queries have, one a kind of layer.
+        mask = inputs.get("attention_mask")
+        return not any(self.is_sliding) or (isinstance(mask, dict) and all(map(_is_block, mask.values())))
 
     def _start_steps(self, model: PreTrainedModel) -> None:
         """Moves all rows to where compiled steps find them, unless they are there and have room."""
         space = workspace.acquire(model, self)
         ours = [layer for layer in self.layers if isinstance(layer, MixKVLayer)]
-        stores, seen = [layer.rows.resident for layer in ours], ours[0].seen
+        stores, seen = [cast(RaggedStore, layer.rows.resident) for layer in ours], ours[0].seen
         held = [store for store in stores if isinstance(store, ArenaStore) and store.in_arena]
         if len(held) < len(stores) or min(store.spare for store in held) < 1:
             wanted = (self._final_length or 0) - seen
             # A sequence that has outgrown its room gets twice as much.
             self._room = wanted if wanted > 0 else max(2 * self._room, _ROOM)
             least = self.config.budget if isinstance(self.config.budget, int) else 0
-            self._steps = Steps()
-            held = space.take(stores, least, self._room, self._steps)
+            steps = Steps()
+            held = space.take(stores, least, self._room, steps)
+            self._steps = steps
             for layer, store in zip(ours, held):
                 layer.rows.resident = store
-                layer.follow(self._steps)
+                layer.follow(steps)
         for layer, store in zip(ours, held):
             store.count_evicted(seen)
             store.region.keep_queries(layer.window.query if self._state.keeps_window else None)
@@ -153,9 +156,7 @@ class SteppedCache(TrackedCache):
         window = next((region for region in self._regions if isinstance(region, FixedWindow)), None)
         if window is None:
             return mask
-        if not isinstance(mask, dict):
-            return window.padded_mask(mask) if all(self.is_sliding) else mask
-        return {kind: window.padded_mask(part) if "sliding" in kind else part for kind, part in mask.items()}
+        return {kind: part if kind == "full_attention" else window.padded_mask(part) for kind, part in mask.items()}
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         if self._stepping:
@@ -191,6 +192,8 @@ def _refusal(config: MixKVConfig, model: PreTrainedModel, slots: list[CacheLayer
     """What of a cache cannot be compiled; None: nothing."""
     if registry.method(config.method).keeps_chunks:
         return f"method={config.method!r}"
+    if registry.row_format(config.rows).packs:
+        return f"rows={config.rows!r}"
     if config.decode_budget is not None:
         return f"decode_budget={config.decode_budget}"
     if versions.tensor_parallel_mesh(model) is not None:
@@ -205,5 +208,4 @@ def _warn(what: str) -> None:
 
 
 def _is_block(mask: Any) -> bool:
-    parts = mask.values() if isinstance(mask, dict) else [mask]
-    return all(torch.is_tensor(part) and part.ndim == 4 for part in parts)
+    return torch.is_tensor(mask) and mask.ndim == 4

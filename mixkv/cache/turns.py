@@ -13,7 +13,8 @@ from ..config import MixKVConfig
 from ..hf import call_stack
 from ..selection.budget import base_entries
 from ..selection.context import Measured
-from .parts import FIRST, RowScores, WholePrompt
+from .parts import FIRST, WholePrompt
+from .row_scores import RowScores
 
 if TYPE_CHECKING:
     from .layer import MixKVLayer
@@ -156,12 +157,14 @@ def compress_replayed(layer: MixKVLayer, prompt: WholePrompt) -> None:
         done.evict_to_decode_budget()
 
 
-def keep_scores(layer: MixKVLayer, replay: torch.Tensor) -> None:
-    """Where rows compete again after later turns: keeps what the replay of the prompt [B, Hkv, N] measured of them."""
+def compress_prompt(layer: MixKVLayer, prompt: WholePrompt) -> None:
+    """Compresses a prompt that has been repeated; where rows compete again after later turns, keeps what was measured of them."""
+    measured = prompt.measured()
+    layer.compress(prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=measured)
     if layer.state.config.turns == "all":
+        replay = measured.replay
         every = torch.arange(replay.shape[2], dtype=torch.int32, device=replay.device).expand(replay.shape)
-        layer.scores = RowScores(every, replay)
-        layer.scores = RowScores(at := _positions(layer), layer.scores.of(at))
+        layer.scores = RowScores(at := _positions(layer), RowScores(every, replay).of(at))
 
 
 def _positions(layer: MixKVLayer) -> torch.Tensor:

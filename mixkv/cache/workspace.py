@@ -52,7 +52,9 @@ class Workspace:
             rows = max(sum(store.total for store in held), least * sequences) + room * sequences
             arena = self._arenas.get(kind)
             if arena is None or arena.rows < rows:
-                arena = self._arenas[kind] = Arena(kind, Arena.rows_for(rows))
+                # What has grown once grows again, and each time a step is compiled anew.
+                least_rows = rows if arena is None else max(rows, 2 * arena.rows)
+                arena = self._arenas[kind] = Arena(kind, Arena.rows_for(least_rows))
             found |= zip(members, arena.take(held, steps))
         return [found[index] for index in range(len(stores))]
 

@@ -31,6 +31,8 @@ def add_parser(commands) -> None:
 
 _NEXT = """
 Try next:
+  mixkv read --model YOUR_MODEL FILE --out doc.mixkv    reads and compresses a document once
+  mixkv ask doc.mixkv "..."                             answers from it, as often as you like
   mixkv compare --model YOUR_MODEL --prompt-file FILE --question "..."    the same on your own model and text
   mixkv demo --vision    a page as an image, and what is kept of it (pip install 'mixkv[pages]')
   mixkv.patch(model)     in Python: from there on generate() keeps a compressed cache"""
@@ -55,8 +57,30 @@ def run(options: argparse.Namespace) -> None:
     else:
         kinds = [("snapkv", "attn"), ("adakv", "mix"), ("adakv", "mix-output"), ("global", "mix-output")]
         configs = [config for kind in kinds for config in compare.grid([kind], [64, 128])]
-    print_comparison(options, partial(encode_text, options, prompts.demo()), configs)
+    loaded, _ = print_comparison(options, partial(encode_text, options, prompts.demo()), configs)
+    print_questions(loaded)
     print(_NEXT)
+
+
+def print_questions(loaded) -> None:
+    """A text that is read and compressed once, and five questions about it."""
+    from ..config import MixKVConfig
+    from ..evaluation import documents, measure, prompts, tables
+
+    later, budget = prompts.demo_later(), 0.2
+    columns = {
+        "full cache": None,
+        f"global mix-output {budget}": MixKVConfig(budget=budget),
+        f"global replay {budget}": MixKVConfig(score="replay", budget=budget),
+    }
+    document, answers, sizes = documents.Document(later.text), [], []
+    with tables.progress_bar() as progress:
+        for name, config in columns.items():
+            progress(f"five questions: {name}", len(columns))
+            kept = documents.keep(loaded, document, config, chat=False, progress=False)
+            sizes.append(measure.held(kept.cache).bytes)
+            answers.append([kept.ask(question, max_new_tokens=8) for question, _ in later.questions])
+    tables.questions(tables.Console(), later.questions, list(columns), sizes, answers)
 
 
 def _run_vision(options: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from ..cache import MixKVCache
 from ..cache.save import read as read_saved
@@ -59,13 +61,13 @@ class Kept:
     """A document as a compressed cache, and what is needed to ask about it.
 
     Attributes:
-        cache: as the document left it; questions go on from copies.
+        cache: as the document left it, compressed or full; questions go on from copies.
         ids: [1, N], the document's token ids.
         end: what follows a question, by the model's chat template.
         loaded: the model.
     """
 
-    cache: MixKVCache
+    cache: Cache
     ids: torch.Tensor
     end: str
     loaded: Loaded
@@ -92,6 +94,8 @@ class Kept:
         Raises:
             InputError: the file cannot be written.
         """
+        if not isinstance(self.cache, MixKVCache):
+            raise InputError("a full cache is not saved: keep the document by a config")
         about = {"model": model, "vision": self.loaded.processor is not None, "ids": self.ids[0].tolist(), "end": self.end}
         try:
             self.cache.save(path, about={"document": about})
@@ -99,10 +103,13 @@ class Kept:
             raise InputError(f"--out {path} cannot be written: {error.strerror or error}") from error
 
 
-def keep(loaded: Loaded, document: Document, config: MixKVConfig, *, chat: bool = True, progress: bool | None = None) -> Kept:
+def keep(
+    loaded: Loaded, document: Document, config: MixKVConfig | None, *, chat: bool = True, progress: bool | None = None
+) -> Kept:
     """Reads a document as the beginning of a user's turn, and compresses it.
 
     Args:
+        config: how; None: into the full cache of transformers.
         chat: whether to use the model's chat template, if it has one.
         progress: as in `mixkv.read`.
 
@@ -116,6 +123,10 @@ def keep(loaded: Loaded, document: Document, config: MixKVConfig, *, chat: bool 
     ids = inputs["input_ids"]
     check_length(loaded.model, ids.shape[1], 1)
     inputs = {name: value.to(loaded.model.device) for name, value in inputs.items()}
+    if config is None:
+        full = DynamicCache(config=loaded.model.config)
+        loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False, **cache_argument(full))
+        return Kept(full, ids, end, loaded)
     try:
         cache = read(loaded.model, **inputs, config=config, progress=progress)
     except ValueError as error:

@@ -132,8 +132,8 @@ def _question(recording: Recording, tokenizer, sample: Sample, index: int, answe
 def _results(
     recording: Recording, configs: list[MixKVConfig], questions: list[_Question], together: int = 16
 ) -> Iterator[dict[str, Any]]:
-    """One dict per config. Up to ``together`` caches are evaluated as one batch, caches with chunks in a batch of their own."""
-    for _, alike in groupby(configs, key=_chunk):
+    """One dict per config. Up to ``together`` caches that store entries alike are evaluated as one batch."""
+    for _, alike in groupby(configs, key=lambda config: (_chunk(config), config.rows)):
         while group := list(islice(alike, together)):
             caches = [recording.compressed(config) for config in group]
             sizes = [(held(cache).rows_per_head, _resident(cache)) for cache in caches]

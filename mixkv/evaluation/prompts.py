@@ -15,6 +15,15 @@ _LENGTH = 8200
 _FACT = "By the way, the secret ingredient of grandmother's soup is a spoonful of honey."
 _QUESTION = "What is the secret ingredient of grandmother's soup?"
 
+# A fact, a question about it that it answers, and the word of the answer.
+_LATER = [
+    ("The pet of Olga is a parrot.", "What is the pet of Olga? The pet of Olga is a", "parrot"),
+    ("The home town of Hugo is Lisbon.", "What is the home town of Hugo? The home town of Hugo is", "Lisbon"),
+    ("The pet of Nils is a turtle.", "What is the pet of Nils? The pet of Nils is a", "turtle"),
+    ("The job of Irene is baker.", "What is the job of Irene? The job of Irene is", "baker"),
+    ("The code of the vault is 90657.", "What is the code of the vault? The code of the vault is", "90657"),
+]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -48,6 +57,25 @@ def demo() -> Prompt:
     paragraphs = topics[_TOPIC][:_LENGTH].split("\n\n")
     middle = len(paragraphs) // 2
     return Prompt("\n\n".join([*paragraphs[:middle], _FACT, *paragraphs[middle:]]), _QUESTION)
+
+
+@dataclass(frozen=True)
+class Later:
+    """A text that is read before its questions are known: ``questions`` of a question and a word of the answer each."""
+
+    text: str
+    questions: list[tuple[str, str]]
+
+
+def demo_later() -> Later:
+    """The chapter of `demo` with five facts spread over it, and a question about each."""
+    from pydoc_data.topics import topics
+
+    paragraphs = topics[_TOPIC][:_LENGTH].split("\n\n")
+    step = len(paragraphs) / len(_LATER)
+    for number, (fact, _, _) in reversed(list(enumerate(_LATER))):
+        paragraphs.insert(int(step * (number + 0.5)), fact)
+    return Later("\n\n".join(paragraphs), [(question, answer) for _, question, answer in _LATER])
 
 
 def read(path: str, question: str | None = None) -> Prompt:

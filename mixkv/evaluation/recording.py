@@ -23,7 +23,7 @@ from ..selection.budget import base_entries
 from ..selection.context import Measured
 from ..selection.ranking import Ranking
 from ..storage.chunks import ChunkStore
-from ..storage.ragged import RaggedStore
+from ..storage.packed import joined as joined_stores
 from ..storage.rows import RaggedRows, with_chunks
 from .measure import bind, end_tokens, last_logits_only
 
@@ -115,9 +115,7 @@ def joined(caches: Sequence[MixKVCache]) -> MixKVCache:
             layer.batch_repeat_interleave(len(caches))
             continue
         parts = [cache.layers[index] for cache in caches]
-        rows = tuple(torch.cat(part) for part in zip(*(part.store.held() for part in parts)))
-        lengths = torch.cat([part.store.lengths.view(1, -1) for part in parts])
-        store = RaggedStore.from_rows(rows, lengths, layer.store.backend, dtype=layer.dtype)
+        store = joined_stores([part.store for part in parts])
         chunks = ChunkStore.joined([part.chunks for part in parts], [part.store.batch for part in parts])
         layer.rows = with_chunks(RaggedRows(store), chunks)
         layer.statistics = PromptStatistics(torch.cat([part.statistics.redundancy for part in parts]))

@@ -78,7 +78,7 @@ def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[st
         for row in mine:
             change = row["kl_change"]
             table.add_row(
-                f"{row['method']} {row['score']}{'' if row['rows'] == 'full' else ' ' + row['rows']}",
+                f"{row['method']} {row['score']}{row['form']}",
                 f"{row['kl']:.3f}",
                 "" if change is None else f"{change:+.0%}",
                 "" if change is None else f"{row['kl_low']:+.0%} .. {row['kl_high']:+.0%}",
@@ -199,6 +199,30 @@ def mebibytes(count: int) -> str:
 def times(ratio: float, digits: int = 2) -> str:
     """A ratio as text, for example ``0.07x``."""
     return f"{ratio:.{digits}f}x"
+
+
+def questions(
+    console: Console, asked: list[tuple[str, str]], names: list[str], sizes: list[int], answers: list[list[str]]
+) -> None:
+    """Prints what several caches of one text answer.
+
+    Args:
+        asked: questions, and a word of each answer.
+        names, sizes: of the caches; bytes.
+        answers: by cache, then by question.
+    """
+    table = narrow_table("question, asked after the text was read")
+    for name in names:
+        table.add_column(name)
+    for number, (question, word) in enumerate(asked):
+        lines = (given[number].splitlines() or [""] for given in answers)
+        cells = [Text(line[0], style="bold" if word in line[0] else "dim") for line in lines]
+        table.add_row(Text(question.partition("?")[0] + "?"), *cells)
+    right = [sum(word in answer for answer, (_, word) in zip(given, asked)) for given in answers]
+    table.add_row("right answers", *(f"{count} of {len(asked)}" for count in right))
+    table.add_row("memory", *(f"{mebibytes(size)} MiB" for size in sizes))
+    console.print("\nOne text, read and compressed once, and then five questions")
+    console.print(table)
 
 
 def narrow_table(first: str, *others: str) -> Table:

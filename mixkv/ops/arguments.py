@@ -19,7 +19,7 @@ class RaggedBuffers(NamedTuple):
         position: int32 [rows], the position in the sequence of tokens that each row came from.
         starts: int32 [S], the first row of each sequence.
         lengths: int32 [S], the rows of each sequence.
-        key_scale, value_scale: float16 [rows], the scales of keys and values in int8, see `mixkv.ops.row_codes`; None: they are
+        key_scale, value_scale: float16 [rows], the scales of keys and values in codes, see `mixkv.ops.row_codes`; None: they are
             in the model's dtype.
     """
 
@@ -41,6 +41,18 @@ class RaggedBuffers(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of memory that the buffers keep, spare rows included."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self if tensor is not None)
+
+
+class Packed(NamedTuple):
+    """Rows in 4 bits that come before a store's own in every sequence.
+
+    Attributes:
+        buffers: their codes, see `mixkv.ops.row_codes.packed`: key uint8 [rows, D / 2], value uint8 [rows, Dv / 2].
+        max_length: at least ``buffers.lengths.max()`` (host).
+    """
+
+    buffers: RaggedBuffers
+    max_length: int
 
 
 class FixedRoom(NamedTuple):

@@ -17,8 +17,18 @@ from typing import Any
 import torch
 
 from ..registry import BACKENDS
-from . import checked, flash, mixing_reference, native, native_scores, reference, score_reference, selection_reference
-from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from . import (
+    checked,
+    flash,
+    mixing_reference,
+    native,
+    native_scores,
+    reference,
+    row_codes,
+    score_reference,
+    selection_reference,
+)
+from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
 from .selection_reference import Largest
 
 # What a GPU is checked for beforehand.
@@ -112,9 +122,10 @@ def attend(
     *,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend`: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-    return _ATTEND[backend](query, buffers, logits, max_length=max_length, stride=stride)
+    return _ATTEND[backend](query, buffers, logits, max_length=max_length, stride=stride, **_packed(packed))
 
 
 def append_attend(
@@ -128,11 +139,13 @@ def append_attend(
     *,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
+    rotate: bool = False,
 ) -> torch.Tensor:
     """`reference.append_attend`: rows ``key`` [B, Hkv, 1, D], then ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-    extent = {"max_length": max_length, "stride": stride}
-    if backend == "native":
-        return native.append_attend(query, buffers, key, value, position, logits, **extent)
+    extent: dict[str, Any] = {"max_length": max_length, "stride": stride, **_packed(packed)}
+    if backend == "native" or rotate:
+        return _rows(backend).append_attend(query, buffers, key, value, position, logits, rotate=rotate, **extent)
     reference.append(buffers, key, value, position)
     return _ATTEND[backend](query, buffers, logits, **extent)
 
@@ -148,9 +161,10 @@ def attend_extend(
     mask: torch.Tensor | None,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend_extend`: ``query`` [B, Hq, n, D], new rows [B, Hkv, n, D] to [B, n, Hq, Dv]."""
-    extent = {"max_length": max_length, "stride": stride}
+    extent: dict[str, Any] = {"max_length": max_length, "stride": stride, **_packed(packed)}
     return _rows(backend).attend_extend(query, buffers, new_key, new_value, logits, mask=mask, **extent)
 
 
@@ -201,6 +215,12 @@ def gather(
 ) -> RaggedBuffers:
     """`selection_reference.gather`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows], ``counts`` int64 [B, Hkv]."""
     return (native if backend == "native" else selection_reference).gather(key, value, positions, counts, codes=codes)
+
+
+def encode_rotated(backend: str, rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_codes.encode_rotated`; compiled for the CPU only."""
+    compiled = backend == "native" and rows.device.type == "cpu"
+    return (native if compiled else row_codes).encode_rotated(rows, pack=pack)
 
 
 def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:
@@ -313,6 +333,11 @@ def check_gpu() -> list[str]:
         return []
     checked.outcomes(_USUAL)
     return checked.report(_USUAL)
+
+
+def _packed(packed: Packed | None) -> dict[str, Packed]:
+    """For back ends of which some take no codes."""
+    return {} if packed is None else {"packed": packed}
 
 
 def _rows(backend: str):

@@ -48,6 +48,12 @@ def register() -> None:
     fakes = {
         "append": nothing,
         "compact": nothing,
+        "encode_rotated": lambda rows, pack: (
+            rows.new_empty(
+                rows.shape[0], rows.shape[1] // 2 if pack else rows.shape[1], dtype=torch.uint8 if pack else torch.int8
+            ),
+            rows.new_empty(rows.shape[0], dtype=torch.float16),
+        ),
         "move_rows": nothing,
         "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),

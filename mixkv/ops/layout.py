@@ -32,9 +32,10 @@ def empty_buffers(
     rows = total + lengths.numel() * spare
     # Zeros, so that a masked read of spare rows never meets a NaN.
     dtype = torch.int8 if codes else like[0].dtype
+    coded = dtype in (torch.int8, torch.uint8)
     key, value = (part.new_zeros(rows, part.shape[-1], dtype=dtype) for part in like[:2])
     position = torch.zeros(rows, dtype=torch.int32, device=lengths.device)
-    if dtype != torch.int8:
+    if not coded:
         return RaggedBuffers(key, value, position, starts, lengths)
     scales = (key.new_zeros(rows, dtype=torch.float16) for _ in range(2))
     return RaggedBuffers(key, value, position, starts, lengths, *scales)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import build, fakes, layout, selection_reference
-from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
 from .selection_reference import Largest
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,10 +89,16 @@ def append(
 
 
 def attend(
-    query: torch.Tensor, buffers: RaggedBuffers, logits: LogitOptions, *, max_length: int, stride: int | None = None
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    logits: LogitOptions,
+    *,
+    max_length: int,
+    stride: int | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend`; ``stride`` makes no difference. A sequence without rows gives zeros."""
-    return operations().attend.default(query, *_store(buffers), max_length, *_logits(logits))
+    return operations().attend.default(query, *_store(buffers), *_packed(packed), max_length, *_logits(logits))
 
 
 def append_attend(
@@ -105,9 +111,12 @@ def append_attend(
     *,
     max_length: int,
     stride: int | None = None,
+    packed: Packed | None = None,
+    rotate: bool = False,
 ) -> torch.Tensor:
     """`reference.append_attend`, in one call; ``stride`` makes no difference."""
-    return operations().append_attend.default(query, *buffers, key, value, position, max_length, *_logits(logits))
+    new = (key, value, position, rotate)
+    return operations().append_attend.default(query, *buffers, *_packed(packed), *new, max_length, *_logits(logits))
 
 
 def attend_extend(
@@ -120,9 +129,11 @@ def attend_extend(
     mask: torch.Tensor | None,
     max_length: int,
     stride: int | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`reference.attend_extend`; ``stride`` makes no difference. A query that sees nothing gets zeros."""
-    return operations().attend_extend.default(query, *_store(buffers), new_key, new_value, mask, max_length, *_logits(logits))
+    store = (*_store(buffers), *_packed(packed))
+    return operations().attend_extend.default(query, *store, new_key, new_value, mask, max_length, *_logits(logits))
 
 
 def chunk_scores(
@@ -201,6 +212,11 @@ def gather(
     return buffers
 
 
+def encode_rotated(rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_codes.encode_rotated`: the scale may be the next float16, as sums are taken in another order."""
+    return operations().encode_rotated.default(rows, pack)
+
+
 def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:
     """`selection_reference.evict` on the CPU, in one pass."""
     *new, left = operations().evict.default(*buffers, ranks, quota, tail, layout.SPARE_ROWS, layout.SPARE_SHARE)
@@ -275,9 +291,13 @@ def _store(buffers: RaggedBuffers) -> tuple[torch.Tensor | None, ...]:
     return buffers.key, buffers.value, buffers.starts, buffers.lengths, buffers.key_scale, buffers.value_scale
 
 
+def _packed(packed: Packed | None) -> tuple[torch.Tensor | None, ...]:
+    return (None,) * 6 if packed is None else _store(packed.buffers)
+
+
 def _buffers(*parts: torch.Tensor) -> RaggedBuffers:
     """The buffers that an operation returned; without codes it returns empty scales."""
-    return RaggedBuffers(*(parts if parts[0].dtype == torch.int8 else parts[:5]))
+    return RaggedBuffers(*(parts if parts[0].dtype in (torch.int8, torch.uint8) else parts[:5]))
 
 
 def _logits(options: LogitOptions) -> tuple[float, float, torch.Tensor | None]:

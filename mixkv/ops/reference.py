@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
-from .row_codes import dequantised, quantised
+from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
+from .row_access import flat_rows, read_rows, write_rows
+from .row_codes import rotated, rotated_back
 from .sequence_rows import seen_or_hidden, sequence_rows
 
 # Queries attended at once by `attend_extend`: bounds its mask and logits at this many rows per prefix row.
@@ -56,28 +57,14 @@ def append(
     lengths.add_(valid.sum(dim=-1, dtype=torch.int32).repeat_interleave(heads))
 
 
-def write_rows(buffers: RaggedBuffers, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Writes ``key`` [n, D] and ``value`` [n, Dv] to buffer rows ``rows`` int64 [n], in the buffers' format."""
-    _write(buffers.key, buffers.key_scale, rows, key)
-    write_values(buffers, rows, value)
-
-
-def write_values(buffers: RaggedBuffers, rows: torch.Tensor, value: torch.Tensor) -> None:
-    """`write_rows` of ``value`` [n, Dv] alone."""
-    _write(buffers.value, buffers.value_scale, rows, value)
-
-
-def _write(buffer: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor, part: torch.Tensor) -> None:
-    if scale is None:
-        buffer.index_copy_(0, rows, part)
-        return
-    codes, new_scale = quantised(part)
-    buffer.index_copy_(0, rows, codes)
-    scale.index_copy_(0, rows, new_scale)
-
-
 def attend(
-    query: torch.Tensor, buffers: RaggedBuffers, logits: LogitOptions, *, max_length: int, stride: int | None
+    query: torch.Tensor,
+    buffers: RaggedBuffers,
+    logits: LogitOptions,
+    *,
+    max_length: int,
+    stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """Decode attention: one query position per batch row over its KV heads' sequences.
 
@@ -87,13 +74,14 @@ def attend(
         logits: as in the model.
         max_length: at least ``lengths.max()``; exactly the common length where ``stride`` is given.
         stride: the common capacity where all sequences have one length and lie ``stride`` rows apart, else None.
+        packed: rows in 4 bits that belong to the sequences too.
 
     Returns: [B, 1, Hq, Dv], in query's dtype.
     """
     batch, query_heads, _, size = query.shape
     heads = buffers.starts.numel() // batch
     folded = query.reshape(batch, heads, query_heads // heads, size)
-    keys, values, mask = _padded(buffers, max_length, stride, batch)
+    keys, values, mask = _all_padded(buffers, packed, max_length, stride, batch)
     mask = mask if mask is None else mask.unsqueeze(2)
     out = _attention(folded, keys, values, mask, logits)
     return out.reshape(batch, 1, query_heads, -1)
@@ -109,10 +97,20 @@ def append_attend(
     *,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
+    rotate: bool = False,
 ) -> torch.Tensor:
-    """`append` of rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] and then `attend`; ``max_length`` counts the new rows."""
+    """`append` of rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] and then `attend`; ``max_length`` counts the new rows.
+
+    With ``rotate`` the stored rows are rotated: query, key and value are rotated first, and the output is rotated back.
+    """
+    if rotate:
+        turned, key, value = (rotated(part.float()) for part in (query, key, value))
+        append(buffers, key, value, position)
+        output = attend(turned, buffers, logits, max_length=max_length, stride=stride, packed=packed)
+        return rotated_back(output).to(query.dtype)
     append(buffers, key, value, position)
-    return attend(query, buffers, logits, max_length=max_length, stride=stride)
+    return attend(query, buffers, logits, max_length=max_length, stride=stride, packed=packed)
 
 
 def chunk_scores(
@@ -204,6 +202,7 @@ def attend_extend(
     mask: torch.Tensor | None,
     max_length: int,
     stride: int | None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """Attention of n new positions over [stored sequence | new block]; the new block is not stored yet.
 
@@ -211,7 +210,7 @@ def attend_extend(
 
     Args:
         query: [B, Hq, n, D].
-        buffers, logits, max_length, stride: as in `attend`.
+        buffers, logits, max_length, stride, packed: as in `attend`.
         new_key, new_value: [B, Hkv, n, D], [B, Hkv, n, Dv].
         mask: bool [B or 1, 1, n, n], True where a query sees a new row, in place of the causal mask.
 
@@ -220,7 +219,7 @@ def attend_extend(
     batch, query_heads, new, size = query.shape
     heads = new_key.shape[1]
     groups = query_heads // heads
-    keys, values, stored = _padded(buffers, max_length, stride, batch)
+    keys, values, stored = _all_padded(buffers, packed, max_length, stride, batch)
     if stored is None:
         stored = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
     stored = stored.expand(batch, heads, keys.shape[2])
@@ -278,19 +277,12 @@ def move_rows(buffers: RaggedBuffers, source: RaggedBuffers, *, total: int) -> N
         buffer.index_copy_(0, rows, part.index_select(0, from_rows))
 
 
-def flat_rows(starts: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
-    """The buffer rows of all sequences, one sequence after the other: int64 [total], total = lengths.sum() (host)."""
-    lengths = lengths.long()
-    shift = starts.long() - (lengths.cumsum(0) - lengths)
-    return torch.arange(total, device=starts.device) + shift.repeat_interleave(lengths, output_size=total)
-
-
 def _padded(
     buffers: RaggedBuffers, max_length: int, stride: int | None, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Sequences side by side: [B, Hkv, max_length, D], [.., Dv] and, unless all are of that length, the bool mask [B, Hkv, max_length].
 
-    Rows in int8 are dequantised to float32.
+    Rows in codes are dequantised to float32.
     """
     key, value, starts, lengths = buffers.key, buffers.value, buffers.starts, buffers.lengths
     heads = starts.numel() // batch
@@ -304,15 +296,15 @@ def _padded(
     return key, value, mask
 
 
-def read_rows(
-    buffers: RaggedBuffers, rows: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [n, D] and values [n, Dv] of buffer rows ``rows`` int [n], as they are, or of int8 dequantised to ``dtype``."""
-    key, value = buffers.key.index_select(0, rows), buffers.value.index_select(0, rows)
-    if buffers.key_scale is None or buffers.value_scale is None:
-        return key, value
-    scales = (buffers.key_scale.index_select(0, rows), buffers.value_scale.index_select(0, rows))
-    return dequantised(key, scales[0], dtype), dequantised(value, scales[1], dtype)
+def _all_padded(
+    buffers: RaggedBuffers, packed: Packed | None, max_length: int, stride: int | None, batch: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`_padded` with the packed rows before the store's own."""
+    if packed is None:
+        return _padded(buffers, max_length, stride, batch)
+    parts = zip(_padded(packed.buffers, packed.max_length, None, batch), _padded(buffers, max_length, None, batch))
+    key, value, mask = (torch.cat(part, dim=2) for part in parts)
+    return key, value, mask
 
 
 def _attention(

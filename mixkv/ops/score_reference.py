@@ -57,7 +57,7 @@ def window_attention(
         key: [B, Hkv, N, D].
         valid: bool, broadcasts to [B, Hkv, N]; None: all tokens are valid.
         logits: as in the model.
-        statistic: ``mean`` or ``rms`` (root mean square) over the window's queries.
+        statistic: ``mean``, ``rms`` (root mean square) or ``max`` over the window's queries.
         group_reduce: ``mean`` or ``max`` over the G query heads of a KV head.
 
     Returns: [B, Hkv, M] float32, the statistic over the window's queries, reduced over the group.
@@ -67,7 +67,10 @@ def window_attention(
         return torch.zeros(*key.shape[:2], 0, device=key.device)
     parts = []
     for _, weights in _weights(query, key, valid, logits, candidates):
-        mass = weights.square().mean(dim=3).sqrt_() if statistic == "rms" else weights.mean(dim=3)
+        if statistic == "max":
+            mass = weights.amax(dim=3)
+        else:
+            mass = weights.square().mean(dim=3).sqrt_() if statistic == "rms" else weights.mean(dim=3)
         parts.append(mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2))
     mass = torch.cat(parts, dim=-1)
     # A window query that is padding itself sees nothing: its softmax is 0/0, in a row without candidates.

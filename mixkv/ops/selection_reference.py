@@ -9,7 +9,8 @@ import torch
 
 from .arguments import RaggedBuffers
 from .layout import empty_buffers, spare_per_sequence
-from .reference import compact, flat_rows
+from .reference import compact
+from .row_access import flat_rows
 
 
 def places(score: torch.Tensor) -> torch.Tensor:

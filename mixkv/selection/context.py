@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..config import MixKVConfig
-from ..ops import dispatch
+from ..ops import dispatch, score_reference
 from ..ops.arguments import LogitOptions
 from ..tensor_parallel import HeadShard
 from .apportion import apportion, to_device, to_host
@@ -139,6 +139,13 @@ class ScoreContext:
         """Float32 [B, Hkv, M], ``mean`` or ``rms`` of what the window's queries attend to, not pooled."""
         options = {"statistic": statistic, "group_reduce": self.config.group_reduce}
         return dispatch.window_attention(self.backend, self.query, self.key, self.mask, self._logits, **options)
+
+    @property
+    def largest_attention(self) -> torch.Tensor:
+        """Float32 [B, Hkv, M], the largest weight that a query of the window gives each candidate, not pooled; 0 for padding."""
+        options = {"statistic": "max", "group_reduce": "max"}
+        largest = score_reference.window_attention(self.query, self.key, self.mask, self._logits, **options)
+        return self.without_padding(largest, 0.0)
 
     @cached_property
     def attention(self) -> torch.Tensor:

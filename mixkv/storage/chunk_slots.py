@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import dispatch, reference
+from ..ops import dispatch, row_access
 from . import chunk_bounds
 from .chunk_pool import Pool
 
@@ -37,7 +37,7 @@ class Slots:
         starts = self.starts.view(batch, -1)[index].flatten()
         self.chunk, self.rows = (part.unflatten(0, (batch, -1))[index].flatten(0, 1) for part in (self.chunk, self.rows))
         total = int(slots.sum())
-        old = reference.flat_rows(starts, slots, total)
+        old = row_access.flat_rows(starts, slots, total)
         rows = (self.size * old.unsqueeze(1) + torch.arange(self.size, device=old.device)).flatten()
         self.key, self.value = self.key[rows], self.value[rows]
         self.slots, self.starts = slots, slots.cumsum(0) - slots

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ops import dispatch, reference
+from ..ops import dispatch, row_access
 from ..ops.arguments import ChosenChunks, LogitOptions
 from ..selection.hybrid import Plan
 from . import chunk_bounds
@@ -113,7 +113,7 @@ class ChunkStore:
         counts = (rows + chunk - 1) // chunk
         starts, bound_starts = rows.cumsum(0) - rows, counts.cumsum(0) - counts
         chunks = int(counts.sum())
-        number = reference.flat_rows(torch.zeros_like(counts), counts, chunks)
+        number = row_access.flat_rows(torch.zeros_like(counts), counts, chunks)
         sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(counts, output_size=chunks)
         at = chunk * number
         lengths = (rows[sequence] - at).clamp(max=chunk)
@@ -179,7 +179,7 @@ class ChunkStore:
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the rows in chunks, sequence after sequence: key [rows, D], value [rows, Dv]."""
         total = int(self.rows.sum())
-        rows = reference.flat_rows(self.starts, self.rows, total).to(self.pool.key.device)
+        rows = row_access.flat_rows(self.starts, self.rows, total).to(self.pool.key.device)
         return self.pool.key[rows], self.pool.value[rows]
 
     def join(self, resident: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:

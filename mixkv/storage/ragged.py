@@ -6,11 +6,20 @@ from typing import Any
 
 import torch
 
-from ..ops import dispatch, reference
-from ..ops.arguments import LogitOptions, RaggedBuffers
+from ..ops import dispatch, row_access
+from ..ops.arguments import LogitOptions, Packed, RaggedBuffers
 from ..ops.layout import empty_buffers, spare_per_sequence
 from ..ops.row_codes import dequantised, quantised
 from ..selection.ranking import Selection, split_positions
+
+# Names in files of what `RaggedStore.held` returns.
+_ROWS = ("key", "value", "position", "key_scale", "value_scale")
+
+
+def _sizes(key: torch.Tensor, value: torch.Tensor) -> tuple[int, int]:
+    """Head sizes of buffers; codes of uint8 are two to a byte."""
+    each = 2 if key.dtype == torch.uint8 else 1
+    return each * key.shape[1], each * value.shape[1]
 
 
 class RaggedStore:
@@ -43,8 +52,7 @@ class RaggedStore:
         self.__dict__.update(state)
         # Where it was pickled there may have been another back end than here.
         key, value = self.key, self.value
-        place = (key.device, self.dtype, key.shape[1], value.shape[1])
-        self.backend = dispatch.choose_again(self.backend, *place, codes=self.coded)
+        self.backend = dispatch.choose_again(self.backend, key.device, self.dtype, *_sizes(key, value), codes=self.coded)
 
     @property
     def key(self) -> torch.Tensor:
@@ -106,7 +114,7 @@ class RaggedStore:
             bound: the former store's ``max_length`` if it was not ``even``: with it attention sums in the same order as there.
         """
         key, value, dtype = rows[0], rows[1], dtype or rows[0].dtype
-        chosen = dispatch.choose(backend, key.device, dtype, key.shape[1], value.shape[1], codes=len(rows) > 3)
+        chosen = dispatch.choose(backend, key.device, dtype, *_sizes(key, value), codes=len(rows) > 3)
         store = cls(lengths.shape[0], lengths.shape[1], chosen, dtype)
         store._measure(lengths.tolist())
         store.spare = spare_per_sequence(store.total, lengths.numel())
@@ -114,17 +122,38 @@ class RaggedStore:
         store.tail = tail
         if bound is not None:
             store.max_length, store.even = max(store.max_length, bound), False
-        order = reference.flat_rows(store.buffers.starts, store.lengths, store.total)
+        order = row_access.flat_rows(store.buffers.starts, store.lengths, store.total)
         for buffer, part in zip(store.buffers.rows, rows):
             buffer.index_copy_(0, order, part)
         return store
+
+    @classmethod
+    def from_state(
+        cls, tensors: dict[str, torch.Tensor], numbers: dict[str, Any], backend: str, dtype: torch.dtype
+    ) -> RaggedStore:
+        """The inverse of `state`, for a model of ``dtype``."""
+        rows = tuple(tensors[name] for name in _ROWS if name in tensors)
+        tail, bound = numbers["tail"], numbers["bound"]
+        return cls.from_rows(rows, tensors["lengths"], backend, dtype=dtype, tail=tail, bound=bound)
+
+    @classmethod
+    def joined(cls, stores: list[RaggedStore]) -> RaggedStore:
+        """Copies of several stores as one of their batch rows."""
+        rows = tuple(torch.cat(part) for part in zip(*(store.held() for store in stores)))
+        lengths = torch.cat([store.lengths.view(store.batch, -1) for store in stores])
+        return cls.from_rows(rows, lengths, stores[0].backend, dtype=stores[0].dtype)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors, copies of the rows held, and numbers for `from_state`."""
+        tensors = dict(zip(_ROWS, self.held())) | {"lengths": self.lengths.view(self.batch, self.heads)}
+        return tensors, {"tail": self.tail, "bound": None if self.even else self.max_length}
 
     def held(self) -> tuple[torch.Tensor, ...]:
         """Copies of the rows held, without spare ones, sequence after sequence.
 
         Returns: key [rows, D], value [rows, Dv], position int32 [rows], and for rows in int8 key_scale and value_scale [rows].
         """
-        rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)
+        rows = row_access.flat_rows(self.buffers.starts, self.lengths, self.total)
         return tuple(part[rows] for part in self.buffers.rows)
 
     def as_stored(self, rows: torch.Tensor) -> torch.Tensor:
@@ -166,7 +195,15 @@ class RaggedStore:
         self.even, self.tail = False, 0
 
     def append_attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        position: int,
+        logits: LogitOptions,
+        *,
+        packed: Packed | None = None,
+        rotate: bool = False,
     ) -> torch.Tensor:
         """A decode step: `append` of one row ``key`` [B, Hkv, 1, D] and `attend` of ``query`` [B, Hq, 1, D]."""
         self._reserve(1)
@@ -180,6 +217,8 @@ class RaggedStore:
             logits,
             max_length=self.max_length + 1,
             stride=self.stride,
+            packed=packed,
+            rotate=rotate,
         )
         self._count(1)
         return output
@@ -218,7 +257,7 @@ class RaggedStore:
         counts = selection.lengths.flatten()
         first = (self.buffers.starts + self.lengths).long() - padded_length
         rows = first.repeat_interleave(counts) + selection.flat_positions
-        self._keep_rows(rows, selection.lengths)
+        self.keep_rows(rows, selection.lengths)
 
     def evict(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """Evicts the selected rows whose rank is not below their sequence's quota; rows appended since then stay.
@@ -240,18 +279,18 @@ class RaggedStore:
         N is ``length``, no less than the longest sequence; by default `max_length`.
         """
         rows, valid = self._padded_rows(self.max_length if length is None else length)
-        key, value = reference.read_rows(self.buffers, rows.flatten(), self.dtype)
+        key, value = row_access.read_rows(self.buffers, rows.flatten(), self.dtype)
         return key.view(*rows.shape, -1), value.view(*rows.shape, -1), valid
 
-    def padded_positions(self) -> torch.Tensor:
+    def padded_positions(self, length: int | None = None) -> torch.Tensor:
         """The positions of `padded` rows: int32 [B, Hkv, N]."""
-        return self.buffers.position[self._padded_rows(self.max_length)[0]]
+        return self.buffers.position[self._padded_rows(self.max_length if length is None else length)[0]]
 
     def replace_values(self, value: torch.Tensor, heads: torch.Tensor) -> None:
         """Gives the rows the values [B, Hkv, N, Dv], in the order of `padded`, of the sequences that ``heads`` bool [B, Hkv] names."""
         rows, valid = self._padded_rows(value.shape[2])
         changed = valid & heads.unsqueeze(-1)
-        reference.write_values(self.buffers, rows[changed], value[changed])
+        row_access.write_values(self.buffers, rows[changed], value[changed])
 
     def _padded_rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffer rows of all sequences aligned to the right, int64 [B, Hkv, length], and which of them are a sequence's own."""
@@ -263,12 +302,12 @@ class RaggedStore:
 
     def positions(self) -> list[list[torch.Tensor]]:
         """[B][Hkv] ascending int32 positions held."""
-        rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)
+        rows = row_access.flat_rows(self.buffers.starts, self.lengths, self.total)
         return split_positions(self.buffers.position[rows], self.lengths.view(self.batch, self.heads))
 
-    def attend(self, query: torch.Tensor, logits: LogitOptions) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, logits: LogitOptions, *, packed: Packed | None = None) -> torch.Tensor:
         """`reference.attend` over the store: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
-        return dispatch.attend(self.backend, query.detach(), self.buffers, logits, **self._extent)
+        return dispatch.attend(self.backend, query.detach(), self.buffers, logits, packed=packed, **self._extent)
 
     def attend_extend(
         self,
@@ -278,13 +317,15 @@ class RaggedStore:
         logits: LogitOptions,
         *,
         mask: torch.Tensor | None = None,
+        packed: Packed | None = None,
     ) -> torch.Tensor:
         """`reference.attend_extend` over the store and a new block: ``query`` [B, Hq, n, D] to [B, n, Hq, Dv].
 
         The block is seen as it will be stored: the same as one token after another would see.
         """
         key, value = (self.as_stored(part.detach()) for part in (key, value))
-        return dispatch.attend_extend(self.backend, query.detach(), self.buffers, key, value, logits, mask=mask, **self._extent)
+        options = {"mask": mask, "packed": packed, **self._extent}
+        return dispatch.attend_extend(self.backend, query.detach(), self.buffers, key, value, logits, **options)
 
     @property
     def _extent(self) -> dict[str, int | None]:
@@ -310,13 +351,13 @@ class RaggedStore:
         dispatch.move_rows(self.backend, buffers, source, total=total, max_length=self.max_length)
         self.buffers, self.spare, self.row_totals, self.batch = buffers, spare, row_totals, len(row_totals)
 
-    def _keep_rows(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
+    def keep_rows(self, rows: torch.Tensor, counts: torch.Tensor) -> None:
         """Keeps buffer rows ``rows`` int64, sequence after sequence, ``counts`` [B, Hkv] of each."""
         former = self.buffers
         self._measure(counts.tolist())
         self.spare, self.tail = spare_per_sequence(self.total, counts.numel()), 0
         self.buffers = empty_buffers(counts.flatten(), self.total, self.spare, former.rows)
-        to_rows = reference.flat_rows(self.buffers.starts, self.lengths, self.total)
+        to_rows = row_access.flat_rows(self.buffers.starts, self.lengths, self.total)
         for buffer, part in zip(self.buffers.rows, former.rows):
             buffer.index_copy_(0, to_rows, part.index_select(0, rows))
 

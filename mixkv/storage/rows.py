@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from ..config import MixKVConfig
 from ..ops.arguments import LogitOptions
 from .chunks import ChunkStore
+from .packed import PackedStore, Store
 from .ragged import RaggedStore
 
 Tensors = dict[str, torch.Tensor]
 Numbers = dict[str, Any]
 
-# Names in files of what `RaggedStore.held` returns.
-_ROWS = ("key", "value", "position", "key_scale", "value_scale")
 # Name in files -> attribute of a `ChunkStore`.
 _CHUNK_LAYOUT = {"chunk_rows": "rows", "chunk_columns": "first_positions", "chunk_slots": "slots"}
 
@@ -29,7 +28,7 @@ class Rows(Protocol):
         chunks: those in chunks, of which every query chooses some; None: there are none.
     """
 
-    resident: RaggedStore
+    resident: Store
     chunks: ChunkStore | None
 
     @property
@@ -85,7 +84,7 @@ class RaggedRows:
 
     chunks: ChunkStore | None = None
 
-    def __init__(self, resident: RaggedStore):
+    def __init__(self, resident: Store):
         self.resident = resident
 
     @property
@@ -125,15 +124,13 @@ class RaggedRows:
         return self.resident.positions()
 
     def state(self) -> tuple[Tensors, Numbers]:
-        store = self.resident
-        tensors = dict(zip(_ROWS, store.held())) | {"lengths": store.lengths.view(store.batch, store.heads)}
-        return tensors, {"tail": store.tail, "bound": None if store.even else store.max_length}
+        return self.resident.state()
 
 
 class ChunkedRows(RaggedRows):
     """Resident rows, and beside them chunks of which every query position chooses some (``hybridkv``)."""
 
-    def __init__(self, resident: RaggedStore, chunks: ChunkStore):
+    def __init__(self, resident: Store, chunks: ChunkStore):
         super().__init__(resident)
         self.chunks = chunks
 
@@ -144,7 +141,7 @@ class ChunkedRows(RaggedRows):
     def decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
     ) -> torch.Tensor:
-        store = self.resident
+        store = cast(RaggedStore, self.resident)
         store.append(key, value, position)
         return self.chunks.attend(store, query, store.lengths.view(store.batch, 1, -1), logits)
 
@@ -161,7 +158,7 @@ class ChunkedRows(RaggedRows):
         before_storing: Callable[[], None],
     ) -> torch.Tensor:
         # Each position chooses for itself, as it would in a forward of its own.
-        store, new = self.resident, key.shape[2]
+        store, new = cast(RaggedStore, self.resident), key.shape[2]
         before = store.lengths.view(store.batch, 1, -1).clone()
         before_storing()
         store.append(key, value, position, valid)
@@ -198,9 +195,9 @@ def with_chunks(rows: Rows, chunks: ChunkStore | None) -> Rows:
 
 def restore(tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> Rows:
     """The rows whose ``state`` these are, on the tensors' device, of a model of ``dtype``."""
-    rows = tuple(tensors[name] for name in _ROWS if name in tensors)
-    tail, bound = numbers["tail"], numbers["bound"]
-    store = RaggedStore.from_rows(rows, tensors["lengths"], config.backend, dtype=dtype, tail=tail, bound=bound)
+    if "packed_key" in tensors:
+        return RaggedRows(PackedStore.from_state(tensors, numbers, config.backend, dtype))
+    store = RaggedStore.from_state(tensors, numbers, config.backend, dtype)
     if "chunk_key" not in tensors:
         return RaggedRows(store)
     chunks = ChunkStore.from_rows(

@@ -12,6 +12,7 @@ from support.text_models import make_model, make_text, make_tokenizer
 
 from mixkv import cli, registry
 from mixkv.cli import demo, parser
+from mixkv.evaluation.loaded import Loaded
 
 pytest.importorskip("rich")
 
@@ -185,11 +186,19 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, missing):
 
 
 def test_the_demo_ends_with_commands_that_exist(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "print_comparison", lambda *arguments: None)
+    monkeypatch.setattr(demo, "print_comparison", lambda *arguments: (None, None))
+    monkeypatch.setattr(demo, "print_questions", lambda loaded: None)
     pytest.importorskip("gguf")
     assert cli.main(["demo"]) == 0
     commands = re.findall(r"^  mixkv (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert commands and set(commands) <= {command.__name__.rpartition(".")[2] for command in parser.COMMANDS}
+
+
+def test_the_demo_asks_about_a_text_that_was_read_once(capsys):
+    model, tokenizer = make_model(max_position_embeddings=4096), make_tokenizer()
+    demo.print_questions(Loaded(model, tokenizer, "tiny"))
+    printed = capsys.readouterr().out
+    assert "read and compressed once" in printed and "replay" in printed and printed.count("of 5") == 3
 
 
 def test_texts_need_no_package_of_pages(folder):

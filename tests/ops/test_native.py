@@ -22,6 +22,7 @@ from support.stores import (
     needs_library,
     oracle_attend,
     oracle_extend,
+    packed_of,
     rows_of,
     softmax_row,
     strided,
@@ -318,9 +319,11 @@ def samples():
         read = (store.key, store.value, store.starts, store.lengths, *scales)
         yield "append", (*store, key, value, 3)
         yield "append", (*store, key, value, 3, torch.ones(2, 1, dtype=torch.bool))
-        yield "attend", (query, *read, *logits)
-        yield "append_attend", (query, *store, key, value, 3, *logits)
-        yield "attend_extend", (query, *read, key, value, None, *logits)
+        others = packed_of([3, 0, 1, 9], 64, 80).buffers if codes else (None,) * 7
+        others = (*others[:2], *others[3:])
+        yield "attend", (query, *read, *others, *logits)
+        yield "append_attend", (query, *store, *others, key, value, 3, codes, *logits)
+        yield "attend_extend", (query, *read, *others, key, value, None, *logits)
         offsets = (store.lengths.cumsum(0) - store.lengths).to(torch.int32)
         positions = torch.zeros(int(store.lengths.sum()), dtype=torch.int32)
         yield "compact", (*store, offsets, key, value, positions)
@@ -338,6 +341,7 @@ def samples():
                 torch.randn(4),
             ),
         )
+        yield "encode_rotated", (key.flatten(0, 2), codes)
 
 
 @needs_library

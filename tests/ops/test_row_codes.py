@@ -1,4 +1,4 @@
-"""Rows in int8: the codes against their definition, and the compiled operations on codes against plain torch and float64."""
+"""Rows in codes: they against their definition, and the compiled operations on codes against plain torch and float64."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from support.stores import (
     needs_library,
     oracle_attend,
     oracle_extend,
+    packed_of,
     query_rounding,
     strided,
 )
 
 from mixkv.ops import native, reference, selection_reference
 from mixkv.ops.arguments import LogitOptions
-from mixkv.ops.row_codes import dequantised, quantised
+from mixkv.ops.row_codes import LEVELS, dequantised, encode_rotated, packed, quantised, rotated, rotated_back, unpacked
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -44,6 +45,129 @@ def test_error_is_half_a_step(dtype, factor):
 def test_zeros_and_huge_rows():
     codes, scale = quantised(torch.tensor([[0.0, 0.0], [1e30, -1e30]]))
     assert codes.tolist() == [[0, 0], [127, -127]] and scale[0] == 0 and scale.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 96, 128, 256])
+def test_rotation_is_orthogonal_and_makes_rows_normal(size):
+    torch.manual_seed(size)
+    rows = torch.randn(5, 7, size, dtype=torch.float64)
+    turned = rotated(rows)
+    assert torch.allclose(rotated_back(turned), rows)
+    assert torch.allclose(turned @ turned.mT, rows @ rows.mT)
+    one = torch.zeros(size, dtype=torch.float64)
+    one[3] = 1.0
+    assert (rotated(one).abs().amax() - (size & -size) ** -0.5).abs() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_packed_rows(dtype):
+    torch.manual_seed(0)
+    rows = (torch.randn(400, 64) * torch.rand(400, 1).mul(4).exp()).to(dtype)
+    codes, scale = packed(rows)
+    assert codes.dtype == torch.uint8 and codes.shape == (400, 32) and scale.dtype == torch.float16
+    levels = unpacked(codes).float()
+    assert torch.equal(levels[:, 5], torch.tensor(LEVELS)[codes[:, 5].int() & 15].float())
+    assert torch.equal(levels[:, 37], torch.tensor(LEVELS)[codes[:, 5].int() >> 4].float())
+    read = dequantised(codes, scale)
+    # Every element has the level nearest to it, and normal elements have the least error that 16 levels can give (0.0095).
+    steps = rows.float() / scale.float().unsqueeze(-1)
+    distance = (steps.unsqueeze(-1) - torch.tensor(LEVELS)).abs()
+    assert torch.allclose((steps - levels).abs(), distance.amin(dim=-1), atol=1e-3)
+    error = ((read - rows.float()).square().sum(dim=-1) / rows.float().square().sum(dim=-1)).mean()
+    assert 0.007 < error < 0.0105
+    zeros = packed(torch.zeros(2, 32))
+    assert (dequantised(*zeros) == 0).all()
+
+
+@needs_library
+@pytest.mark.parametrize("groups", [1, 3, 4])
+@pytest.mark.parametrize("size, value_size", [(16, 32), (64, 64), (80, 112), (256, 256)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_attend_equals_oracle(dtype, size, value_size, groups):
+    torch.manual_seed(size + groups)
+    store, others = coded(make_store([5, 0, 30, 1], size, value_size, dtype)), packed_of([0, 3, 300, 17], size, value_size)
+    query, logits = strided(2, 2 * groups, 1, size, dtype), LogitOptions(size**-0.5)
+    result = native.attend(query, store, logits, max_length=30, packed=others)
+    cleaned = others._replace(buffers=clean(others.buffers))
+    twin = reference.attend(query, clean(store), logits, max_length=30, stride=None, packed=cleaned)
+    whole = decoded(store, others)
+    exact = oracle_attend(query, whole, size**-0.5)
+    assert_close(result, exact, twin, query_rounding(query, whole, size**-0.5))
+    assert_close(twin, exact, exact.to(dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("new", [1, 6])
+def test_packed_extend_and_append_equal_oracle(new):
+    torch.manual_seed(4)
+    store, others = coded(make_store([0, 1, 150, 4], 80, 64, torch.float32, spare=8)), packed_of([7, 0, 140, 1], 80, 64)
+    query, key, value = (
+        strided(2, 6, new, 80, torch.float32),
+        strided(2, 2, new, 80, torch.float32),
+        strided(2, 2, new, 64, torch.float32),
+    )
+    logits, cleaned = LogitOptions(0.11), others._replace(buffers=clean(others.buffers))
+    result = native.attend_extend(query, store, key, value, logits, mask=None, max_length=150, packed=others)
+    options = {"mask": None, "max_length": 150, "stride": None, "packed": cleaned}
+    twin = reference.attend_extend(query, clean(store), key, value, logits, **options)
+    whole = decoded(store, others)
+    exact = oracle_extend(query, whole, key, value, None, 0.11)
+    assert_close(result, exact, twin, query_rounding(query, whole, 0.11))
+    assert_close(twin, exact, exact.float())
+    if new == 1:
+        output = native.append_attend(query, store, key, value, 31, logits, max_length=151, packed=others)
+        assert torch.equal(output, native.attend(query, store, logits, max_length=151, packed=others))
+
+
+@needs_library
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 112, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_encode_rotated_equals_twin(dtype, size):
+    torch.manual_seed(size)
+    rows = torch.randn(70, size).mul(torch.rand(70, 1).mul(6).exp()).to(dtype)
+    rows[3] = 0.0
+    for pack in (False, True):
+        (codes, scale), (twin_codes, twin_scale) = native.encode_rotated(rows, pack=pack), encode_rotated(rows, pack=pack)
+        assert codes.shape == twin_codes.shape and codes.dtype == twin_codes.dtype
+        # Sums are taken in another order: a scale may be the next float16, an element between two codes have the other one.
+        assert torch.allclose(scale.float(), twin_scale.float(), rtol=2**-10)
+        read, other = (rotated_back(dequantised(*part)) for part in ((codes, scale), (twin_codes, twin_scale)))
+        lost, twin_lost = ((part - rows.float()).square().sum() for part in (read, other))
+        assert abs(lost / twin_lost - 1) < 0.02 and (codes != twin_codes).float().mean() < 0.02
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_rotated_step_equals_twin(dtype):
+    torch.manual_seed(8)
+    store, others = coded(make_store([5, 0, 30, 1], 64, 80, dtype)), packed_of([0, 3, 300, 17], 64, 80)
+    query, key, value = strided(2, 6, 1, 64, dtype), strided(2, 2, 1, 64, dtype), strided(2, 2, 1, 80, dtype)
+    logits, cleaned = LogitOptions(0.125), others._replace(buffers=clean(others.buffers))
+    before = copied(clean(store))
+    result = native.append_attend(query, store, key, value, 9, logits, max_length=31, packed=others, rotate=True)
+    options = {"max_length": 31, "stride": None, "packed": cleaned, "rotate": True}
+    twin = reference.append_attend(query, before, key, value, 9, logits, **options)
+    assert result.dtype == dtype and torch.equal(store.lengths, before.lengths)
+    whole = decoded(store, others)
+    turned = rotated(query.float())
+    exact = rotated_back(oracle_attend(turned, whole, 0.125))
+    assert_close(result, exact, twin, query_rounding(turned, whole, 0.125) * 80**0.5)
+
+
+@needs_library
+def test_packed_rows_move_as_bytes():
+    torch.manual_seed(5)
+    store = packed_of([3, 0, 60, 17], 64, 80).buffers
+    ranks = torch.cat([torch.randperm(n) for n in store.lengths.tolist()]).to(torch.int32)
+    quota = torch.tensor([2, 5, 31, 0])
+    left, twin = native.evict(store, ranks, quota, 0), selection_reference.evict(store, ranks, quota, 0)
+    assert_same_buffers(left[0], twin[0])
+    grown, twin_grown = (copied(packed_of(store.lengths.tolist(), 64, 80).buffers) for _ in range(2))
+    for buffer, other in zip(grown, twin_grown):
+        other.copy_(buffer)
+    native.move_rows(grown, store, max_length=60)
+    reference.move_rows(twin_grown, store, total=80)
+    assert_same_buffers(grown, twin_grown)
 
 
 @needs_library

@@ -33,7 +33,8 @@ def whole_weights(query, key, valid, scaling, softcap, sinks):
 
 def whole_window_attention(query, key, valid, *, scaling, statistic, group_reduce, softcap, sinks):
     weights = whole_weights(query, key, valid, scaling, softcap, sinks)[..., : key.shape[2] - query.shape[2]]
-    mass = weights.square().mean(dim=3).sqrt() if statistic == "rms" else weights.mean(dim=3)
+    statistics = {"mean": weights.mean(dim=3), "rms": weights.square().mean(dim=3).sqrt(), "max": weights.amax(dim=3)}
+    mass = statistics[statistic]
     mass = mass.amax(dim=2) if group_reduce == "max" else mass.mean(dim=2)
     return mass if valid is None else mass.nan_to_num(0.0)
 
@@ -108,7 +109,7 @@ SHAPES = dict(
 )
 
 
-@pytest.mark.parametrize("statistic", ["mean", "rms"])
+@pytest.mark.parametrize("statistic", ["mean", "rms", "max"])
 @settings(max_examples=60, deadline=None)
 @given(
     **SHAPES,

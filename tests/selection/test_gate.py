@@ -66,6 +66,24 @@ def test_the_score_of_a_layer(padding):
         assert torch.equal(rank(query, key, value, config, measured=Measured(gate=mine)).scores, expected)
 
 
+@pytest.mark.parametrize("padding", [0, 6])
+def test_the_larger_of_gate_and_output_importance(padding):
+    config = MixKVConfig(score="gate-output", method="snapkv", budget=12, window=5)
+    query, key, value = draw(2, 4, 30, 5, seed=0), draw(2, 2, 30, 5, seed=1), draw(2, 2, 30, 4, seed=2)
+    mask = torch.ones(2, 30)
+    mask[0, :padding] = 0
+    measured, options = Measured(gate=gate(2, 4)), {"attention_mask": mask}
+    found, alone, output = (
+        rank(query, key, value, config.replace(score=score), **options, measured=measured).scores
+        for score in ("gate-output", "gate", "output")
+    )
+    for row, first in enumerate([padding, 0]):
+        assert (found[row, :, :first] == -torch.inf).all()
+        share = output[row, :, first:] / output[row, :, first:].max()
+        assert torch.allclose(found[row, :, first:], alone[row, :, first:].maximum(share))
+    assert (found > alone).any() and (found == alone).any()
+
+
 def test_without_a_gate():
     config = MixKVConfig(score="gate", budget=12, window=5)
     with pytest.raises(ValueError, match="needs a gate that was fitted to the model"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mixkv.ops import native
-from mixkv.ops.arguments import RaggedBuffers
-from mixkv.ops.row_codes import dequantised, quantised
+from mixkv.ops.arguments import Packed, RaggedBuffers
+from mixkv.ops.row_codes import dequantised, packed, quantised
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -48,10 +48,30 @@ def coded(store):
     return store._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
 
 
-def decoded(store):
-    """The rows of `coded` stores in float32, as they are read."""
+def packed_of(lengths, size, value_size):
+    """Random rows in 4 bits, with NaN scales wherever no sequence has a row."""
+    store = make_store(lengths, size, value_size, torch.float32)
+    key, key_scale = packed(store.key.nan_to_num(0.0))
+    value, value_scale = packed(store.value.nan_to_num(0.0))
+    for scale in (key_scale, value_scale):
+        scale[store.position < 0] = float("nan")
+    buffers = store._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)
+    return Packed(buffers, max(lengths))
+
+
+def decoded(store, packed=None):
+    """The rows of `coded` stores in float32, as they are read, after those of ``packed``."""
     key, value = dequantised(store.key, store.key_scale), dequantised(store.value, store.value_scale)
-    return RaggedBuffers(key, value, store.position, store.starts, store.lengths)
+    own = RaggedBuffers(key, value, store.position, store.starts, store.lengths)
+    if packed is None:
+        return own
+    first, sequences = decoded(packed.buffers), range(store.lengths.numel())
+    rows = {
+        name: torch.cat([part for index in sequences for part in (rows_of(first, name, index), rows_of(own, name, index))])
+        for name in ("key", "value", "position")
+    }
+    lengths = first.lengths + own.lengths
+    return RaggedBuffers(**rows, starts=(lengths.cumsum(0) - lengths).int(), lengths=lengths)
 
 
 def rows_of(store, name, index):

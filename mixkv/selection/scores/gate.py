@@ -34,4 +34,26 @@ def gate(context: ScoreContext) -> torch.Tensor:
     return found.masked_fill(first, 1.0)
 
 
+def gate_output(context: ScoreContext) -> torch.Tensor:
+    """The larger of what a replay and what the window's queries need of each candidate, [B, Hkv, M]: for a question that is known.
+
+    The first is `gate`, the second output importance as a share of the largest in the layer.
+
+    Raises:
+        ValueError: there is no gate for the layer.
+    """
+    importance = context.output_importance
+    largest = importance.flatten(1).amax(dim=-1).clamp(min=1e-30) if importance.shape[-1] else importance.new_ones(1)
+    return torch.maximum(gate(context), importance / largest.view(-1, 1, 1))
+
+
 add(Score("gate", gate, "what a replay is expected to attend to, from keys and values", comparable=True, needs_gate=True))
+add(
+    Score(
+        "gate-output",
+        gate_output,
+        "the larger of gate and of output importance as a share of the layer's largest",
+        comparable=True,
+        needs_gate=True,
+    )
+)

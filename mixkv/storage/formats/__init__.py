@@ -3,3 +3,4 @@
 # ruff: noqa: F401, I001 (a format adds itself when it is imported, in the order of tables)
 from . import full
 from . import int8
+from . import int4

@@ -22,4 +22,4 @@ def row_bytes(key_size: int, value_size: int, itemsize: int) -> int:
     return key_size + 2 + value_size + 2
 
 
-add(RowFormat("int8", rows, row_bytes, row_bytes, "8 bits an element, a scale for each key and each value"))
+add(RowFormat("int8", rows, row_bytes, row_bytes, "8 bits an element, a scale for each key and each value", codes=True))
