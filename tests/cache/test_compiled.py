@@ -277,6 +277,7 @@ def test_sampling():
     [
         (dict(method="hybridkv"), {}, "hybridkv"),
         (dict(decode_budget=30), {}, "decode_budget=30"),
+        (dict(rows="int4"), {}, "rows='int4'"),
         ({}, dict(num_beams=2), "beam search"),
         ({}, dict(prompt_lookup_num_tokens=3), "assisted decoding"),
     ],
