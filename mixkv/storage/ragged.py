@@ -10,7 +10,8 @@ from ..ops import dispatch, row_access
 from ..ops.arguments import LogitOptions, Packed, RaggedBuffers
 from ..ops.layout import empty_buffers, spare_per_sequence
 from ..ops.row_codes import dequantised, quantised
-from ..selection.ranking import Selection, split_positions
+from ..selection.ranking import Selection
+from .ragged_layout import RaggedLayout
 
 # Names in files of what `RaggedStore.held` returns.
 _ROWS = ("key", "value", "position", "key_scale", "value_scale")
@@ -22,24 +23,8 @@ def _sizes(key: torch.Tensor, value: torch.Tensor) -> tuple[int, int]:
     return each * key.shape[1], each * value.shape[1]
 
 
-class RaggedStore:
-    """Keys, values and positions of B x Hkv sequences.
-
-    Attributes:
-        buffers: the rows with spare ones, and where each sequence lies.
-        batch, heads: B and Hkv.
-        dtype: of queries and of new rows, the model's; rows are in it too, unless they are in int8.
-        row_totals: rows held per batch row (host).
-        max_length: at least the longest sequence (host).
-        spare: rows that every sequence can still take in place (host).
-        tail: rows at the end of every sequence that `crop` may remove: those appended since the last selection (host).
-    """
-
-    buffers: RaggedBuffers
-    row_totals: list[int]
-    max_length: int
-    spare: int
-    tail: int
+class RaggedStore(RaggedLayout):
+    """Keys, values and positions of B x Hkv sequences, to which rows are appended and from which they are evicted."""
 
     def __init__(self, batch: int, heads: int, backend: str, dtype: torch.dtype):
         self.batch, self.heads, self.backend, self.dtype = batch, heads, backend, dtype
@@ -53,26 +38,6 @@ class RaggedStore:
         # Where it was pickled there may have been another back end than here.
         key, value = self.key, self.value
         self.backend = dispatch.choose_again(self.backend, key.device, self.dtype, *_sizes(key, value), codes=self.coded)
-
-    @property
-    def key(self) -> torch.Tensor:
-        """[rows, D], spare rows included."""
-        return self.buffers.key
-
-    @property
-    def value(self) -> torch.Tensor:
-        """[rows, Dv], spare rows included."""
-        return self.buffers.value
-
-    @property
-    def lengths(self) -> torch.Tensor:
-        """int32 [B * Hkv], the rows of each sequence."""
-        return self.buffers.lengths
-
-    @property
-    def coded(self) -> bool:
-        """Whether rows are in int8."""
-        return self.buffers.key_scale is not None
 
     @classmethod
     def from_selection(
@@ -159,26 +124,6 @@ class RaggedStore:
     def as_stored(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` [..., D] as they are read once they have been stored, in their dtype."""
         return dequantised(*quantised(rows), rows.dtype) if self.coded else rows
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, spare rows and bookkeeping included."""
-        return self.buffers.nbytes
-
-    @property
-    def spare_rows(self) -> int:
-        """Rows allocated beyond those held, all sequences together."""
-        return self.key.shape[0] - self.total
-
-    @property
-    def stride(self) -> int | None:
-        """The common capacity where all sequences have the same length, so that the buffers are dense tensors; else None."""
-        return self.max_length + self.spare if self.even else None
-
-    @property
-    def total(self) -> int:
-        """Rows held by all sequences."""
-        return sum(self.row_totals)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, position: int, valid: torch.Tensor | None = None) -> None:
         """Adds n rows ``key`` [B, Hkv, n, D], ``value`` [B, Hkv, n, Dv] of positions ``position ..`` to every sequence, in place.
@@ -273,37 +218,11 @@ class RaggedStore:
         self.spare = self.spare_rows // self.lengths.numel()
         return left
 
-    def padded(self, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All sequences aligned to the right: key [B, Hkv, N, D], value [B, Hkv, N, Dv] in `dtype`, valid bool [B, Hkv, N].
-
-        N is ``length``, no less than the longest sequence; by default `max_length`.
-        """
-        rows, valid = self._padded_rows(self.max_length if length is None else length)
-        key, value = row_access.read_rows(self.buffers, rows.flatten(), self.dtype)
-        return key.view(*rows.shape, -1), value.view(*rows.shape, -1), valid
-
-    def padded_positions(self, length: int | None = None) -> torch.Tensor:
-        """The positions of `padded` rows: int32 [B, Hkv, N]."""
-        return self.buffers.position[self._padded_rows(self.max_length if length is None else length)[0]]
-
     def replace_values(self, value: torch.Tensor, heads: torch.Tensor) -> None:
         """Gives the rows the values [B, Hkv, N, Dv], in the order of `padded`, of the sequences that ``heads`` bool [B, Hkv] names."""
         rows, valid = self._padded_rows(value.shape[2])
         changed = valid & heads.unsqueeze(-1)
         row_access.write_values(self.buffers, rows[changed], value[changed])
-
-    def _padded_rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The buffer rows of all sequences aligned to the right, int64 [B, Hkv, length], and which of them are a sequence's own."""
-        offsets = torch.arange(-length, 0, device=self.lengths.device)
-        lengths = self.lengths.long().unsqueeze(1)
-        rows = (self.buffers.starts.long().unsqueeze(1) + lengths + offsets).clamp(min=0)
-        shape = (self.batch, self.heads, length)
-        return rows.view(shape), (offsets >= -lengths).view(shape)
-
-    def positions(self) -> list[list[torch.Tensor]]:
-        """[B][Hkv] ascending int32 positions held."""
-        rows = row_access.flat_rows(self.buffers.starts, self.lengths, self.total)
-        return split_positions(self.buffers.position[rows], self.lengths.view(self.batch, self.heads))
 
     def attend(self, query: torch.Tensor, logits: LogitOptions, *, packed: Packed | None = None) -> torch.Tensor:
         """`reference.attend` over the store: ``query`` [B, Hq, 1, D] to [B, 1, Hq, Dv]."""
@@ -327,20 +246,9 @@ class RaggedStore:
         options = {"mask": mask, "packed": packed, **self._extent}
         return dispatch.attend_extend(self.backend, query.detach(), self.buffers, key, value, logits, **options)
 
-    @property
-    def _extent(self) -> dict[str, int | None]:
-        return {"max_length": self.max_length, "stride": self.stride}
-
     def _reserve(self, new: int) -> None:
         if new > self.spare:
             self._move(self.buffers.starts, self.lengths, self.row_totals, new)
-
-    def _count(self, new: int) -> None:
-        """Every sequence has ``new`` more rows."""
-        self.spare -= new
-        self.max_length += new
-        self.tail += new
-        self.row_totals = [total + self.heads * new for total in self.row_totals]
 
     def _move(self, starts: torch.Tensor, lengths: torch.Tensor, row_totals: list[int], new: int = 0) -> None:
         """Copies the rows that ``starts``, ``lengths`` name in the present buffers into new ones."""
@@ -360,8 +268,3 @@ class RaggedStore:
         to_rows = row_access.flat_rows(self.buffers.starts, self.lengths, self.total)
         for buffer, part in zip(self.buffers.rows, former.rows):
             buffer.index_copy_(0, to_rows, part.index_select(0, rows))
-
-    def _measure(self, host_lengths: list[list[int]]) -> None:
-        self.row_totals = [sum(row) for row in host_lengths]
-        self.max_length = max(max(row) for row in host_lengths)
-        self.even = all(length == self.max_length for row in host_lengths for length in row)
