@@ -160,8 +160,17 @@ class PackedStore:
         self.recent.take_rows(rows)
 
     def evict(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """As `RaggedStore.evict`; rows of the window have rank -1 and are never evicted."""
-        return self.selected.evict(ranks[ranks >= 0], quota)
+        """As `RaggedStore.evict`."""
+        quota, held = quota.to(ranks.device), self.selected.lengths.long()
+        counts = held + self.recent.lengths.long() - self.tail
+        sequence = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+        place = torch.arange(sequence.numel(), device=counts.device) - (counts.cumsum(0) - counts)[sequence]
+        stays = ranks < quota[sequence]
+        for store, mine in ((self.selected, place < held[sequence]), (self.recent, place >= held[sequence])):
+            # Most evictions are of a prompt, whose window is all that is recent.
+            if not stays[mine].all():
+                store.evict(ranks[mine], quota)
+        return ranks[stays]
 
     def keep(self, selection: Selection, padded_length: int) -> None:
         """As `RaggedStore.keep`; rows stay in the bits that they have."""
