@@ -85,7 +85,7 @@ class WholePrompt(PromptSoFar):
         logits: LogitOptions,
         before: int = 0,
     ):
-        super().__init__(key, value)
+        super().__init__(_own(key), _own(value))
         self.before = before
         self.query, self.output, self.valid, self.logits = query, output, valid, logits
         self.replay = torch.zeros(key.shape[:3], device=key.device)
@@ -271,6 +271,11 @@ def from_earlier(attributes: dict[str, Any]) -> dict[str, Any]:
         "window": None if query is None else QueryWindow(query),
         "statistics": None if store is None else PromptStatistics(**measured),
     }
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy where it is a view that keeps much more memory: some models project queries, keys and values as one."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > 1.5 * tensor.nbytes else tensor
 
 
 def _bytes(*tensors: torch.Tensor) -> int:

@@ -160,17 +160,19 @@ class PackedStore:
         self.recent.take_rows(rows)
 
     def evict(self, ranks: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """As `RaggedStore.evict`."""
-        quota, held = quota.to(ranks.device), self.selected.lengths.long()
-        counts = held + self.recent.lengths.long() - self.tail
-        sequence = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
-        place = torch.arange(sequence.numel(), device=counts.device) - (counts.cumsum(0) - counts)[sequence]
-        stays = ranks < quota[sequence]
-        for store, mine in ((self.selected, place < held[sequence]), (self.recent, place >= held[sequence])):
-            # Most evictions are of a prompt, whose window is all that is recent.
-            if not stays[mine].all():
-                store.evict(ranks[mine], quota)
-        return ranks[stays]
+        """As `RaggedStore.evict`, of rows in 4 bits and in 8."""
+        quota = quota.to(ranks.device)
+        held = self.selected.lengths.long()
+        both = held + self.recent.lengths.long() - self.tail
+        sequence = torch.arange(both.numel(), device=both.device).repeat_interleave(both, output_size=ranks.numel())
+        place = torch.arange(ranks.numel(), device=both.device) - (both.cumsum(0) - both)[sequence]
+        packed = place < held[sequence]
+        self.selected.evict(ranks[packed], quota)
+        others = ranks[~packed]
+        # After a prompt these are the window, which stays.
+        if (others >= 0).any():
+            self.recent.evict(others, quota)
+        return ranks[ranks < quota[sequence]]
 
     def keep(self, selection: Selection, padded_length: int) -> None:
         """As `RaggedStore.keep`; rows stay in the bits that they have."""

@@ -204,6 +204,32 @@ def check_codes(store, kind, known):
 
 
 @pytest.mark.parametrize("rows", CODED)
+@pytest.mark.parametrize(
+    "options", [{"turns": "each"}, {"turns": "all"}, {"refit": True}, {"turns": "each", "decode_budget": 20}], ids=str
+)
+def test_turns_and_refitted_values_keep_what_full_rows_keep(rows, options):
+    model, prompts = zoo.build("llama"), zoo.inputs("llama", 40, batch=2)
+    caches = [mixkv.MixKVCache(model, **SMALL, **options, rows=name, method="snapkv", score="attn") for name in (rows, "full")]
+    more = zoo.inputs("llama", 30, batch=2, seed=5)["input_ids"]
+    with torch.no_grad():
+        logits = []
+        for cache in caches:
+            model(**prompts, past_key_values=cache)
+            model(input_ids=more, past_key_values=cache)
+            logits.append(model(input_ids=more[:, :1], past_key_values=cache).logits)
+    assert caches[0].stats()["rows"] == caches[1].stats()["rows"]
+    assert all(part.diff().gt(0).all() for heads in caches[0].kept(0) for part in heads)
+    # The first layer has seen the same: its window scores differ by the codes of earlier rows alone.
+    same = [
+        len(set(a.tolist()) & set(b.tolist())) / len(a)
+        for row, other in zip(*(c.kept(0) for c in caches))
+        for a, b in zip(row, other)
+    ]
+    assert min(same) > 0.6
+    assert (logits[0] - logits[1]).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("rows", CODED)
 def test_beams_and_assisted_decoding(rows):
     model, prompts = zoo.build("llama"), zoo.inputs("llama", 40)
     options = SMALL | {"rows": rows}

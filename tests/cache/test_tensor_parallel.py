@@ -33,6 +33,8 @@ CASES = {
     "llama-beams": ("llama", BASE | dict(method="adakv", decode_budget=18, decode_slack=3), dict(num_beams=3)),
     "llama-bounded": ("llama", BASE | dict(decode_budget=16, decode_slack=3), {}),
     "llama-lookup": ("llama", BASE | dict(decode_budget=18, decode_slack=3), dict(prompt_lookup_num_tokens=3)),
+    "llama-int8": ("llama", BASE | dict(rows="int8"), {}),
+    "llama-int4": ("llama", BASE | dict(rows="int4", decode_budget=18, decode_slack=3), {}),
     "llama-chunks": ("llama", BASE, dict(prefill_chunk_size=16)),
     "llama-turns": ("llama", BASE | dict(method="adakv", turns="each"), {}),
     "llama-all": ("llama", BASE | dict(method="adakv", turns="all"), {}),
