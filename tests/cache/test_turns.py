@@ -286,3 +286,22 @@ def test_an_image_in_the_second_turn(name):
         found.append(logits)
         mixkv.unpatch(model)
     assert max((ours - theirs).abs().max() for ours, theirs in zip(*found)) < 1e-4
+
+
+@pytest.mark.parametrize("turns", ["each", "all"])
+@pytest.mark.parametrize("rows", ["int8", "int4"])
+def test_turns_of_rows_in_fewer_bits(rows, turns):
+    """As many rows as in the model's dtype, each of the right token; packed rows in two stores are evicted from both."""
+    model = zoo.build("llama")
+    kept = []
+    for form in (rows, "model"):
+        cache = mixkv.MixKVCache(model, method="global", turns=turns, **({} if form == "model" else {"rows": form}), **SMALL)
+        conversation(model, zoo.inputs("llama", LENGTH, batch=2), [text(2, TURN), text(2, 40, 6)], cache)
+        kept.append([cache.kept(layer) for layer in range(3)])
+    count = [[sum(len(head) for layer in one for head in layer[row]) for row in range(2)] for one in kept]
+    assert count[0] == count[1]
+    for layer in kept[0]:
+        for row in layer:
+            assert all(
+                (head[1:] > head[:-1]).all() and head[-STEPS + 1 :].tolist()[-1] == int(kept[1][0][0][0][-1]) for head in row
+            )
