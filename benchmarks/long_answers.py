@@ -3,8 +3,9 @@
     python benchmarks/long_answers.py [--tokens 4096] [--prompt 512] [--bounds 128,256] [--seeds 1,3] [--out FILE.jsonl]
 
 Texts are from Python's manual. The first ``--prompt`` tokens are the prompt, the others are fed as if they had been generated; entries are
-evicted after every 64 tokens, down to the bound. ``window`` is what the library does by default (decode-time SnapKV with the default
-method and score), ``snapkv`` the same with equal parts and attention alone, ``streaming`` the first four tokens and the latest, ``r-kv``
+evicted after every 64 tokens, down to the bound. ``window`` is what the library does by default: attention of the last queries with the
+default method and score, of each row by itself. ``pooled`` pools it over neighbouring rows, as decode-time SnapKV does. ``snapkv`` and
+``pooled snapkv`` are the same with equal parts and attention alone, ``streaming`` the first four tokens and the latest, ``r-kv``
 attention of the last eight queries against redundancy (z = 0.1 a - 0.9 r, arXiv 2505.24133). All see the same tokens.
 """
 
@@ -21,6 +22,8 @@ import transformers
 from torch.nn.functional import max_pool1d, normalize
 
 import mixkv
+from mixkv.cache.compress import Compressor
+from mixkv.cache.layer import MixKVLayer
 from mixkv.evaluation import paired, smollm2, tasks
 from mixkv.hf.versions import cache_argument
 
@@ -53,12 +56,26 @@ def r_kv(context) -> torch.Tensor:
 mixkv.register_score("streaming", streaming)
 mixkv.register_score("r-kv", r_kv)
 
-VARIANTS = {
+
+class Pooled(mixkv.MixKVCache):
+    """A cache that pools scores over the rows held, as it does over a prompt's tokens."""
+
+    class layer_class(MixKVLayer):
+        class compressor_class(Compressor):
+            @property
+            def decode_config(self):
+                return self.config
+
+
+VARIANTS: dict[str, dict] = {
+    "pooled": {},
     "window": {},
     "snapkv": {"method": "snapkv", "score": "attn"},
+    "pooled snapkv": {"method": "snapkv", "score": "attn"},
     "streaming": {"method": "snapkv", "score": "streaming"},
     "r-kv": {"method": "snapkv", "score": "r-kv", "window": RKV_QUERIES},
 }
+POOLED = ("pooled", "pooled snapkv")
 
 
 def text(tokenizer, seed: int, tokens: int) -> torch.Tensor:
@@ -72,7 +89,9 @@ def divergence(model, ids: torch.Tensor, prompt: int, bound: int, variants: dict
     """Nats a token for every variant, over the tokens after the prompt."""
     full = transformers.DynamicCache(config=model.config)
     caches = {
-        name: mixkv.MixKVCache(model, budget=bound, decode_budget=bound, decode_slack=BLOCK - 1, **options)
+        name: (Pooled if name in POOLED else mixkv.MixKVCache)(
+            model, budget=bound, decode_budget=bound, decode_slack=BLOCK - 1, **options
+        )
         for name, options in variants.items()
     }
     for cache in (full, *caches.values()):

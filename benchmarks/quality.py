@@ -39,7 +39,7 @@ def merged(runs: list[tuple[dict, list[dict]]]) -> tuple[list[dict], list[dict]]
 
 
 def kind(config: dict) -> tuple:
-    return config["method"], config["score"], config["budget"]
+    return config["method"], config["score"] + paired.form(config), config["budget"]
 
 
 def cell(row: dict) -> str:
@@ -195,7 +195,10 @@ def main() -> None:
     for (name, _), found in runs.items():
         configs, records = merged(found)
         records, equal = whole_rounds(records), given.equal_bytes
-        models[name] = paired.summary(records, configs, reference, equal_bytes=equal is not None)
+        models[name] = [
+            {**row, "score": row["score"] + row["form"]}
+            for row in paired.summary(records, configs, reference, equal_bytes=equal is not None)
+        ]
         if equal is None:
             print_tables(name, models[name], reference, given.answers)
         else:

@@ -75,6 +75,8 @@ class MixKVConfig:
             KV head it is compressed again to ``decode_budget``, with the last ``window`` queries. None: nothing that came after
             the first prompt is ever evicted.
         decode_slack: see ``decode_budget``.
+        decode_decay: what entries were worth at earlier evictions of a generation counts so much, and what the last queries say the
+            rest; 0: the last queries decide alone.
         turns: which turns of a conversation are compressed. ``first`` the prompt alone, later turns are kept whole; ``each`` every
             later turn of more than ``window`` tokens, too, to a ``budget`` of its own, and what earlier turns left is not touched;
             ``all`` all that is held competes again for ``budget`` after each turn, so that no more is held than the budget, the
@@ -122,6 +124,7 @@ class MixKVConfig:
     refit: bool = False
     gate: str | None = None
     turns: str = "first"
+    decode_decay: float = 0.5
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -145,7 +148,15 @@ class MixKVConfig:
             _positive_int(name, getattr(self, name))
         if self.hybrid_first != 0:
             _positive_int("hybrid_first", self.hybrid_first)
-        for name in ("ada_floor", "sparsemm_floor", "global_floor", "layer_exponent", "hybrid_floor", "hybrid_threshold"):
+        for name in (
+            "decode_decay",
+            "ada_floor",
+            "sparsemm_floor",
+            "global_floor",
+            "layer_exponent",
+            "hybrid_floor",
+            "hybrid_threshold",
+        ):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be a number from 0 to 1")

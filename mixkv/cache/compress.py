@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from ..storage.chunks import ChunkStore
 from ..storage.packed import Store
 from ..storage.rows import Rows, with_chunks
 from .parts import PromptStatistics, RemoteHeads
+from .row_scores import RunningImportance
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,11 @@ class Compressor:
             entries = shared_budget.add_layer(whole, None if projected is None else output_scale(projected))
         return entries, whole.real - whole.choosable
 
+    @property
+    def decode_config(self) -> MixKVConfig:
+        """How rows are scored while an answer is generated: rows held side by side are not of neighbouring tokens, so nothing is pooled."""
+        return self.config.replace(kernel_size=1, output_kernel_size=1)
+
     def enforce_decode_budget(
         self,
         query: torch.Tensor,
@@ -169,6 +176,7 @@ class Compressor:
         logits: LogitOptions,
         share: list[float] | None,
         remote: RemoteHeads | None,
+        running: RunningImportance | None = None,
     ) -> RemoteHeads | None:
         """Evicts from ``store`` what exceeds ``config.decode_budget`` by more than ``config.decode_slack``.
 
@@ -177,6 +185,7 @@ class Compressor:
             logits: how the model computes its logits.
             share: for every batch row, this layer's rows to those of the average layer; None: all layers alike.
             remote: rows of heads in other processes.
+            running: of earlier evictions, changed by this one; None: the last queries decide alone.
 
         Returns: ``remote`` afterwards.
         """
@@ -192,7 +201,12 @@ class Compressor:
             longest = remote.lengths(store.lengths.view(store.batch, -1).long()).amax(dim=-1)
             length = int(longest.max())
         key, value, valid = store.padded(length)
-        ranking = self.rank(query, key, value, logits, valid, longest)
+        revise = None
+        if running is not None:
+            count, changed = max(key.shape[2] - config.window, 0), torch.tensor(exceeds, device=key.device)
+            position = store.padded_positions(length)[..., :count].masked_fill(~valid[..., :count], -1)
+            revise = partial(running.revise, position, changed, config.decode_decay)
+        ranking = self.rank(query, key, value, logits, valid, longest, config=self.decode_config, revise=revise)
         # A batch row that does not exceed its budget stays as it is, as it would alone.
         base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, exceeds)]
         ranking = dataclasses.replace(ranking, base=torch.tensor(base, device=key.device))
@@ -210,20 +224,23 @@ class Compressor:
         longest: torch.Tensor | None = None,
         newest: torch.Tensor | None = None,
         measured: Measured | None = None,
+        config: MixKVConfig | None = None,
+        revise: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> Ranking:
-        """The candidates in order; ``longest``, ``newest``: as `mixkv.selection.select.rank` takes them."""
+        """The candidates in order; ``longest``, ``newest``, ``revise``: as of `mixkv.selection.select.rank`; ``config``: another one."""
         if self.gate is not None:
             measured = dataclasses.replace(measured or Measured(), gate=self.gate)
         return rank(
             query,
             key,
             value,
-            self.config,
+            config or self.config,
             attention_mask=valid,
             output_factor=partial(self._output_factor, value),
             shard=self.shard,
             longest=longest,
             newest=newest,
+            revise=revise,
             measured=measured,
             logits=logits,
             **self.layer_position,

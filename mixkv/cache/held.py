@@ -9,7 +9,8 @@ from ..storage.chunks import ChunkStore
 from ..storage.counted import Counted, CountsSteps
 from ..storage.packed import PackedStore, Store
 from ..storage.rows import Rows
-from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads, RowScores
+from .parts import PARTS, Part, PromptSoFar, PromptStatistics, QueryWindow, RemoteHeads
+from .row_scores import RowScores, RunningImportance
 from .state import CacheState
 
 
@@ -22,7 +23,7 @@ class HeldEntries(CountsSteps):
         dtype: of keys and values.
         seen: tokens seen, padding included.
         is_initialized: whether a forward has come.
-        prompt, rows, remote, window, scores, statistics: the parts of `parts.PARTS`, None where there is nothing.
+        prompt, rows, remote, window, scores, running, statistics: the parts of `parts.PARTS`, None where there is nothing.
     """
 
     state: CacheState
@@ -35,6 +36,7 @@ class HeldEntries(CountsSteps):
     remote: RemoteHeads | None
     window: QueryWindow | None
     scores: RowScores | None = None
+    running: RunningImportance | None = None
     statistics: PromptStatistics | None
 
     def _add_steps(self, new: int) -> None:

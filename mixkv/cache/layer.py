@@ -18,6 +18,7 @@ from .compress import Compressor, row_totals
 from .held import HeldEntries
 from .parts import PARTS, Part, PromptSoFar, QueryWindow, WholePrompt, from_earlier
 from .refit import PendingRefit
+from .row_scores import RunningImportance
 from .state import CacheState
 
 
@@ -314,7 +315,9 @@ class MixKVLayer(HeldEntries, CacheLayerMixin):
     def evict_to_decode_budget(self) -> None:
         """Evicts what exceeds the decode budget, by the last window of queries."""
         if self.state.config.decode_budget is not None and self.rows is not None:
-            held = (self.window.query, self.store, self.logits, self.statistics.share, self.remote)
+            if self.state.config.decode_decay > 0 and self.running is None:
+                self.running = RunningImportance.empty(self.store.batch, self.store.heads, self.device)
+            held = (self.window.query, self.store, self.logits, self.statistics.share, self.remote, self.running)
             self.remote = self.compressor().enforce_decode_budget(*held)
 
     def compressor(self) -> Compressor:

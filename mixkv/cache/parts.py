@@ -13,6 +13,7 @@ from ..config import MixKVConfig
 from ..ops.arguments import LogitOptions
 from ..selection.context import Measured
 from ..storage import rows as stored_rows
+from .row_scores import RowScores, RunningImportance
 
 Tensors = dict[str, torch.Tensor]
 Numbers = dict[str, Any]
@@ -84,7 +85,7 @@ class WholePrompt(PromptSoFar):
         logits: LogitOptions,
         before: int = 0,
     ):
-        super().__init__(key, value)
+        super().__init__(_own(key), _own(value))
         self.before = before
         self.query, self.output, self.valid, self.logits = query, output, valid, logits
         self.replay = torch.zeros(key.shape[:3], device=key.device)
@@ -185,35 +186,6 @@ class QueryWindow:
         return cls(tensors["query_tail"]) if "query_tail" in tensors else None
 
 
-class RowScores:
-    """Scores of rows from when they were read, where they are not measured again.
-
-    ``position`` int32 [B, Hkv, N], ascending, -1 where there is no row; ``score`` float32 [B, Hkv, N].
-    """
-
-    def __init__(self, position: torch.Tensor, score: torch.Tensor):
-        self.position, self.score = position.contiguous(), score
-
-    def of(self, position: torch.Tensor) -> torch.Tensor:
-        """The scores [B, Hkv, n] of the rows at ``position`` int32 [B, Hkv, n]; 0 for those that have none."""
-        found = torch.searchsorted(self.position, position.contiguous()).clamp(max=self.position.shape[2] - 1)
-        return self.score.gather(2, found).masked_fill((self.position.gather(2, found) != position) | (position < 0), 0.0)
-
-    @property
-    def nbytes(self) -> int:
-        return _bytes(self.position, self.score)
-
-    def take_rows(self, rows: list[int]) -> None:
-        self.position, self.score = self.position[rows], self.score[rows]
-
-    def state(self) -> tuple[Tensors, Numbers]:
-        return {"scored_position": self.position, "row_score": self.score}, {}
-
-    @classmethod
-    def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> RowScores | None:
-        return cls(tensors["scored_position"], tensors["row_score"]) if "row_score" in tensors else None
-
-
 @dataclass
 class PromptStatistics:
     """What compression measured on the prompt.
@@ -280,6 +252,7 @@ PARTS: dict[str, Callable[..., Any]] = {
     "remote": RemoteHeads.restore,
     "window": QueryWindow.restore,
     "scores": RowScores.restore,
+    "running": RunningImportance.restore,
     "statistics": PromptStatistics.restore,
 }
 
@@ -298,6 +271,11 @@ def from_earlier(attributes: dict[str, Any]) -> dict[str, Any]:
         "window": None if query is None else QueryWindow(query),
         "statistics": None if store is None else PromptStatistics(**measured),
     }
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy where it is a view that keeps much more memory: some models project queries, keys and values as one."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > 1.5 * tensor.nbytes else tensor
 
 
 def _bytes(*tensors: torch.Tensor) -> int:

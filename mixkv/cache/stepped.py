@@ -99,7 +99,9 @@ class SteppedCache(TrackedCache):
         if new is None or new.shape[:2] != (self._batch, 1):
             return False
         ours = [layer for layer in self.layers if isinstance(layer, MixKVLayer)]
-        if any(layer.rows is None or layer.chunks is not None for layer in ours) or self._state.reads_turn(ours[0].seen):
+        if not all(isinstance(layer.store, RaggedStore) and layer.chunks is None for layer in ours) or self._state.reads_turn(
+            ours[0].seen
+        ):
             return False
         # The last queries are kept in a tensor of a fixed size.
         if self._state.keeps_window and ours[0].window.query.shape[2] < self.config.window:

@@ -13,7 +13,8 @@ from ..config import MixKVConfig
 from ..hf import call_stack
 from ..selection.budget import base_entries
 from ..selection.context import Measured
-from .parts import FIRST, RowScores, WholePrompt
+from .parts import FIRST, WholePrompt
+from .row_scores import RowScores
 
 if TYPE_CHECKING:
     from .layer import MixKVLayer

@@ -43,20 +43,27 @@ def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[s
     )
     parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm, written by mixkv calibrate or as JSON")
     parser.add_argument("--gate", metavar="FILE", help="gate for score gate, written by mixkv calibrate --gate")
-    parser.add_argument("--refit", action="store_true", help="refit the values of kept rows")
+    parser.add_argument(
+        "--refit",
+        type=list_of(yes_or_no),
+        default=[False],
+        metavar="no,yes",
+        help="whether the values of kept entries are refitted (default no)",
+    )
 
 
 def configs(options: argparse.Namespace) -> list:
-    """A `MixKVConfig` for every row format, method, score and budget of `add_grid`.
+    """A `MixKVConfig` for every row format, method, score and budget of `add_grid`, with values refitted or not.
 
     Raises:
         InputError: a value is invalid.
     """
     from ..evaluation import compare
 
-    given = {name: getattr(options, name) for name in ("profile", "gate", "refit") if getattr(options, name)}
+    given = {name: getattr(options, name) for name in ("profile", "gate") if getattr(options, name)}
     kinds = options.cache or list(product(options.method, options.score))
-    return [config for rows in options.rows for config in compare.grid(kinds, options.budget, rows=rows, **given)]
+    forms = list(product(options.refit, options.rows))
+    return [config for refit, rows in forms for config in compare.grid(kinds, options.budget, rows=rows, refit=refit, **given)]
 
 
 def add_model(parser: argparse.ArgumentParser, default: str = "SmolLM2-135M-Instruct") -> None:
@@ -80,6 +87,12 @@ def method_and_score(text: str) -> tuple[str, str]:
     if not plus:
         raise argparse.ArgumentTypeError(f"{text!r} is not METHOD+SCORE, for example snapkv+mix")
     return method, score
+
+
+def yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text == "yes"
 
 
 def list_of(item: Callable[[str], Any]) -> Callable[[str], list]:

@@ -19,7 +19,7 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..evaluation import InputError
-    from ..ops import build, dispatch
+    from ..ops import build, report
 
     if options.device == "all":
         devices = ["cpu", "cuda"] if build.compiler("cuda") else ["cpu"]
@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"the operations for {device} cannot be compiled: {error}") from error
         print(f"{device}: {path} ({f'built in {time.monotonic() - began:.0f} s' if built == 'now' else built})")
     if "cuda" in devices:
-        for line in dispatch.check_gpu():
+        for line in report.check_gpu():
             print(line)

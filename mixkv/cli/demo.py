@@ -67,7 +67,7 @@ def print_questions(loaded) -> None:
     from ..config import MixKVConfig
     from ..evaluation import documents, measure, prompts, tables
 
-    later, budget = prompts.demo_later(), 0.13
+    later, budget = prompts.demo_later(), 0.2
     columns = {
         "full cache": None,
         f"global mix-output {budget}": MixKVConfig(budget=budget),

@@ -12,9 +12,9 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..evaluation import machine
-    from ..ops import build, dispatch
+    from ..ops import build, report
 
     for name, value in {**machine.versions(), **machine.describe(), "cache folder": build.cache_folder()}.items():
         print(f"{name:<14}{'none' if value is None else value}")
-    for line in dispatch.report():
+    for line in report.report():
         print(line)

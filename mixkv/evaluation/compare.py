@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ..config import MixKVConfig
-from . import InputError, measure
+from . import InputError, measure, paired
 from .measure import Held, Progress, Read, median_ratio, no_progress
 from .prompts import check_length
 
@@ -119,8 +119,7 @@ def label(config: MixKVConfig | None) -> str:
     """A name for tables and pictures."""
     if config is None:
         return "full cache"
-    rows = "" if config.rows == "full" else f" {config.rows}"
-    return f"{config.method} {config.score} {config.budget}{rows}"
+    return f"{config.method} {config.score} {config.budget}{paired.form(config.to_dict())}"
 
 
 def _answers(

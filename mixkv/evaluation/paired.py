@@ -38,7 +38,7 @@ def summary(
         equal_bytes: compare with the smallest budget for which the reference has at least as many resident bytes, on average,
             within half a percent of the full cache's bytes.
 
-    Returns: a dict per task, length and config, with task, tokens, method, score, budget, rows, samples; resident (None in older
+    Returns: a dict per task, length and config, with task, tokens, method, score, budget, form (see `form`), samples; resident (None in older
         files); kl; kl_change, kl_low, kl_high (relative, with its interval); top1; answered and kept (sums; None if the task
         has no correct answers); kept_change, kept_low, kept_high (in answers per sample).
     """
@@ -54,7 +54,7 @@ def summary(
                 "task": task,
                 "tokens": tokens,
                 **{name: config[name] for name in ("method", "score", "budget")},
-                "rows": config.get("rows", "full"),
+                "form": form(config),
                 "samples": len(mine),
                 "resident": _mean(results, "resident") if "resident" in results[0] else None,
                 "kl": _mean(results, "kl"),
@@ -74,11 +74,19 @@ def summary(
     return out
 
 
+def form(config: dict[str, Any]) -> str:
+    """How the kept entries of a config, as a dict, differ from the model's: " int8", " refit", both or none."""
+    rows = config.get("rows", "full")
+    return ("" if rows == "full" else f" {rows}") + (" refit" if config.get("refit") else "")
+
+
 def _against(
     records: list[dict[str, Any]], configs: list[dict[str, Any]], index: int, reference: tuple[str, str], equal_bytes: bool
 ) -> int | None:
     """The index of the config to compare with; None if it was not evaluated."""
-    found = [other for other, config in enumerate(configs) if (config["method"], config["score"]) == reference]
+    found = [
+        other for other, config in enumerate(configs) if (config["method"], config["score"], form(config)) == (*reference, "")
+    ]
     if not equal_bytes:
         return next((other for other in found if configs[other]["budget"] == configs[index]["budget"]), None)
     resident = {other: _mean([record["results"][other] for record in records], "resident") for other in [*found, index]}

@@ -19,7 +19,7 @@ _QUESTION = "What is the secret ingredient of grandmother's soup?"
 _LATER = [
     ("The pet of Olga is a parrot.", "What is the pet of Olga? The pet of Olga is a", "parrot"),
     ("The home town of Hugo is Lisbon.", "What is the home town of Hugo? The home town of Hugo is", "Lisbon"),
-    ("The code of the garage is 48213.", "What is the code of the garage? The code of the garage is", "48213"),
+    ("The pet of Nils is a turtle.", "What is the pet of Nils? The pet of Nils is a", "turtle"),
     ("The job of Irene is baker.", "What is the job of Irene? The job of Irene is", "baker"),
     ("The code of the vault is 90657.", "What is the code of the vault? The code of the vault is", "90657"),
 ]

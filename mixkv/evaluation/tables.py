@@ -78,7 +78,7 @@ def evaluation(console: Console, rows: list[dict[str, Any]], reference: tuple[st
         for row in mine:
             change = row["kl_change"]
             table.add_row(
-                f"{row['method']} {row['score']}{'' if row['rows'] == 'full' else ' ' + row['rows']}",
+                f"{row['method']} {row['score']}{row['form']}",
                 f"{row['kl']:.3f}",
                 "" if change is None else f"{change:+.0%}",
                 "" if change is None else f"{row['kl_low']:+.0%} .. {row['kl_high']:+.0%}",

@@ -31,9 +31,6 @@ from . import (
 from .arguments import ChosenChunks, LogitOptions, Packed, RaggedBuffers
 from .selection_reference import Largest
 
-# What a GPU is checked for beforehand.
-_USUAL = checked.Place(torch.device("cuda"), torch.bfloat16, 128, 128)
-
 
 def choose(
     requested: str, device: torch.device, dtype: torch.dtype, key_size: int, value_size: int, *, codes: bool = False
@@ -310,29 +307,6 @@ def take(
 def merge_largest(so_far: Largest, importance: torch.Tensor, *limits: torch.Tensor, floor: float) -> Largest:
     """`selection_reference.merge_largest`."""
     return _selection(importance).merge_largest(so_far, importance, *limits, floor)
-
-
-def report() -> list[str]:
-    """What runs on this machine, a line each, for ``mixkv info``: the choice for float32 on the CPU and bfloat16 on the GPU."""
-    place = (torch.device("cpu"), torch.float32, 128, 128)
-    chosen = choose("auto", *place)
-    lines = [f"cpu: back end {chosen}" + (f" ({native.describe('cpu')})" if chosen == "native" else "")]
-    if chosen != "native":
-        lines.append(f"cpu: not native: {why_not('native', *place)}")
-    if not torch.cuda.is_available():
-        return lines
-    asked = os.environ.get("MIXKV_BACKEND", "auto")
-    if asked != "auto":
-        return [*lines, f"cuda: back end {asked} (MIXKV_BACKEND)"]
-    return lines + checked.report(_USUAL)
-
-
-def check_gpu() -> list[str]:
-    """Checks the back ends of a GPU for bfloat16 and head size 128 beforehand, where there is one; the outcome, a line each."""
-    if not torch.cuda.is_available():
-        return []
-    checked.outcomes(_USUAL)
-    return checked.report(_USUAL)
 
 
 def _packed(packed: Packed | None) -> dict[str, Packed]:

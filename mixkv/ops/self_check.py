@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from . import dispatch, reference, score_reference, selection_reference
-from .arguments import ChosenChunks, LogitOptions, RaggedBuffers
+from . import step as decode_step
+from .arguments import ChosenChunks, FixedRoom, LogitOptions, RaggedBuffers
 from .check_stores import Stores, clean, copied, same
 
 SIZES = ((64, 64), (128, 128), (96, 48))
@@ -122,6 +123,15 @@ class Checks:
         twin = reference.attend(query, clean(theirs), logits, **extent)
         exact = reference.attend(query.double(), clean(theirs, torch.float64), logits, **extent)
         self.compare(f"append_attend {what}", dtype, found, twin, exact)
+
+        # The same row by counts on the device.
+        decode_step.prepare()
+        mine = copied(store)
+        room = FixedRoom(store.starts + store.lengths + 1, 50 - store.lengths)
+        stores.poison()
+        found = decode_step.step(backend, query, mine, room, key, value, logits, max_length=extent["max_length"])
+        self.verdict(f"step {dtype} {what}: stored", all(map(same, mine, theirs)))
+        self.compare(f"step {what}", dtype, found, twin, exact)
 
     def rows(self, dtype: torch.dtype, size: int, value_size: int) -> None:
         """append, gather and move_rows."""

@@ -23,7 +23,7 @@ class SequenceRows(NamedTuple):
     rows: torch.Tensor
 
 
-# By the tensor of starts, which nobody changes in place: the steps between two layouts have them in common.
+# By the tensor of starts: the steps between two layouts have them in common. Who changes one in place calls `starts_changed`.
 _known_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # Rows beyond the longest sequence that are found at once.
 _ROWS_AHEAD = 64
@@ -39,6 +39,11 @@ def sequence_rows(starts: torch.Tensor, longest: int, buffer_rows: int = 0) -> S
         rows = (starts.unsqueeze(1) + offsets).clamp_(max=max(buffer_rows - 1, 0))
         known = _known_rows[starts] = SequenceRows(starts.long(), offsets, rows)
     return known
+
+
+def starts_changed(starts: torch.Tensor) -> None:
+    """``starts`` has been changed in place."""
+    _known_rows.pop(starts, None)
 
 
 @functools.cache

@@ -55,7 +55,9 @@ def reference(
     storage.write_rows(buffers, index, key.flatten(0, 2), value.flatten(0, 2))
     buffers.position.index_copy_(0, index, lengths + room.evicted)
     torch.sub(rows, starts, out=lengths).add_(1)
-    return storage.attend(query, buffers, logits, max_length=max_length, stride=None)
+    # A copy, of which nothing is remembered: in a CUDA graph the rows are found anew in every step.
+    fresh = buffers._replace(starts=starts.clone())
+    return storage.attend(query, fresh, logits, max_length=max_length, stride=None)
 
 
 def step(

@@ -47,8 +47,7 @@ def features(key: torch.Tensor, value: torch.Tensor, partner: torch.Tensor) -> t
         partner: as of `LayerGate`.
     """
     key, value = key.float(), value.float()
-    first = (partner >= torch.arange(partner.numel(), device=partner.device)).nonzero().flatten()
-    turned = partner[first] != first
+    first, turned = _pairs(partner)
     one, other = key[..., first], key[..., partner[first]]
     pairs = torch.where(turned, torch.hypot(one, other), one)
     value_norm = value.norm(dim=-1, keepdim=True).clamp(min=_TINY).log()
@@ -57,12 +56,38 @@ def features(key: torch.Tensor, value: torch.Tensor, partner: torch.Tensor) -> t
 
 def predict(key: torch.Tensor, value: torch.Tensor, gate: LayerGate) -> torch.Tensor:
     """The largest weight that a replay is expected to give each row, float32 [B, Hkv, N], in [0, 1]."""
-    found, weight = torch.empty(key.shape[:3], device=key.device), gate.weight.unsqueeze(-1)
-    # A block's features are there beside its keys and values.
-    for first, last in token_blocks(key, 3 * weight.shape[1]):
-        part = features(key[:, :, first:last], value[:, :, first:last], gate.partner)
-        found[:, :, first:last] = (part @ weight).squeeze(-1)
+    first, turned = _pairs(gate.partner)
+    size, value_size = key.shape[3], value.shape[3]
+    of_pairs, of_value, of_norms = gate.weight.split([first.numel(), value_size, 3], dim=1)
+    # Sums of squares of pairs as a product of matrices: faster than taking elements out of rows.
+    members = torch.zeros(size, first.numel(), device=key.device)
+    members[first, torch.arange(first.numel(), device=key.device)] = 1.0
+    members[gate.partner[first], torch.arange(first.numel(), device=key.device)] = 1.0
+    members, of_turned = members[:, turned], of_pairs[:, turned]
+    of_key = torch.zeros(key.shape[1], size, device=key.device)
+    of_key[:, first[~turned]] = of_pairs[:, ~turned]
+    found = torch.empty(key.shape[:3], device=key.device)
+    for start, end in token_blocks(key, 3 * size + value_size):
+        keys, values = key[:, :, start:end].float(), value[:, :, start:end].float()
+        squares = keys.square()
+        part = _along(of_turned, (squares @ members).sqrt_()) + _along(of_value, values)
+        if not turned.all():
+            part += _along(of_key, keys)
+        value_norm = torch.linalg.vector_norm(values, dim=-1).clamp_(min=_TINY).log_()
+        part += of_norms[:, :1] * value_norm + of_norms[:, 1:2] * squares.sum(dim=-1).sqrt_() + of_norms[:, 2:]
+        found[:, :, start:end] = part
     return found.exp_().sub_(_LEAST).clamp_(0, 1)
+
+
+def _along(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Sums [B, Hkv, N] of rows [B, Hkv, N, n] by weights [Hkv, n]: as a row times a matrix, which torch does faster."""
+    return (weight.unsqueeze(1) @ rows.transpose(-1, -2)).squeeze(2)
+
+
+def _pairs(partner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first element of each pair, unrotated elements by themselves, int64 [P]; and which of them are pairs, bool [P]."""
+    first = (partner >= torch.arange(partner.numel(), device=partner.device)).nonzero().flatten()
+    return first, partner[first] != first
 
 
 class GateFit:

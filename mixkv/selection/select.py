@@ -97,6 +97,7 @@ def rank(
     shard: HeadShard | None = None,
     longest: torch.Tensor | None = None,
     newest: torch.Tensor | None = None,
+    revise: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
     measured: Measured | None = None,
 ) -> Ranking:
     """Puts the candidates of each head in order, by ``config.score``.
@@ -109,6 +110,7 @@ def rank(
         longest: int64 [B], real tokens of the layer's longest head, where that may be another process's.
         newest: int64 [B], only so many of each head's last real tokens are candidates and window, the others are always kept;
             None: all.
+        revise: is given the scores and the importance [B, Hkv, M], -inf for padding, and returns those to be used.
         measured: what else was measured on the prompt.
 
     Raises:
@@ -155,6 +157,8 @@ def rank(
         choosable = (real - window).clamp(min=0)
         longest = real.amax(dim=-1) if longest is None else longest
         base, padding = entries(longest), (length - longest).tolist()
+    if revise is not None:
+        scores, importance = revise(scores, importance)
     if newest is None:
         ranks = _ranks(scores, padding)
     else:

@@ -14,6 +14,7 @@ from ..ops import dispatch
 from ..ops import step as decode_step
 from ..ops.arguments import FixedRoom, LogitOptions, RaggedBuffers
 from ..ops.layout import empty_buffers
+from ..ops.sequence_rows import starts_changed
 from .counted import Counted, CountsSteps, Steps
 from .ragged import RaggedStore
 
@@ -129,6 +130,7 @@ class Arena:
             lengths.copy_(store.lengths)
             shift = torch.arange(first, first + spare * count, spare, dtype=torch.int32, device=lengths.device)
             starts.copy_(lengths.cumsum(0, dtype=torch.int32).sub_(lengths).add_(shift))
+            starts_changed(starts)
             torch.add(starts, lengths, out=region.room.ends).add_(spare)
             region.max_length = max(region.max_length, longest)
             dispatch.move_rows(self.kind.backend, region.buffers, store.buffers, total=store.total, max_length=store.max_length)

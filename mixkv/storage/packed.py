@@ -198,8 +198,8 @@ class PackedStore:
         key, value = (rotated_back(torch.cat(part)[index]).to(self.dtype) for part in zip(*parts))
         return key, value, valid
 
-    def padded_positions(self) -> torch.Tensor:
-        index, _ = self._padded_index(self.max_length)
+    def padded_positions(self, length: int | None = None) -> torch.Tensor:
+        index, _ = self._padded_index(self.max_length if length is None else length)
         return torch.cat([store.held()[2] for store in (self.selected, self.recent)])[index]
 
     def replace_values(self, value: torch.Tensor, heads: torch.Tensor) -> None:

@@ -282,9 +282,9 @@ class RaggedStore:
         key, value = row_access.read_rows(self.buffers, rows.flatten(), self.dtype)
         return key.view(*rows.shape, -1), value.view(*rows.shape, -1), valid
 
-    def padded_positions(self) -> torch.Tensor:
+    def padded_positions(self, length: int | None = None) -> torch.Tensor:
         """The positions of `padded` rows: int32 [B, Hkv, N]."""
-        return self.buffers.position[self._padded_rows(self.max_length)[0]]
+        return self.buffers.position[self._padded_rows(self.max_length if length is None else length)[0]]
 
     def replace_values(self, value: torch.Tensor, heads: torch.Tensor) -> None:
         """Gives the rows the values [B, Hkv, N, Dv], in the order of `padded`, of the sequences that ``heads`` bool [B, Hkv] names."""

@@ -336,3 +336,36 @@ def test_replay_window_adds_what_the_window_attends_to(name):
             best = (mine[0, :, :candidates] + 8 * attended).topk(OPTIONS["budget"] - window).indices.sort().values
             for positions, expected_positions in zip(cache.kept(index)[0], best, strict=True):
                 assert positions[:-window].tolist() == expected_positions.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
+def test_while_a_prompt_is_replayed_the_full_cache_is_held_and_little_more(name, monkeypatch):
+    model = zoo.build(name, "sdpa")
+    prompts = zoo.inputs(name, 160)
+    held, full = [], []
+    replay = MixKVLayer.replay
+
+    def watch(self, *arguments):
+        held.append(self.prompt.nbytes)
+        full.append(self.nbytes_full)
+        return replay(self, *arguments)
+
+    monkeypatch.setattr(MixKVLayer, "replay", watch)
+    read(model, prompts)
+    # Beside keys and values: the window's queries and outputs, and a number for each token of a head.
+    heads, size = model.get_decoder().config.num_attention_heads, model.get_decoder().config.head_dim
+    extra = 4 * (2 * OPTIONS["window"] * heads * size + 160 * heads)
+    assert held and max(mine - whole for mine, whole in zip(held, full)) <= extra
+
+
+def test_beams_go_on_from_a_replayed_prompt():
+    model = zoo.build("llama", "sdpa")
+    prompts, _ = zoo.ragged("llama", [50, 41])
+    cache = mixkv.MixKVCache(model, **OPTIONS)
+    single = mixkv.MixKVCache(model, **OPTIONS)
+    found = oracle.beams(model, prompts, cache)
+    oracle.generate(model, prompts, 1, **cache_argument(single))
+    assert found.sequences.shape[0] == 2
+    for row in range(2):
+        for mine, theirs in zip(cache.kept(0)[4 * row], single.kept(0)[row], strict=True):
+            assert torch.equal(mine[mine < 50], theirs)

@@ -9,7 +9,8 @@ from support.asked_pages import SIZES, ask, use_small_pages
 from support.processes import run_two
 
 from mixkv import MixKVCache, cli, head_profile
-from mixkv.evaluation import boxes, journal
+from mixkv.evaluation import boxes, journal, pages
+from mixkv.evaluation.tasks import Sample
 
 pytest.importorskip("rich")
 
@@ -139,3 +140,38 @@ def test_resuming_with_another_model_is_refused(command, tmp_path, capsys):
     (tmp_path / "profile.safetensors.jsonl").write_text("\n".join([json.dumps(json.loads(lines[0]) | {"name": "x"})]) + "\n")
     assert command("--resume") == 2
     assert "name='x', and this run has 'qwen2_vl'" in capsys.readouterr().err
+
+
+def test_a_gate(monkeypatch, tmp_path, capsys):
+    loaded = use_small_pages(monkeypatch)
+    drawn = []
+
+    def page(model, seed):
+        drawn.append(seed)
+        given = {name: part[0] if name == "input_ids" else part for name, part in zoo.inputs("qwen2_vl", 60, seed=seed).items()}
+        ids, _ = given.pop("input_ids"), given.pop("attention_mask")
+        return Sample(ids.tolist(), [[5]], inputs=given)
+
+    monkeypatch.setitem(pages.TASKS, "form-later", page)
+    out = tmp_path / "gate.safetensors"
+    options = ["--kind", "form-later", "--pages", "3", "--first-seed", "1", "--seed-step", "2"]
+    assert cli.main(["calibrate", "--gate", "--out", str(out), *options]) == 0
+    assert "Written: " in capsys.readouterr().out and drawn == [1, 3, 5]
+    cache = MixKVCache(loaded.model, score="gate", gate=out, budget=16, window=6)
+    loaded.model.generate(**zoo.inputs("qwen2_vl", 60), past_key_values=cache, max_new_tokens=1)
+    assert sum(len(head) for layer in range(2) for head in cache.kept(layer)[0]) == 2 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gate", "--kind", "poem"], "unknown --kind 'poem'"),
+        (["--gate", "--out", "gate.json"], "must end in .safetensors"),
+        ([], "--out FILE is needed"),
+    ],
+)
+def test_what_a_gate_and_a_profile_need(monkeypatch, tmp_path, capsys, options, message):
+    use_small_pages(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["calibrate", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -5,10 +5,16 @@ import sys
 
 import pytest
 import torch
+from support import zoo, zoo_processors
 from support.text_models import make_model, make_text, make_tokenizer
 
 from mixkv import cli
 from mixkv.cache.save import read as read_saved
+from mixkv.evaluation import documents, loading
+from mixkv.evaluation.loaded import Loaded
+from mixkv.hf.image_tokens import image_token_ids
+
+Image = pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +109,24 @@ def test_what_cannot_be_asked(folder, kept, tmp_path, capsys):
     for file, model in ((tmp_path / "missing", folder), (tmp_path / "text", folder), (kept, tmp_path / "other")):
         assert cli.main(["ask", str(file), "w3", "--model", str(model)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava"])
+def test_page_images_are_read_once_and_asked_later(name, tmp_path, monkeypatch, capsys):
+    loaded = Loaded(zoo.build(name), zoo_processors.build(name).tokenizer, name, zoo_processors.build(name))
+    monkeypatch.setattr(loading, "load", lambda *arguments, **options: loaded)
+    Image.effect_noise((16, 16), 90).convert("RGB").save(tmp_path / "page.png")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{index % 60 + 10}" for index in range(40)))
+    files = [str(tmp_path / "page.png"), str(tmp_path / "text.txt")]
+    whole = [str(tmp_path / "whole"), "--budget", "1.0", "--method", "snapkv", "--score", "attn"]
+    assert cli.main(["read", *files, "--out", *whole]) == 0
+    assert cli.main(["read", *files, "--out", str(tmp_path / "small"), "--budget", "40"]) == 0
+    document = documents.Document.of(files)
+    full = documents.keep(loaded, document, None).ask("w20 w30", max_new_tokens=5)
+    capsys.readouterr()
+    for file in ("whole", "small"):
+        assert cli.main(["ask", str(tmp_path / file), "w20 w30", "--max-new-tokens", "5"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert answers[0] == full and len(answers) == 2
+    ids = documents.keep(loaded, document, None).ids[0]
+    assert torch.isin(ids, torch.tensor(sorted(image_token_ids(loaded.model.config)))).sum() >= 4

@@ -154,7 +154,7 @@ def test_a_gpu_gets_what_was_found(monkeypatch):
 def test_the_back_ends_of_a_cpu_pass(backend):
     checks = self_check.Checks(backend, CPU).run([torch.float32, torch.bfloat16], [(32, 48)], SHAPES)
     assert not checks.failures and checks.count > 40
-    assert {key.split()[0] for key in checks.worst} == {"attend", "attend_extend", "append_attend", "attend_chunks"}
+    assert {key.split()[0] for key in checks.worst} == {"attend", "attend_extend", "append_attend", "step", "attend_chunks"}
     seconds, wrong = trial.Timing(backend, CPU, torch.float32, 32, 48, cases=((1, 2, 2, 3, 9),)).seconds()
     assert seconds > 0 and not wrong
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mixkv
-from mixkv.ops import dispatch, flash, native, reference
+from mixkv.ops import dispatch, flash, native, reference, report
 from mixkv.ops.arguments import LogitOptions
 from mixkv.selection.ranking import Selection
 from mixkv.storage.ragged import RaggedStore
@@ -60,7 +60,7 @@ def test_reasons_on_a_gpu_without_flash_attention():
 
 
 def test_report_names_the_choice():
-    assert any(line.startswith("cpu: back end ") for line in dispatch.report())
+    assert any(line.startswith("cpu: back end ") for line in report.report())
 
 
 def dense_varlen(query, key, value, starts, lengths, scale, softcap=0.0):
