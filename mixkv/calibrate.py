@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from . import gate_file
 from .cache import MixKVCache, gates
@@ -19,6 +19,9 @@ from .cache.parts import FIRST
 from .hf import binding, rotary
 from .read import read
 from .selection.gate import GateFit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -107,6 +110,8 @@ def pieces(
 
 
 def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     name = model.name_or_path
     try:
         return AutoTokenizer.from_pretrained(name)
