@@ -43,6 +43,13 @@ def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[s
         metavar="METHOD+SCORE,...",
         help="pairs of a method and a score, instead of every --method with every --score",
     )
+    parser.add_argument(
+        "--window",
+        type=list_of(positive),
+        default=[32],
+        metavar="N,N",
+        help="lengths of the observation window, which is always kept (default 32)",
+    )
     parser.add_argument("--profile", metavar="FILE", help="head profile for sparsemm, written by mixkv calibrate or as JSON")
     parser.add_argument("--gate", metavar="FILE", help="gate for score gate, written by mixkv calibrate --gate")
     parser.add_argument(
@@ -55,7 +62,7 @@ def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[s
 
 
 def configs(options: argparse.Namespace) -> list:
-    """A `MixKVConfig` for every row format, method, score and budget of `add_grid`, with values refitted or not.
+    """A `MixKVConfig` for every window, row format, method, score and budget of `add_grid`, with values refitted or not.
 
     Raises:
         InputError: a value is invalid.
@@ -64,8 +71,12 @@ def configs(options: argparse.Namespace) -> list:
 
     given = {name: getattr(options, name) for name in ("profile", "gate", "threshold") if getattr(options, name) is not None}
     kinds = options.cache or list(product(options.method, options.score))
-    forms = list(product(options.refit, options.rows))
-    return [config for refit, rows in forms for config in compare.grid(kinds, options.budget, rows=rows, refit=refit, **given)]
+    forms = list(product(options.window, options.refit, options.rows))
+    return [
+        config
+        for window, refit, rows in forms
+        for config in compare.grid(kinds, options.budget, window=window, rows=rows, refit=refit, **given)
+    ]
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..config import MixKVConfig
+
 _DRAWS = 4000
 _LEVEL = 0.95
 
@@ -75,9 +77,14 @@ def summary(
 
 
 def form(config: dict[str, Any]) -> str:
-    """How the kept entries of a config, as a dict, differ from the model's: " int8", " refit", both or none."""
-    rows = config.get("rows", "full")
-    return ("" if rows == "full" else f" {rows}") + (" refit" if config.get("refit") else "")
+    """What a config, as a dict, has besides method, score and budget, if it is not the default: " int4", " refit", " window 8"."""
+    rows, refit, window = (config.get(name, getattr(MixKVConfig, name)) for name in ("rows", "refit", "window"))
+    parts = (
+        rows if rows != MixKVConfig.rows else "",
+        "refit" if refit else "",
+        f"window {window}" if window != MixKVConfig.window else "",
+    )
+    return "".join(f" {part}" for part in parts if part)
 
 
 def _against(
