@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import registry
 from ..byte_budget import AUTO
+from ..config import MixKVConfig
 
 
 def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[str]) -> None:
@@ -81,7 +82,10 @@ def configs(options: argparse.Namespace) -> list:
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--threshold", type=float, metavar="X", help="of --budget auto: the score that kept KV entries exceed (default 0.02)"
+        "--threshold",
+        type=float,
+        metavar="X",
+        help=f"of --budget auto: the score that kept KV entries exceed (default {MixKVConfig.threshold})",
     )
 
 
