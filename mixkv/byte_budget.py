@@ -1,8 +1,11 @@
-"""A budget in bytes, as text."""
+"""Budgets that are text: in bytes, or ``AUTO``."""
 
 from __future__ import annotations
 
 import re
+
+# As many entries as have a score above ``MixKVConfig.threshold``.
+AUTO = "auto"
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB)")
@@ -21,5 +24,5 @@ def parse_bytes(text: str) -> tuple[float | None, float | None]:
     if share and 0 < float(share[1]) <= 100:
         return None, float(share[1]) / 100
     raise ValueError(
-        f"budget={text!r} is no number of bytes: give such as '64MiB' (B, KiB, MiB, GiB), or '10%' of the full cache's bytes"
+        f"budget={text!r} is no number of bytes: give such as '64MiB' (B, KiB, MiB, GiB), or '10%' of the full cache's bytes; or 'auto'"
     )

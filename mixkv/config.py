@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import registry
-from .byte_budget import parse_bytes
+from .byte_budget import AUTO, parse_bytes
 from .head_profile import Profile, Table, as_profile, as_table
 from .head_profile import load as load_profile
 
@@ -38,7 +38,9 @@ class MixKVConfig:
             (0, 1]); or the bytes of all entries that a prompt may keep, whatever ``rows`` is (str): such as ``"64MiB"``, or
             ``"10%"`` of the bytes that the full cache of the prompt takes. Of bytes all layers have equal parts on average; they
             are those of keys, values, scales and positions, without the room for tokens to come. A prompt no longer than its
-            budget is kept whole.
+            budget is kept whole. Or ``"auto"``: all entries whose score exceeds ``threshold``, and the window, whatever share of
+            the prompt that is; for ``global`` with a score whose numbers can be compared between heads and layers.
+        threshold: see ``budget``; the built-in scores are attention weights, or predictions of them.
         window: the last prompt tokens, whose queries score the others; always kept.
         kernel_size: width of the pooling of attention over neighbouring positions; odd.
         output_kernel_size: width of the max pooling of output importance, for ``output``, ``mix-output``, ``global`` and
@@ -126,6 +128,7 @@ class MixKVConfig:
     turns: str = "first"
     decode_decay: float = 0.5
     compile: bool = False
+    threshold: float = 0.02
 
     def __post_init__(self) -> None:
         registry.method(self.method)
@@ -163,6 +166,8 @@ class MixKVConfig:
         for name in ("offload", "refit", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if not _is_number(self.threshold) or not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"threshold={self.threshold!r} must be a number of at least 0: a score that entries are to exceed")
         if isinstance(self.gate, Path):
             object.__setattr__(self, "gate", str(self.gate))
         if self.gate is not None and not isinstance(self.gate, str):
@@ -172,12 +177,14 @@ class MixKVConfig:
 
     def _check_budget(self) -> None:
         budget = self.budget
-        if isinstance(budget, str):
+        if budget == AUTO:
+            self._check_auto()
+        elif isinstance(budget, str):
             parse_bytes(budget)
         elif not _is_number(budget):
             raise ValueError(
-                f"budget={budget!r} must be an int (entries per KV head), a float in (0, 1] (share of the prompt) or bytes such as "
-                f"'64MiB' or '10%' (of the full cache's)"
+                f"budget={budget!r} must be an int (entries per KV head), a float in (0, 1] (share of the prompt), bytes such as "
+                f"'64MiB' or '10%' (of the full cache's), or 'auto'"
             )
         if isinstance(budget, float) and not 0 < budget <= 1:
             raise ValueError(f"budget={budget} as a share of the prompt must lie in (0, 1]; entries are given as an int")
@@ -211,6 +218,22 @@ class MixKVConfig:
                 raise ValueError(
                     f"decode_budget={self.decode_budget} must exceed window={self.window}: raise it, or lower the window"
                 )
+
+    def _check_auto(self) -> None:
+        if not registry.method(self.method).follows_threshold:
+            others = ", ".join(name for name, other in registry.METHODS.items() if other.follows_threshold)
+            raise ValueError(
+                f"budget='auto' does not go with method={self.method!r}, which needs a number of entries to allocate: give one, or "
+                f"use another method ({others})"
+            )
+        if not registry.score(self.score).comparable:
+            others = ", ".join(name for name, other in registry.SCORES.items() if other.comparable)
+            raise ValueError(
+                f"budget='auto' does not go with score={self.score!r}, whose numbers cannot be compared between heads and layers: "
+                f"give a number of entries, or use another score ({others})"
+            )
+        if self.turns == "all":
+            raise ValueError("budget='auto' is no bound, and turns='all' needs one on all that is held: give budget as an int")
 
     def _check_tables(self) -> None:
         if isinstance(self.redundancy, str):

@@ -34,6 +34,8 @@ class Method:
         uses_output_importance: whether that importance is `ScoreContext.output_importance`, whatever the score.
         decode_budget: whether it works with ``MixKVConfig(decode_budget=...)``.
         turns: whether it works with ``MixKVConfig(turns=...)`` other than ``first``.
+        follows_threshold: whether it works with ``MixKVConfig(budget="auto")``: it keeps the highest scores of all heads, so that
+            with a threshold there is nothing to allocate.
         tensor_parallel: whether it works where each process has some of a layer's KV heads.
         built_in: False for the user's.
     """
@@ -50,6 +52,7 @@ class Method:
     uses_output_importance: bool = False
     decode_budget: bool = True
     turns: bool = True
+    follows_threshold: bool = False
     tensor_parallel: bool = True
     built_in: bool = True
 
@@ -84,7 +87,7 @@ class Score:
         uses_output_importance: whether importance, for the score and for methods such as ``adakv``, is window attention times
             what an entry adds to the layer's output, in place of window attention.
         comparable: whether the scores, all >= 0, of different heads and layers can be compared as they are. Methods that allocate by importance
-            then use the scores in its place, ``global`` without normalising layers.
+            then use the scores in its place, ``global`` without normalising layers; and they can be compared with a threshold.
         needs_replay: whether the score is computed from what a replay of the prompt measures.
         needs_gate: whether the score is computed by a gate that was fitted to the model.
         built_in: False for the user's.

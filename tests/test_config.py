@@ -65,6 +65,19 @@ def test_what_is_no_config_is_refused(given, remedy):
         (dict(sparsemm_floor=-0.1), "sparsemm_floor=-0.1 must be a number"),
         (dict(hybrid_first=-1), "hybrid_first=-1 must be"),
         (dict(hybrid_last=0), "hybrid_last=0 must be a positive int"),
+        (dict(threshold=-0.1), "threshold=-0.1 must be a number of at least 0"),
+        (dict(threshold=float("nan")), "threshold=nan must be a number"),
+        (dict(threshold="half"), "threshold='half' must be a number"),
+        (
+            dict(budget="auto"),
+            "budget='auto' does not go with score='mix-output', .* use another score .replay, replay-window, gate",
+        ),
+        (
+            dict(budget="auto", score="gate", method="snapkv"),
+            "budget='auto' does not go with method='snapkv', .* method .global",
+        ),
+        (dict(budget="auto", score="replay", method="hybridkv"), "budget='auto' does not go with method='hybridkv'"),
+        (dict(budget="auto", score="replay", turns="all"), "budget='auto' is no bound, and turns='all' needs one"),
     ],
 )
 def test_bad_options(options, message):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import registry, tensor_parallel
+from ..byte_budget import AUTO
 from ..config import MixKVConfig
 from ..hf.output_projection import output_factor, output_scale, projected_output
 from ..ops.arguments import LogitOptions
@@ -83,7 +84,7 @@ class Compressor:
                 f"method={self.method.name!r} does not work with tensor parallelism: use another ({', '.join(others)}), or one "
                 f"process"
             )
-        if not self.method.cross_layer:
+        if not self.method.cross_layer or self.config.budget == AUTO:
             return None
         return self.method.new_budget(self.config, self.num_layers, patient=self.patient, limits=limits)
 
@@ -132,6 +133,7 @@ class Compressor:
             sparsity,
             dynamic,
             weighs_output=self.weighs_output,
+            kept_share=(selection.lengths / ranking.real).mean(dim=-1) if config.budget == AUTO else None,
         )
         return Compressed(with_chunks(rows, chunks), selection, statistics, remote)
 
@@ -166,8 +168,8 @@ class Compressor:
 
     @property
     def decode_config(self) -> MixKVConfig:
-        """How rows are scored while an answer is generated: rows held side by side are not of neighbouring tokens, so nothing is pooled."""
-        return self.config.replace(kernel_size=1, output_kernel_size=1)
+        """How rows are chosen while an answer is generated: rows held side by side are not of neighbouring tokens, so nothing is pooled."""
+        return self.config.replace(kernel_size=1, output_kernel_size=1, budget=self.config.decode_budget)
 
     def enforce_decode_budget(
         self,
@@ -206,11 +208,12 @@ class Compressor:
             count, changed = max(key.shape[2] - config.window, 0), torch.tensor(exceeds, device=key.device)
             position = store.padded_positions(length)[..., :count].masked_fill(~valid[..., :count], -1)
             revise = partial(running.revise, position, changed, config.decode_decay)
-        ranking = self.rank(query, key, value, logits, valid, longest, config=self.decode_config, revise=revise)
+        deciding = self.decode_config
+        ranking = self.rank(query, key, value, logits, valid, longest, config=deciding, revise=revise)
         # A batch row that does not exceed its budget stays as it is, as it would alone.
         base = [row - config.window if beyond else key.shape[2] for row, beyond in zip(rows, exceeds)]
         ranking = dataclasses.replace(ranking, base=torch.tensor(base, device=key.device))
-        kept = allocate(config, self.gather_heads(ranking, remote=remote)[0], **self.layer_position)
+        kept = allocate(deciding, self.gather_heads(ranking, remote=remote)[0], **self.layer_position)
         store.keep(ranking.take(shard.own(kept)), key.shape[2])
         return self.remote_heads(kept, key.device)
 

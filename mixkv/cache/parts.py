@@ -195,6 +195,7 @@ class PromptStatistics:
         modal_redundancy: float32 [B, Hkv, 2], of image keys and of text keys; None: no image, or it is not known.
         sparsity: float32 [B, Hkv]; dynamic: bool [B, Hkv], how ``hybridkv`` classified heads; else None.
         share: for every batch row, this layer's rows to those of the average layer; None: all layers alike.
+        kept_share: float32 [B], the layer's entries that a threshold left to those of the prompt; None: there was no threshold.
         weighs_output: whether rows were weighed by what they add to the layer's output; None: they were not to be.
     """
 
@@ -204,6 +205,7 @@ class PromptStatistics:
     dynamic: torch.Tensor | None = None
     share: list[float] | None = None
     weighs_output: bool | None = None
+    kept_share: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -219,7 +221,7 @@ class PromptStatistics:
 
     @classmethod
     def restore(cls, tensors: Tensors, numbers: Numbers, config: MixKVConfig, dtype: torch.dtype) -> PromptStatistics:
-        measured = {name: tensors.get(name) for name in ("modal_redundancy", "sparsity", "dynamic")}
+        measured = {name: tensors.get(name) for name in ("modal_redundancy", "sparsity", "dynamic", "kept_share")}
         return cls(tensors["redundancy"], **measured, share=numbers["share"], weighs_output=numbers.get("weighs_output"))
 
     def _tensors(self) -> Tensors:

@@ -57,7 +57,7 @@ class RunningImportance:
     @classmethod
     def empty(cls, batch: int, heads: int, device: torch.device) -> RunningImportance:
         none = torch.zeros(batch, heads, 1, device=device)
-        return cls(torch.full_like(none, -1, dtype=torch.int32), none, none)
+        return cls(torch.full_like(none, -1, dtype=torch.int32), none, none.clone())
 
     def revise(
         self, position: torch.Tensor, changed: torch.Tensor, decay: float, score: torch.Tensor, importance: torch.Tensor

@@ -54,6 +54,8 @@ def stats(cache) -> dict[str, Any]:
         chunks: under ``hybridkv``, of chunks of rows that dynamic heads attended to: steps (query positions so far), and a
             step's mean over all layers and batch rows of chosen, reused (chosen by the position before, too), moved (the
             others, which cross to the device where they are outside) and moved_bytes; None where no head is dynamic;
+        prompt_share: under ``budget="auto"``, for every batch row, the share of the first prompt's entries that was kept, windows
+            included: a list of floats; else None;
         method, score, budget: from the config.
 
     Raises:
@@ -94,6 +96,7 @@ def stats(cache) -> dict[str, Any]:
         "sparsity": [_measured(layer, "sparsity") for layer in layers],
         "dynamic": [_measured(layer, "dynamic") for layer in layers],
         "chunks": _chunks([layer.chunks for layer in layers if _ours(layer) and layer.chunks is not None]),
+        "prompt_share": _prompt_share([layer for layer in layers if _ours(layer)]),
         "method": cache.config.method,
         "score": cache.config.score,
         "budget": cache.config.budget,
@@ -186,6 +189,15 @@ def _chunks(stores: list) -> dict[str, Any] | None:
         "moved": moved / mean,
         "moved_bytes": crossed / mean,
     }
+
+
+def _prompt_share(layers: list) -> list[float] | None:
+    """``prompt_share`` of `stats`."""
+    shares = [_measured(layer, "kept_share") for layer in layers]
+    heads = torch.tensor([layer.shape[0] for layer in layers if layer.shape], dtype=torch.float32)
+    if not shares or any(share is None for share in shares):
+        return None
+    return (torch.stack(shares, dim=-1) @ heads / heads.sum()).tolist()
 
 
 def _modal(layer, kind: int) -> torch.Tensor | None:

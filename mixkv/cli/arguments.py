@@ -8,6 +8,8 @@ from itertools import product
 from typing import Any
 
 from .. import registry
+from ..byte_budget import AUTO
+from ..config import MixKVConfig
 
 
 def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[str]) -> None:
@@ -18,8 +20,9 @@ def add_grid(parser: argparse.ArgumentParser, methods: list[str], scores: list[s
         default=[64, 128],
         metavar="N,N",
         help="KV entries per KV head (whole numbers), or shares of the prompt in (0, 1], or bytes of a prompt's entries: 64MiB, "
-        "or 10%% of the full cache's (default 64,128)",
+        "or 10%% of the full cache's, or auto: all whose score exceeds the threshold (default 64,128)",
     )
+    add_threshold(parser)
     parser.add_argument(
         "--rows",
         type=list_of(str),
@@ -67,7 +70,7 @@ def configs(options: argparse.Namespace) -> list:
     """
     from ..evaluation import compare
 
-    given = {name: getattr(options, name) for name in ("profile", "gate") if getattr(options, name)}
+    given = {name: getattr(options, name) for name in ("profile", "gate", "threshold") if getattr(options, name) is not None}
     kinds = options.cache or list(product(options.method, options.score))
     forms = list(product(options.window, options.refit, options.rows))
     return [
@@ -75,6 +78,15 @@ def configs(options: argparse.Namespace) -> list:
         for window, refit, rows in forms
         for config in compare.grid(kinds, options.budget, window=window, rows=rows, refit=refit, **given)
     ]
+
+
+def add_threshold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help=f"of --budget auto: the score that kept KV entries exceed (default {MixKVConfig.threshold})",
+    )
 
 
 def add_model(parser: argparse.ArgumentParser, default: str = "SmolLM2-135M-Instruct") -> None:
@@ -129,12 +141,12 @@ def natural(text: str) -> int:
 
 
 def budget(text: str) -> int | float | str:
-    if text.endswith(("B", "%")):
+    if text == AUTO or text.endswith(("B", "%")):
         return text
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a number of KV entries, for example 128, nor a share, for example 0.1, nor bytes, for example "
-            f"64MiB or 10%"
+            f"64MiB or 10%, nor auto"
         ) from None

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .. import registry
-from .arguments import add_model, add_threads, budget
+from .arguments import add_model, add_threads, add_threshold, budget
 from .results import check_writable, set_threads
 
 
@@ -19,8 +19,10 @@ def add_parser(commands) -> None:
         type=budget,
         default=0.2,
         metavar="N",
-        help="KV entries per KV head (a whole number), or a share of the document in (0, 1] (default 0.2)",
+        help="KV entries per KV head (a whole number), or a share of the document in (0, 1], or auto: all whose score exceeds the "
+        "threshold (default 0.2)",
     )
+    add_threshold(command)
     for name, default, names in (("method", "global", registry.METHODS), ("score", "replay", registry.SCORES)):
         command.add_argument(
             f"--{name}", default=default, metavar="NAME", help=f"any of {', '.join(names)} (default {default})"
@@ -36,7 +38,8 @@ def run(options: argparse.Namespace) -> None:
 
     set_threads(options)
     check_writable(options.out, "--out")
-    (config,) = compare.grid([(options.method, options.score)], [options.budget])
+    given = {} if options.threshold is None else {"threshold": options.threshold}
+    (config,) = compare.grid([(options.method, options.score)], [options.budget], **given)
     document = documents.Document.of(options.files)
     loaded = loading.load(options.model, dtype=options.dtype, device=options.device, vision=bool(document.images))
     kept = documents.keep(loaded, document, config, chat=not options.no_chat)

@@ -1,4 +1,4 @@
-"""What a budget is in entries per head: given as entries, as a share of the prompt, or in bytes."""
+"""What a budget is in entries per head: given as entries, as a share of the prompt, in bytes, or by a threshold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import registry
-from ..byte_budget import parse_bytes
+from ..byte_budget import AUTO, parse_bytes
 
 if TYPE_CHECKING:
     from ..config import MixKVConfig
@@ -27,17 +27,25 @@ def base_entries(
         heads: KV heads of the layer.
         num_layers: compressed layers of the model; a budget in bytes is divided by them.
 
-    Returns: int64 [B]; a share of the prompt is rounded to the nearest entry, what bytes suffice for is rounded down.
+    Returns: int64 [B]; a share of the prompt is rounded to the nearest entry, what bytes suffice for is rounded down. With a
+        threshold, by which each head's number depends on its scores, 0: none is kept for certain.
 
     Raises:
         ValueError: the bytes do not suffice for the window.
     """
+    if config.budget == AUTO:
+        return torch.zeros_like(length)
     if isinstance(config.budget, str):
         return _of_bytes(config, config.budget, length, key, value, heads * num_layers)
     if isinstance(config.budget, float):
         entries = [round(tokens * config.budget) - config.window for tokens in length.tolist()]
         return torch.tensor(entries, device=length.device).clamp(min=0)
     return torch.full_like(length, max(config.budget - config.window, 0))
+
+
+def entries_above(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """How many of the scores [B, Hkv, M] of each head exceed ``threshold``: int64 [B, Hkv]; -inf (padding) never does."""
+    return (scores > threshold).sum(dim=-1)
 
 
 def _of_bytes(

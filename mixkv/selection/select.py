@@ -8,11 +8,12 @@ from functools import partial
 import torch
 
 from .. import registry
+from ..byte_budget import AUTO
 from ..config import MixKVConfig, checked_config
 from ..ops import dispatch
 from ..ops.arguments import LogitOptions
 from ..tensor_parallel import HeadShard
-from .budget import base_entries
+from .budget import base_entries, entries_above
 from .context import AllocationContext, Measured, ScoreContext
 from .ranking import KEPT, Ranking, Selection
 
@@ -180,11 +181,15 @@ def rank(
 
 
 def allocate(config: MixKVConfig, ranking: Ranking, layer_idx: int, num_layers: int) -> torch.Tensor:
-    """Candidates [B, Hkv] (int64) that each head of a layer keeps, by the configured method within the layer.
+    """Candidates [B, Hkv] (int64) that each head of a layer keeps, by the configured method within the layer, or by the
+    threshold.
 
     Raises:
         ValueError: a registered method returned something else.
     """
+    if config.budget == AUTO:
+        # Importance is the score, see `rank`, also that of heads in other processes.
+        return entries_above(ranking.importance, config.threshold)
     method = registry.method(config.method)
     budget, candidates = ranking.base.cpu(), ranking.choosable.cpu()
     entries = method.allocate(AllocationContext(budget, candidates, ranking.importance, layer_idx, num_layers, config))

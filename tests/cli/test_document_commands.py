@@ -48,6 +48,22 @@ def full_answer(folder, question, tokens):
     return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def test_a_threshold_in_place_of_a_budget(folder, capsys):
+    out, kept = folder / "auto.mixkv", []
+    for threshold in ("0.001", "0.9"):
+        options = ["--budget", "auto", "--threshold", threshold]
+        assert cli.main(["read", str(folder / "one.txt"), "--model", str(folder), "--out", str(out), *options]) == 0
+        config = read_saved(out).config
+        assert config.budget == "auto" and config.threshold == float(threshold)
+        kept.append(out.stat().st_size)
+    assert kept[0] > kept[1]
+    assert cli.main(["ask", str(out), "w5", "--max-new-tokens", "6"]) == 0
+    capsys.readouterr()
+    arguments = ["read", str(folder / "one.txt"), "--model", str(folder), "--out", str(out), "--budget", "auto"]
+    assert cli.main([*arguments, "--score", "mix"]) == 2
+    assert "budget='auto' does not go with score='mix'" in capsys.readouterr().err
+
+
 def test_a_document_is_read_once_and_asked_later(folder, kept, capsys):
     saved = read_saved(kept)
     assert saved.config.score == "replay" and saved.config.budget == 48

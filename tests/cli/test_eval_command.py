@@ -43,6 +43,17 @@ def test_the_command_and_resuming_it(folder, capsys):
     assert "answer_tokens=16" in capsys.readouterr().err
 
 
+def test_a_threshold_in_place_of_a_budget(folder):
+    rows = []
+    for threshold in ("0.01", "0.05"):
+        out = folder / f"{threshold}.json"
+        options = ["--budget", "auto", "--threshold", threshold, "--cache", "global+replay,global+replay-window"]
+        assert cli.main(arguments(folder, *options, "--reference", "global+replay", "--json", str(out))) == 0
+        records = json.loads(out.read_text())["records"]
+        rows.append([[result["rows_per_head"] for result in record["results"]] for record in records])
+    assert all(few[0] < many[0] for many, few in zip(*rows))
+
+
 def test_two_processes_give_what_one_gives(folder):
     pytest.importorskip("accelerate")
     one, two = folder / "one.json", folder / "two.json"

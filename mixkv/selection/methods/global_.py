@@ -28,8 +28,9 @@ add(
         allocate,
         "over the whole model, prompt by prompt, by what entries add to the layers' outputs",
         new_budget=new_budget,
-        options=("global_floor", "layer_exponent"),
+        options=("global_floor", "layer_exponent", "threshold"),
         uses_importance=True,
         uses_output_importance=True,
+        follows_threshold=True,
     )
 )
