@@ -19,8 +19,19 @@ from .hf.versions import cache_argument
 
 # Longer texts are read in several forwards, of so many tokens.
 _LONG, _FORWARD = 16384, 4096
+# Inputs of a context without images.
+_OF_TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
 # A progress bar is shown if there are more forwards than this.
 _FORWARDS = 4
+
+
+def default_config(*, images: bool = False) -> MixKVConfig:
+    """How `read` compresses a context, with or without ``images``, if it is given no config.
+
+    A replay scores every token, so that of the last ones only a few are kept without being asked for. Values are refitted for
+    texts; of pages a replay keeps so much of what is asked that refitting changes little.
+    """
+    return MixKVConfig(score="replay", window=8, refit=not images)
 
 
 @torch.no_grad()
@@ -39,7 +50,8 @@ def read(
         cache: an unused cache of the model, to be filled; or one that has read something and compresses later turns
             (``MixKVConfig(turns=...)``), which takes the context as its next page, frame or chunk; None: a new one is made by
             ``config`` and the options.
-        config: a `MixKVConfig`; None: ``method="global"``, ``score="replay"``.
+        config: a `MixKVConfig`; None: `default_config`, which is ``method="global"``, ``score="replay"``, ``window=8``, and for texts
+            ``refit=True``.
         progress: whether to show a progress bar; None: if there is much to read.
         inputs_and_options: fields of `MixKVConfig`, such as ``budget``, in place of those of ``config``; all others are inputs of
             ``model.generate``: input_ids or inputs_embeds, attention_mask (padding on the left), pixel_values, ... For a cache that
@@ -66,7 +78,7 @@ def read(
     if not torch.is_tensor(context):
         raise ValueError("read was given no context: pass what the tokenizer or the processor returns, read(model, **inputs)")
     if cache is None:
-        config = MixKVConfig(score="replay") if config is None else config
+        config = default_config(images=not inputs.keys() <= _OF_TEXT) if config is None else config
         cache = MixKVCache(inner, checked_config(config, **options))
     elif config is not None or options:
         raise ValueError(f"read was given a cache and options for another ({', '.join(options) or 'config'}): leave one out")

@@ -11,6 +11,7 @@ from support import oracle, zoo
 
 import mixkv
 from mixkv.hf.versions import cache_argument
+from mixkv.read import default_config
 
 SMALL = dict(budget=20, window=6, replay_chunk=24)
 STEPS = 4
@@ -33,7 +34,7 @@ def test_questions_after_a_context_are_answered_as_by_a_masked_full_cache(name):
     model = zoo.build(name, "sdpa")
     prompts, _ = zoo.ragged(name, [zoo.FAMILIES[name].min_length + length for length in (40, 29)])
     context = prompts["input_ids"].shape[1]
-    cache = mixkv.read(model, **prompts, **SMALL)
+    cache = mixkv.read(model, **prompts, **SMALL, refit=False)
     assert cache.get_seq_length() == context and cache.config.score == "replay" and cache.config.method == "global"
     found = answers(model, name, prompts, cache)
     masks = oracle.keep_masks(cache, context, batch=2)
@@ -66,6 +67,14 @@ def test_reading_is_what_generate_does_with_the_prompt_alone():
     assert mixkv.read(model, **prompts, cache=mine) is mine and mine.stats()["seen"] == 60
     unbound = mixkv.read(model, **prompts, cache=mixkv.MixKVCache(score="replay", **SMALL))
     assert torch.equal(unbound.kept(1)[0][0], cache.kept(1)[0][0])
+
+
+@pytest.mark.parametrize(("name", "refit"), [("llama", True), ("llava", False)])
+def test_values_are_refitted_for_texts(name, refit):
+    model = zoo.build(name, "sdpa")
+    prompts = zoo.inputs(name, zoo.FAMILIES[name].min_length + 40)
+    config = mixkv.read(model, **prompts, budget=30).config
+    assert config == default_config(images=not refit).replace(budget=30) and config.refit == refit
 
 
 def test_embeddings_are_read_as_the_tokens_are():

@@ -66,12 +66,13 @@ def print_questions(loaded) -> None:
     """A text that is read and compressed once, and five questions about it."""
     from ..config import MixKVConfig
     from ..evaluation import documents, measure, prompts, tables
+    from ..read import default_config
 
     later, budget = prompts.demo_later(), 0.2
     columns = {
         "full cache": None,
         f"global mix-output {budget}": MixKVConfig(budget=budget),
-        f"global replay {budget}": MixKVConfig(score="replay", budget=budget),
+        f"mixkv.read {budget}": default_config().replace(budget=budget),
     }
     document, answers, sizes = documents.Document(later.text), [], []
     with tables.progress_bar() as progress:

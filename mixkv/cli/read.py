@@ -35,12 +35,15 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..evaluation import compare, documents, loading
+    from ..read import default_config
 
     set_threads(options)
     check_writable(options.out, "--out")
-    given = {} if options.threshold is None else {"threshold": options.threshold}
-    (config,) = compare.grid([(options.method, options.score)], [options.budget], **given)
     document = documents.Document.of(options.files)
+    usual = default_config(images=bool(document.images))
+    given = {} if options.threshold is None else {"threshold": options.threshold}
+    given |= {"window": usual.window, "refit": usual.refit}
+    (config,) = compare.grid([(options.method, options.score)], [options.budget], **given)
     loaded = loading.load(options.model, dtype=options.dtype, device=options.device, vision=bool(document.images))
     kept = documents.keep(loaded, document, config, chat=not options.no_chat)
     kept.save(options.out, options.model)
