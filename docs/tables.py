@@ -114,6 +114,26 @@ def later() -> str:
     return table(["cache", "budget", "resident", "texts", "forms", "receipts", "two pages"], rows)
 
 
+def once() -> str:
+    """A context compressed before its questions: KL and answers on texts, answers on pages, by bytes."""
+    former = ("eval_retrieval", "eval_pages_later")
+    rows = []
+    for label, method, score, budget in (
+        ("`snapkv`, `mix`", "snapkv", "mix", 0.135),
+        ("`global`, `mix-output` (the default of `generate`)", "global", "mix-output", 0.135),
+        ("`hybridkv`, `mix`, all entries in host memory", "hybridkv", "mix", 0.1),
+    ):
+        rows.append([label, *_once(former, {"method": method, "score": score, "budget": budget})])
+    own = ("eval_once_texts", "eval_once_pages")
+    for kind, score in (("`mixkv.read`", "replay"), ('`score="gate"`', "gate")):
+        for form, label in (("full", kind), ("int4", f'{kind}, `rows="int4"`')):
+            for budget in ("13.5%", "6%", "4%"):
+                given = {"method": "global", "score": score, "rows": form, "budget": budget}
+                rows.append([f'{label}, `budget="{budget}"`', *_once(own, given)])
+    titles = [f"{name} (of {_once_answered(kind)})" for name, kind in _ONCE_TASKS.items()]
+    return table(["cache", "bytes", "texts: KL", *titles], rows)
+
+
 def speed() -> str:
     """Memory and time of every method."""
     rows = []
@@ -200,7 +220,7 @@ def texts() -> str:
 
 TABLES = {
     function.__name__: function
-    for function in (readme, methods, scores, formats, budgets, later, speed, hybrid, demo, options, quality, texts)
+    for function in (readme, methods, scores, formats, budgets, later, once, speed, hybrid, demo, options, quality, texts)
 }
 
 
@@ -237,6 +257,42 @@ def _answers(name: str, task: str, cache: tuple[str, str] | None, budget: int | 
     results = [record["results"][kinds.index((*cache, budget))] for record in found]
     resident = sum(result.get("resident", 0.0) for result in results) / len(results)
     return answered, sum(result["kept"] for result in results), resident
+
+
+_ONCE_TASKS = {
+    "texts": "several",
+    "forms": "form-later",
+    "receipts": "receipt-later",
+    "screens": "screen-later",
+    "two pages": "two-pages-later",
+}
+
+
+def _once_records(task: str) -> list[dict]:
+    """The samples of a task that `mixkv.read` was evaluated on."""
+    _, records = _read("eval_once_texts" if task == "several" else "eval_once_pages")
+    return [record for record in records if record["task"] == task]
+
+
+def _once_answered(task: str) -> int:
+    return sum(record["answered"] for record in _once_records(task))
+
+
+def _once(names: tuple[str, str], given: dict) -> list[str]:
+    """Bytes resident, KL on texts, and answers that stay right, of a config in files of texts and of pages."""
+    cells = []
+    for task in _ONCE_TASKS.values():
+        header, records = _read(names[task != "several"])
+        seeds = {record["seed"] for record in _once_records(task)}
+        # As `mixkv.read` does: values are refitted for texts.
+        wanted = given | ({"refit": task == "several"} if "rows" in given else {})
+        index = next(i for i, config in enumerate(header["configs"]) if wanted.items() <= config.items())
+        results = [record["results"][index] for record in records if record["task"] == task and record["seed"] in seeds]
+        if task == "several":
+            cells += [f"{sum(part['resident'] for part in results) / len(results):.1%}"]
+            cells += [f"{sum(part['kl'] for part in results) / len(results):.3f}"]
+        cells.append(str(sum(part["kept"] for part in results)))
+    return cells
 
 
 def _share(task: str, cache: tuple[str, str] | None, budget: int | float, names: tuple[str, ...]) -> float:
