@@ -69,6 +69,14 @@ class HeldEntries(CountsSteps):
         return sum(part.nbytes for part in self.parts)
 
     @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """`nbytes` by what they are of: those of `Rows.bytes_by_kind`, ``prompt``, and ``statistics`` for all other parts."""
+        kinds = {} if self.rows is None else dict(self.rows.bytes_by_kind)
+        kinds["prompt"] = 0 if self.prompt is None else self.prompt.nbytes
+        others = [part for part in self.parts if part is not self.rows and part is not self.prompt]
+        return kinds | {"statistics": sum(part.nbytes for part in others)}
+
+    @property
     def nbytes_outside(self) -> int:
         """Bytes of them that are not resident: chunks of dynamic heads under ``offload``."""
         outside = self.chunks is not None and self.state.config.offload and self.chunks.pool.key.device.type == "cpu"

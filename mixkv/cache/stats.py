@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from html import escape
 from typing import Any
 
 import torch
 
 from .parts import PromptStatistics
+
+# What bytes are of.
+_KINDS = (
+    *("keys", "values", "scales", "positions", "bookkeeping", "spare"),
+    *("bounds", "fetched", "prompt", "statistics", "other_layers"),
+)
 
 
 def stats(cache) -> dict[str, Any]:
@@ -18,7 +25,17 @@ def stats(cache) -> dict[str, Any]:
         bytes_resident: those of resident rows: all but bytes_outside;
         bytes_outside: those of chunks outside the resident rows (``hybridkv`` with ``offload``; on a GPU they lie in the host's
             memory), else 0;
-        bytes_bounds: of the resident ones, those of the bounds by which ``hybridkv`` chooses chunks;
+        bytes_keys, bytes_values: by what they are of, those of the rows held, those in chunks included; the kinds from here to
+            bytes_other_layers add up to bytes;
+        bytes_scales: those of the scales of rows in codes;
+        bytes_positions: those of the rows' positions;
+        bytes_bookkeeping: those of where rows and chunks lie, and how many there are;
+        bytes_spare: those allocated for rows to come, see spare_rows;
+        bytes_bounds: those of the bounds by which ``hybridkv`` chooses chunks;
+        bytes_fetched: those of copies on the model's device of chunks outside;
+        bytes_prompt: those of a prompt that has not been read to its end, or waits for its replay;
+        bytes_statistics: those of what is kept to select by: statistics of the prompt, the last queries, scores of rows;
+        bytes_other_layers: those of layers that are not compressed: sliding windows and linear-attention states;
         bytes_full: what an uncompressed cache holds after the same tokens; layers that are not compressed count as they are;
         ratio: bytes / bytes_full;
         seen: tokens seen, padding included;
@@ -46,6 +63,9 @@ def stats(cache) -> dict[str, Any]:
     """
     layers = cache.layers
     held = sum(map(held_bytes, layers))
+    kinds = Counter(dict.fromkeys(_KINDS, 0))
+    for layer in layers:
+        kinds.update(layer.bytes_by_kind if _ours(layer) else {"other_layers": held_bytes(layer)})
     full = sum(map(_full, layers))
     stores = [layer.store for layer in layers if _ours(layer) and layer.store is not None]
     lengths = [layer.lengths() if _ours(layer) else None for layer in layers]
@@ -57,7 +77,7 @@ def stats(cache) -> dict[str, Any]:
         "bytes": held,
         "bytes_resident": held - outside,
         "bytes_outside": outside,
-        "bytes_bounds": sum(layer.chunks.bound_bytes for layer in layers if _ours(layer) and layer.chunks is not None),
+        **{f"bytes_{kind}": number for kind, number in kinds.items()},
         "bytes_full": full,
         "ratio": held / full if full else 1.0,
         "seen": seen(cache),

@@ -170,8 +170,11 @@ class ArenaStore(CountsSteps, RaggedStore):
         """Bytes held; in the arena, an equal share of it."""
         if not self.in_arena:
             return super().nbytes
-        small = (self.buffers.starts, self.lengths, *self.region.room)
-        return self._share + sum(part.nbytes for part in small)
+        return self._share + sum(part.untyped_storage().nbytes() for part in self._bookkeeping)
+
+    @property
+    def _bookkeeping(self) -> list[torch.Tensor]:
+        return [*super()._bookkeeping, *(self.region.room if self.in_arena else ())]
 
     @property
     def spare_rows(self) -> int:

@@ -28,10 +28,6 @@ class Slots:
         self.chunk = torch.full((slots.numel(), most), -1, device=device)
         self.rows = torch.zeros_like(self.chunk)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.untyped_storage().nbytes() for part in (self.key, self.value, self.chunk, self.rows))
-
     def take_rows(self, index: torch.Tensor, batch: int, slots: torch.Tensor) -> None:
         """As `ChunkStore.take_rows`; ``slots`` [S] are the new sequences'."""
         starts = self.starts.view(batch, -1)[index].flatten()

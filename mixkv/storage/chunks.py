@@ -196,9 +196,18 @@ class ChunkStore:
     @property
     def nbytes(self) -> int:
         """Bytes held, those outside included."""
+        return sum(self.bytes_by_kind.values())
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """`nbytes` by what they are of: keys, values, bounds, copies of fetched chunks, bookkeeping."""
         ints = [getattr(self, name) for name in (*_LAYOUT, "last")]
-        own = sum(part.untyped_storage().nbytes() for part in ints)
-        return self.pool.nbytes + self.bound_bytes + own + (self.cached.nbytes if self.cached else 0)
+        if self.cached:
+            ints += [self.cached.chunk, self.cached.rows]
+        copies = [self.cached.key, self.cached.value] if self.cached else []
+        of_kind = {"keys": [self.pool.key], "values": [self.pool.value], "fetched": copies, "bookkeeping": ints}
+        kinds = {kind: sum(part.untyped_storage().nbytes() for part in parts) for kind, parts in of_kind.items()}
+        return kinds | {"bounds": self.bound_bytes}
 
     @property
     def bound_bytes(self) -> int:

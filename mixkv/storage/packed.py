@@ -120,6 +120,12 @@ class PackedStore:
     def nbytes(self) -> int:
         return self.selected.nbytes + self.recent.nbytes
 
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """As `RaggedStore.bytes_by_kind`, of rows in 4 bits and in 8."""
+        recent = self.recent.bytes_by_kind
+        return {kind: number + recent[kind] for kind, number in self.selected.bytes_by_kind.items()}
+
     def append(self, key: torch.Tensor, value: torch.Tensor, position: int, valid: torch.Tensor | None = None) -> None:
         self.recent.append(rotated(key.detach().float()), rotated(value.detach().float()), position, valid)
 

@@ -58,6 +58,20 @@ class RaggedLayout:
         return self.buffers.nbytes
 
     @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """`nbytes` by what they are of: keys, values, scales and positions of the rows held, bookkeeping, and all else, spare."""
+        of_rows = dict(zip(("keys", "values", "positions", "key_scales", "value_scales"), self.buffers.rows))
+        kinds = {name: self.total * part.shape[1:].numel() * part.itemsize for name, part in of_rows.items()}
+        kinds["scales"] = kinds.pop("key_scales", 0) + kinds.pop("value_scales", 0)
+        kinds["bookkeeping"] = sum(part.untyped_storage().nbytes() for part in self._bookkeeping)
+        return kinds | {"spare": self.nbytes - sum(kinds.values())}
+
+    @property
+    def _bookkeeping(self) -> list[torch.Tensor]:
+        """Tensors that say where sequences lie."""
+        return [self.buffers.starts, self.buffers.lengths]
+
+    @property
     def spare_rows(self) -> int:
         """Rows allocated beyond those held, all sequences together."""
         return self.key.shape[0] - self.total

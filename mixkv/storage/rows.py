@@ -35,6 +35,10 @@ class Rows(Protocol):
     def nbytes(self) -> int:
         """Bytes held, those of chunks included."""
 
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """`nbytes` by what they are of: ``keys``, ``values``, ``scales`` and ``positions`` of rows, ``spare``, and so on."""
+
     def decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
     ) -> torch.Tensor:
@@ -91,6 +95,10 @@ class RaggedRows:
     def nbytes(self) -> int:
         return self.resident.nbytes
 
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        return self.resident.bytes_by_kind
+
     def decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions
     ) -> torch.Tensor:
@@ -137,6 +145,11 @@ class ChunkedRows(RaggedRows):
     @property
     def nbytes(self) -> int:
         return self.resident.nbytes + self.chunks.nbytes
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        kinds, chunks = super().bytes_by_kind, self.chunks.bytes_by_kind
+        return {kind: kinds.get(kind, 0) + chunks.get(kind, 0) for kind in kinds | chunks}
 
     def decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: int, logits: LogitOptions

@@ -29,7 +29,7 @@ def forward(model, cache, prompts=None, **extra):
         (dict(budget=-1), "budget=-1 must exceed"),
         (dict(budget=1.5), r"budget=1.5 as a share .* \(0, 1\]"),
         (dict(budget=0.0), "budget=0.0 as a share"),
-        (dict(budget="64"), "budget='64' must be an int"),
+        (dict(budget="64"), "budget='64' is no number of bytes"),
         (dict(budget=True), "budget=True must be an int"),
         (dict(window=0), "window=0 must be a positive int"),
         (dict(kernel_size=4), "kernel_size=4 must be odd"),

@@ -396,7 +396,7 @@ def test_why_not():
 
 # Each instruction set has its own vector width: every operation, group size and kind of tail once.
 SAMPLE = "(attend_equals and (112 or 80)) or options or 256_steps or extreme or (extend_equals and row) or window_equals or projected_norm or diversity"
-SAMPLE += " or (row_codes and (append_equals or gather or extend_equals))"
+SAMPLE += " or (row_codes and (append_equals or gather or extend_equals or encode))"
 
 
 INSTRUCTIONS = ["baseline", "avx2", "avx512"]

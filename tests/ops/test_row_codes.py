@@ -133,7 +133,7 @@ def test_encode_rotated_equals_twin(dtype, size):
         assert torch.allclose(scale.float(), twin_scale.float(), rtol=2**-10)
         read, other = (rotated_back(dequantised(*part)) for part in ((codes, scale), (twin_codes, twin_scale)))
         lost, twin_lost = ((part - rows.float()).square().sum() for part in (read, other))
-        assert abs(lost / twin_lost - 1) < 0.02 and (codes != twin_codes).float().mean() < 0.02
+        assert abs(lost / twin_lost - 1) < 0.02 and (codes != twin_codes).float().mean() < 0.002
 
 
 @needs_library
