@@ -40,7 +40,8 @@ class MixKVConfig:
             are those of keys, values, scales and positions, without the room for tokens to come. A prompt no longer than its
             budget is kept whole. Or ``"auto"``: all entries whose score exceeds ``threshold``, and the window, whatever share of
             the prompt that is; for ``global`` with a score whose numbers can be compared between heads and layers.
-        threshold: see ``budget``; the built-in scores are attention weights, or predictions of them.
+        threshold: see ``budget``. The built-in scores are attention weights, or predictions of them; with the default about a
+            quarter of a text of 1,024 tokens is kept.
         window: the last prompt tokens, whose queries score the others; always kept.
         kernel_size: width of the pooling of attention over neighbouring positions; odd.
         output_kernel_size: width of the max pooling of output importance, for ``output``, ``mix-output``, ``global`` and

@@ -38,7 +38,7 @@ class Saved:
         far images move positions; None: the model had gone), about (what the caller of `save` gave, if anything), and under ``layers`` one entry a layer of the model: kind, and
         what that kind of layer needs beside its tensors.
     ``tensors``: by layer index and name, ``"3.key"``; of a compressed layer key [rows, D], value [rows, Dv], position [rows],
-        lengths [B, Hkv], redundancy [B, Hkv], of rows in int8 key_scale and value_scale [rows], and query_tail, sinks, modal_redundancy [B, Hkv, 2] where there are any; of
+        lengths [B, Hkv], redundancy [B, Hkv], of rows in int8 key_scale and value_scale [rows], and query_tail, sinks, modal_redundancy [B, Hkv, 2], kept_share [B] where there are any; of
         ``hybridkv`` sparsity and dynamic [B, Hkv], and where there are chunks chunk_key [rows, D], chunk_value [rows, Dv] and
         chunk_rows, chunk_columns (first positions), chunk_slots [B, Hkv]; ``rope_deltas`` where ``moved``; ``image_mask`` bool
         [B, tokens] where it is known which tokens are image tokens.
@@ -288,6 +288,8 @@ def _check_rows(saved: Saved, index: int, held: dict[str, torch.Tensor], numbers
         shapes |= _packed_shapes(held, numbers, batch)
     if "modal_redundancy" in held:
         shapes["modal_redundancy"] = [batch, heads, 2]
+    if "kept_share" in held:
+        shapes["kept_share"] = [batch]
     found = {name: list(held[name].shape) if name in held else None for name in shapes}
     if found != shapes or lengths.dtype != torch.int32 or held["position"].dtype != torch.int32 or (lengths < 0).any():
         raise ValueError(f"{saved.path} is damaged (layer {index} has {found} instead of {shapes}): save the cache again")

@@ -8,6 +8,8 @@ import torch
 from support import oracle, zoo
 
 import mixkv
+from mixkv import checked_file
+from mixkv.cache import save
 from mixkv.cache.layer import MixKVLayer
 from mixkv.hf.versions import cache_argument
 
@@ -94,6 +96,15 @@ def test_copies_files_and_pieces_go_on_alike(tmp_path):
     assert cache.stats()["prompt_share"] == shares[::-1]
     cache.reset()
     assert cache.stats()["prompt_share"] is None
+
+
+def test_a_damaged_share(tmp_path):
+    model = zoo.build("llama")
+    mixkv.read(model, **zoo.inputs("llama", 50), **OPTIONS).save(tmp_path / "whole")
+    header, tensors = checked_file.read(tmp_path / "whole", range(save.FORMAT, save.FORMAT + 1))
+    checked_file.write(tmp_path / "forged", header, tensors | {"1.kept_share": torch.ones(2)})
+    with pytest.raises(ValueError, match="forged is damaged .layer 1 has"):
+        mixkv.MixKVCache.load(tmp_path / "forged", model)
 
 
 @pytest.mark.parametrize("rows", ["int8", "int4"])
