@@ -22,7 +22,6 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
         MIXKV_LOGITS ") -> Tensor");
   m.def("fetch_chunks(Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor from_key, Tensor from_value, Tensor from_rows, "
         "Tensor to_rows, Tensor rows, int chunk) -> ()");
-  m.def("encode_rotated(Tensor rows, bool pack) -> (Tensor, Tensor)");
   m.def("compact(" MIXKV_BUFFERS "Tensor lengths, " MIXKV_SCALES "Tensor offsets, Tensor key, Tensor value, Tensor positions) -> ()");
   m.def("move_rows(" MIXKV_BUFFERS "Tensor lengths, " MIXKV_SCALES "Tensor from_key, Tensor from_value, Tensor from_position, "
         "Tensor from_starts, Tensor? from_key_scale, Tensor? from_value_scale, int max_length) -> ()");
@@ -38,8 +37,8 @@ STABLE_TORCH_LIBRARY(mixkv, m) {
   m.def("take(Tensor ranks, Tensor entries, Tensor? window, int width) -> (Tensor, Tensor, Tensor)");
   m.def("mix(Tensor importance, Tensor similarity, Tensor value_norm, Tensor share, Tensor? valid) -> Tensor");
   m.def("normalized(Tensor importance, float exponent) -> Tensor");
-  m.def("gather(Tensor key, Tensor value, Tensor positions, Tensor counts, bool codes, int spare_rows, float spare_share) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gather(Tensor key, Tensor value, Tensor positions, Tensor counts, bool codes, bool rotate, bool pack, int spare_rows, "
+        "float spare_share) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("merge_largest(Tensor value, Tensor owner, Tensor within, Tensor importance, Tensor own_totals, Tensor totals, Tensor base, "
         "Tensor candidates, Tensor least, Tensor limit, float floor) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("evict(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths, Tensor? key_scale, "

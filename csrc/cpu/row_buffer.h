@@ -9,18 +9,30 @@ namespace mixkv {
 
 class RowBuffer {
  public:
-  // `source`: what `write` reads, in float32, float16 or bfloat16; null: rows are moved only.
-  RowBuffer(const Tensor& buffer, const std::optional<Tensor>& scale, const Tensor* source = nullptr)
+  // `source`: what `write` reads, in float32, float16 or bfloat16; null: rows are moved only. `rotate`: `write` rotates rows first,
+  // which are to be codes.
+  RowBuffer(const Tensor& buffer, const std::optional<Tensor>& scale, const Tensor* source = nullptr, bool rotate = false)
       : rows_(data<char>(buffer)),
         size_(int(buffer.size(1))),
         bytes_(buffer.size(1) * int64_t(buffer.element_size())),
         scale_(scale ? data<uint16_t>(*scale) : nullptr),
-        quantise_(scale && source ? kernels().of[element_of(*source)].quantise : nullptr) {}
+        rotate_(rotate ? kernels().of[element_of(*source)].rotate : nullptr),
+        pack_(buffer.scalar_type() == ScalarType::Byte ? kernels().pack : nullptr),
+        quantise_(scale && source ? kernels().of[rotate ? kFloat : element_of(*source)].quantise : nullptr) {}
 
   int64_t bytes() const { return bytes_; }
 
   void write(int64_t row, const char* from) const {
-    if (quantise_ != nullptr) {
+    if (rotate_ != nullptr) {
+      float turned[256];
+      if (pack_ != nullptr) {
+        rotate_(from, 2 * size_, turned);
+        pack_(turned, 2 * size_, reinterpret_cast<uint8_t*>(rows_ + row * bytes_), scale_ + row);
+      } else {
+        rotate_(from, size_, turned);
+        quantise_(turned, size_, reinterpret_cast<int8_t*>(rows_ + row * bytes_), scale_ + row);
+      }
+    } else if (quantise_ != nullptr) {
       quantise_(from, size_, reinterpret_cast<int8_t*>(rows_ + row * bytes_), scale_ + row);
     } else {
       std::memcpy(rows_ + row * bytes_, from, bytes_);
@@ -44,6 +56,8 @@ class RowBuffer {
   int size_;
   int64_t bytes_;
   uint16_t* scale_;
+  void (*rotate_)(const void*, int, float*);
+  void (*pack_)(const float*, int, uint8_t*, uint16_t*);
   void (*quantise_)(const void*, int, int8_t*, uint16_t*);
 };
 

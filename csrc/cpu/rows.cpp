@@ -11,6 +11,8 @@ namespace mixkv::cpu {
 
 // Bytes that one thread copies before another is worth its start.
 constexpr int64_t kGrain = 1 << 18;
+// The same of rows of keys and values that it rotates.
+constexpr int64_t kRowGrain = 256;
 
 static void check_positions(const Store& store, const Tensor& position) {
   check_ints(position, store.rows, "position_buffer");
@@ -75,28 +77,29 @@ void append(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tens
   }
 }
 
-// Codes and scales of rows [n, D], which are rotated first: in 4 bits, two to a byte, or in 8.
-static std::tuple<Tensor, Tensor> encode_rotated(Tensor rows, bool pack) {
-  STD_TORCH_CHECK(rows.dim() == 2 && is_floating(rows), "rows must be [n, D] in float32, float16 or bfloat16");
-  rows = torch::stable::contiguous(rows);
-  const int64_t count = rows.size(0), size = rows.size(1), bytes = size * int64_t(rows.element_size());
-  STD_TORCH_CHECK(size > 0 && size % 16 == 0 && size <= 256, "the head size must be a multiple of 16 up to 256, is ", size);
-  Tensor codes = torch::stable::new_empty(rows, {count, pack ? size / 2 : size}, pack ? ScalarType::Byte : ScalarType::Char);
-  Tensor scale = torch::stable::new_empty(rows, {count}, ScalarType::Half);
-  const Kernels& set = kernels();
-  const ElementKernels& kernel = set.of[element_of(rows)];
-  torch::stable::parallel_for(0, count, kGrain / bytes + 1, [&](int64_t begin, int64_t end) {
-    float turned[256];
-    for (int64_t row = begin; row < end; ++row) {
-      kernel.rotate(data<char>(rows) + row * bytes, int(size), turned);
-      if (pack) {
-        set.pack(turned, int(size), data<uint8_t>(codes) + row * size / 2, data<uint16_t>(scale) + row);
-      } else {
-        set.of[kFloat].quantise(turned, int(size), data<int8_t>(codes) + row * size, data<uint16_t>(scale) + row);
+// Writes rows of `key`, `value` [B, Hkv, N, size] at `positions` behind the starts of sequences, which have so many each.
+static void copy_rows(const RowBuffer& to_key, const RowBuffer& to_value, int32_t* to_position, const int32_t* starts, const int32_t* lengths,
+                      const int32_t* offsets, const Tensor& key, const Tensor& value, const Tensor& positions, int64_t grain) {
+  const int64_t heads = key.size(1), tokens = key.size(2), total = positions.numel();
+  const int32_t* taken = data<int32_t>(positions);
+  for (int64_t i = 0; i < total; ++i) STD_TORCH_CHECK(taken[i] >= 0 && taken[i] < tokens, "position ", taken[i], " is not below ", tokens);
+  const int64_t bytes = key.element_size();
+  const int64_t key_strides[] = {key.stride(0) * bytes, key.stride(1) * bytes, key.stride(2) * bytes};
+  const int64_t value_strides[] = {value.stride(0) * bytes, value.stride(1) * bytes, value.stride(2) * bytes};
+  const char* from_key = data<char>(key);
+  const char* from_value = data<char>(value);
+  torch::stable::parallel_for(0, key.size(0) * heads, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const char* key_head = from_key + s / heads * key_strides[0] + s % heads * key_strides[1];
+      const char* value_head = from_value + s / heads * value_strides[0] + s % heads * value_strides[1];
+      const int32_t* tokens_taken = taken + offsets[s];
+      for (int64_t i = 0, row = starts[s]; i < lengths[s]; ++i, ++row) {
+        to_key.write(row, key_head + tokens_taken[i] * key_strides[2]);
+        to_value.write(row, value_head + tokens_taken[i] * value_strides[2]);
+        to_position[row] = tokens_taken[i];
       }
     }
   });
-  return {codes, scale};
 }
 
 static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
@@ -110,32 +113,13 @@ static void compact(Tensor key_buffer, Tensor value_buffer, Tensor position_buff
   key = row_dense(key);
   value = row_dense(value);
   const Extents extents(store, starts, lengths);
-  const int64_t heads = key.size(1), tokens = key.size(2), total = positions.numel();
+  const int64_t total = positions.numel();
   const int32_t* first = data<int32_t>(offsets);
-  const int32_t* taken = data<int32_t>(positions);
   for (int64_t s = 0; s < store.sequences; ++s)
     STD_TORCH_CHECK(first[s] >= 0 && first[s] + extents.lengths[s] <= total, "offsets reach beyond the ", total, " positions");
-  for (int64_t i = 0; i < total; ++i) STD_TORCH_CHECK(taken[i] >= 0 && taken[i] < tokens, "position ", taken[i], " is not below ", tokens);
-
-  const int64_t bytes = key.element_size();
-  const int64_t key_strides[] = {key.stride(0) * bytes, key.stride(1) * bytes, key.stride(2) * bytes};
-  const int64_t value_strides[] = {value.stride(0) * bytes, value.stride(1) * bytes, value.stride(2) * bytes};
-  const char* from_key = data<char>(key);
-  const char* from_value = data<char>(value);
   const RowBuffer to_key(key_buffer, key_scale, &key), to_value(value_buffer, value_scale, &value);
-  int32_t* to_position = data<int32_t>(position_buffer);
-  torch::stable::parallel_for(0, store.sequences, grain(key_buffer, total / store.sequences), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      const char* key_head = from_key + s / heads * key_strides[0] + s % heads * key_strides[1];
-      const char* value_head = from_value + s / heads * value_strides[0] + s % heads * value_strides[1];
-      const int32_t* tokens_taken = taken + first[s];
-      for (int64_t i = 0, row = extents.starts[s]; i < extents.lengths[s]; ++i, ++row) {
-        to_key.write(row, key_head + tokens_taken[i] * key_strides[2]);
-        to_value.write(row, value_head + tokens_taken[i] * value_strides[2]);
-        to_position[row] = tokens_taken[i];
-      }
-    }
-  });
+  copy_rows(to_key, to_value, data<int32_t>(position_buffer), extents.starts, extents.lengths, first, key, value, positions,
+            grain(key_buffer, total / store.sequences));
 }
 
 static void move_rows(Tensor key_buffer, Tensor value_buffer, Tensor position_buffer, Tensor starts, Tensor lengths,
@@ -193,8 +177,14 @@ struct NewRows {
 };
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather(Tensor key, Tensor value, Tensor positions, Tensor counts,
-                                                                                 bool codes, int64_t spare_rows, double spare_share) {
+                                                                                 bool codes, bool rotate, bool pack, int64_t spare_rows,
+                                                                                 double spare_share) {
   STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "key and value must be [B, Hkv, n, size]");
+  for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(key.size(d) == value.size(d), "key and value must agree in all but their last dimension");
+  STD_TORCH_CHECK(is_floating(key) && value.scalar_type() == key.scalar_type(), "key and value must have one dtype, and a floating one");
+  STD_TORCH_CHECK(rotate ? codes : !pack, "only rows in codes are rotated, and only rotated rows are packed");
+  key = row_dense(key);
+  value = row_dense(value);
   const int64_t sequences = key.size(0) * key.size(1);
   STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.is_contiguous() && counts.numel() == sequences,
                   "counts must be contiguous int64 with an entry for every sequence");
@@ -214,8 +204,15 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gather
   }
   STD_TORCH_CHECK(row == total, "counts must sum to the ", total, " positions");
   const int64_t rows = total + sequences * spare;
-  const NewRows to(key, rows, key.size(3), value.size(3), codes ? ScalarType::Char : key.scalar_type(), codes);
-  compact(to.key, to.value, to.position, starts, lengths, to.of_key, to.of_value, offsets, key, value, positions);
+  const int64_t each = pack ? 2 : 1;  // codes in a byte
+  const NewRows to(key, rows, key.size(3) / each, value.size(3) / each, pack ? ScalarType::Byte : codes ? ScalarType::Char : key.scalar_type(),
+                   codes);
+  check_flat(to.key, "key", codes);
+  check_flat(to.value, "value", codes);
+  STD_TORCH_CHECK(key.size(3) % 16 == 0 && value.size(3) % 16 == 0, "head sizes must be multiples of 16");
+  copy_rows(RowBuffer(to.key, to.of_key, &key, rotate), RowBuffer(to.value, to.of_value, &value, rotate), data<int32_t>(to.position),
+            data<int32_t>(starts), data<int32_t>(lengths), data<int32_t>(offsets), key, value, positions,
+            rotate ? kRowGrain / (total / sequences + 1) + 1 : grain(to.key, total / sequences));
   for (int64_t s = 0; s < sequences; ++s) to.clear(data<int32_t>(starts)[s] + data<int32_t>(lengths)[s], spare);
   return {to.key, to.value, to.position, starts, lengths, to.key_scale, to.value_scale};
 }
@@ -278,7 +275,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(mixkv, CPU, m) {
   m.impl("append", TORCH_BOX(&mixkv::cpu::append));
-  m.impl("encode_rotated", TORCH_BOX(&mixkv::cpu::encode_rotated));
   m.impl("compact", TORCH_BOX(&mixkv::cpu::compact));
   m.impl("move_rows", TORCH_BOX(&mixkv::cpu::move_rows));
   m.impl("gather", TORCH_BOX(&mixkv::cpu::gather));

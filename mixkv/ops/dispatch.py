@@ -24,7 +24,6 @@ from . import (
     native,
     native_scores,
     reference,
-    row_codes,
     score_reference,
     selection_reference,
 )
@@ -208,16 +207,23 @@ def fetch_chunks(
 
 
 def gather(
-    backend: str, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor, *, codes: bool = False
+    backend: str,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    codes: bool = False,
+    rotate: bool = False,
+    pack: bool = False,
 ) -> RaggedBuffers:
-    """`selection_reference.gather`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows], ``counts`` int64 [B, Hkv]."""
-    return (native if backend == "native" else selection_reference).gather(key, value, positions, counts, codes=codes)
+    """`selection_reference.gather`: ``key`` [B, Hkv, N, D], ``positions`` int32 [rows], ``counts`` int64 [B, Hkv].
 
-
-def encode_rotated(backend: str, rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`row_codes.encode_rotated`; compiled for the CPU only."""
-    compiled = backend == "native" and rows.device.type == "cpu"
-    return (native if compiled else row_codes).encode_rotated(rows, pack=pack)
+    Of rotated rows it is compiled for the CPU only.
+    """
+    compiled = backend == "native" and (key.device.type == "cpu" or not rotate)
+    operation = (native if compiled else selection_reference).gather
+    return operation(key, value, positions, counts, codes=codes, rotate=rotate, pack=pack)
 
 
 def move_rows(backend: str, buffers: RaggedBuffers, source: RaggedBuffers, *, total: int, max_length: int) -> None:

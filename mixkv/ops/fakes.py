@@ -33,10 +33,10 @@ def register() -> None:
         buffers += [starts.new_empty(starts.shape), lengths.new_empty(lengths.shape)]
         return (*buffers, *scales(key, rows, key_scale is not None), *chosen(ranks, 1))
 
-    def gathered(key, value, positions, counts, codes, *rest):
+    def gathered(key, value, positions, counts, codes, rotate, pack, *rest):
         rows = torch.library.get_ctx().new_dynamic_size()
-        dtype = torch.int8 if codes else key.dtype
-        buffers = [part.new_empty(rows, part.shape[3], dtype=dtype) for part in (key, value)]
+        dtype = torch.uint8 if pack else torch.int8 if codes else key.dtype
+        buffers = [part.new_empty(rows, part.shape[3] // (2 if pack else 1), dtype=dtype) for part in (key, value)]
         sequences = [positions.new_empty(counts.numel()) for _ in range(2)]
         return (*buffers, positions.new_empty(rows), *sequences, *scales(key, rows, codes))
 
@@ -48,12 +48,6 @@ def register() -> None:
     fakes = {
         "append": nothing,
         "compact": nothing,
-        "encode_rotated": lambda rows, pack: (
-            rows.new_empty(
-                rows.shape[0], rows.shape[1] // 2 if pack else rows.shape[1], dtype=torch.uint8 if pack else torch.int8
-            ),
-            rows.new_empty(rows.shape[0], dtype=torch.float16),
-        ),
         "move_rows": nothing,
         "attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),
         "append_attend": lambda query, key_buffer, value_buffer, *rest: decode(query, value_buffer),

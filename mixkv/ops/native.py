@@ -199,22 +199,27 @@ def take(
 
 
 def gather(
-    key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor, *, codes: bool = False
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    codes: bool = False,
+    rotate: bool = False,
+    pack: bool = False,
 ) -> RaggedBuffers:
-    """`selection_reference.gather`: on the CPU in one pass."""
+    """`selection_reference.gather`: on the CPU in one pass. Of rotated rows only there.
+
+    A scale of rotated rows may be the next float16, as sums are taken in another order.
+    """
     if not key.is_cuda:
-        spare_rows = (layout.SPARE_ROWS, layout.SPARE_SHARE)
-        return _buffers(*operations().gather.default(key, value, positions, counts, codes, *spare_rows))
+        format = (codes, rotate, pack, layout.SPARE_ROWS, layout.SPARE_SHARE)
+        return _buffers(*operations().gather.default(key, value, positions, counts, *format))
     total = positions.numel()
     spare = layout.spare_per_sequence(total, counts.numel())
     buffers = layout.empty_buffers(counts.flatten(), total, spare, (key, value), codes=codes)
     compact(buffers, key, value, positions)
     return buffers
-
-
-def encode_rotated(rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`row_codes.encode_rotated`: the scale may be the next float16, as sums are taken in another order."""
-    return operations().encode_rotated.default(rows, pack)
 
 
 def evict(buffers: RaggedBuffers, ranks: torch.Tensor, quota: torch.Tensor, tail: int) -> tuple[RaggedBuffers, torch.Tensor]:

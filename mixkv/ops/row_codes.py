@@ -57,12 +57,6 @@ def encoded(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch
     return packed(rows) if dtype == torch.uint8 else quantised(rows)
 
 
-def encode_rotated(rows: torch.Tensor, *, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`packed`, or else `quantised`, of ``rows`` [n, D] rotated in float32."""
-    turned = rotated(rows.float())
-    return packed(turned) if pack else quantised(turned)
-
-
 def dequantised(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Rows [..., D] of ``dtype`` from what `quantised` or `packed` returned."""
     codes = unpacked(codes) if codes.dtype == torch.uint8 else codes

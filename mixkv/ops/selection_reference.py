@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from . import row_access, row_codes
 from .arguments import RaggedBuffers
 from .layout import empty_buffers, spare_per_sequence
 from .reference import compact
@@ -71,7 +72,14 @@ def take(
 
 
 def gather(
-    key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor, *, codes: bool = False
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    codes: bool = False,
+    rotate: bool = False,
+    pack: bool = False,
 ) -> RaggedBuffers:
     """New buffers with the kept rows of full keys and values.
 
@@ -79,9 +87,22 @@ def gather(
         key, value: [B, Hkv, N, D], [B, Hkv, N, Dv].
         positions: int32 [kept], the kept positions, sequence after sequence.
         counts: int64 [B, Hkv], how many of each.
-        codes: the new rows are in int8.
+        codes: the new rows are in codes, int8 unless ``pack``.
+        rotate: they are rotated first, see `row_codes.rotated`.
+        pack: they are in 4 bits.
     """
     total = positions.numel()
+    if rotate:
+        sequence = torch.arange(counts.numel(), device=key.device).repeat_interleave(counts.flatten(), output_size=total)
+        place = (sequence // key.shape[1], sequence % key.shape[1], positions.long())
+        turned = [row_codes.rotated(part[place].float()) for part in (key, value)]
+        like = tuple(part.new_empty(0, part.shape[1] // 2, dtype=torch.uint8) if pack else part for part in turned)
+        spare = spare_per_sequence(total, counts.numel())
+        buffers = empty_buffers(counts.flatten(), total, spare, like, codes=not pack)
+        rows = flat_rows(buffers.starts, buffers.lengths, total)
+        row_access.write_rows(buffers, rows, *turned)
+        buffers.position[rows] = positions
+        return buffers
     buffers = empty_buffers(counts.flatten(), total, spare_per_sequence(total, counts.numel()), (key, value), codes=codes)
     compact(buffers, key, value, positions)
     return buffers

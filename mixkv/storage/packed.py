@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..ops import dispatch, row_access
+from ..ops import row_access
 from ..ops.arguments import LogitOptions, Packed
 from ..ops.row_codes import rotated, rotated_back
 from ..selection.ranking import Selection
@@ -31,22 +31,17 @@ class PackedStore:
     @classmethod
     def from_selection(cls, key: torch.Tensor, value: torch.Tensor, selection: Selection, backend: str = "auto") -> PackedStore:
         """As `RaggedStore.from_selection`: candidates in 4 bits, the observation window in 8."""
-        batch, heads = key.shape[:2]
-        positions, counts = selection.flat_positions, selection.lengths.flatten()
-        sequence = torch.arange(batch * heads, device=key.device).repeat_interleave(counts, output_size=positions.numel())
-        place = (sequence // heads, sequence % heads, positions.long())
-        rows = [part.detach()[place] for part in (key, value)]
-        late = selection.flat_ranks < 0
-        chosen_backend = dispatch.choose(backend, key.device, torch.float32, key.shape[3], value.shape[3], codes=True)
-        stores: list[RaggedStore] = []
-        for chosen, pack in ((~late, True), (late, False)):
-            (key_codes, key_scale), (value_codes, value_scale) = (
-                dispatch.encode_rotated(chosen_backend, part[chosen], pack=pack) for part in rows
-            )
-            lengths = torch.bincount(sequence[chosen], minlength=batch * heads).view(batch, heads).to(torch.int32)
-            held = (key_codes, value_codes, positions[chosen], key_scale, value_scale)
-            stores.append(RaggedStore.from_rows(held, lengths, backend, dtype=torch.float32))
-        return cls(stores[0], stores[1], key.dtype)
+        positions, late = selection.flat_positions, selection.flat_ranks < 0
+        # Late rows up to the end of each sequence.
+        passed = torch.nn.functional.pad(late.cumsum(0), (1, 0))[selection.lengths.flatten().cumsum(0)]
+        recent = passed.diff(prepend=passed.new_zeros(1)).view_as(selection.lengths)
+        options: dict[str, Any] = {"backend": backend, "dtype": torch.float32, "codes": True, "rotate": True}
+        selected = selection.lengths - recent
+        return cls(
+            RaggedStore.gathered(key, value, positions[~late], selected, **options, pack=True),
+            RaggedStore.gathered(key, value, positions[late], recent, **options),
+            key.dtype,
+        )
 
     @classmethod
     def from_state(

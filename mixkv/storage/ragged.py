@@ -49,11 +49,32 @@ class RaggedStore(RaggedLayout):
             backend: a name from `mixkv.registry.BACKENDS`.
             codes: rows are stored in int8, those appended later too.
         """
-        key, value = key.detach(), value.detach()
-        chosen = dispatch.choose(backend, key.device, key.dtype, key.shape[3], value.shape[3], codes=codes)
-        store = cls(key.shape[0], key.shape[1], chosen, key.dtype)
-        store.buffers = dispatch.gather(chosen, key, value, selection.flat_positions, selection.lengths, codes=codes)
-        store._measure(selection.lengths.tolist())
+        return cls.gathered(key, value, selection.flat_positions, selection.lengths, backend, codes=codes)
+
+    @classmethod
+    def gathered(
+        cls,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        counts: torch.Tensor,
+        backend: str = "auto",
+        *,
+        dtype: torch.dtype | None = None,
+        codes: bool = False,
+        **format: bool,
+    ) -> RaggedStore:
+        """`from_selection` of ``counts`` int64 [B, Hkv] rows each, at ``positions`` int32 [rows].
+
+        Args:
+            dtype: of queries and of new rows; None: that of ``key``.
+            codes, format: how rows are stored, see `selection_reference.gather`.
+        """
+        key, value, dtype = key.detach(), value.detach(), dtype or key.dtype
+        chosen = dispatch.choose(backend, key.device, dtype, key.shape[3], value.shape[3], codes=codes)
+        store = cls(key.shape[0], key.shape[1], chosen, dtype)
+        store.buffers = dispatch.gather(chosen, key, value, positions, counts, codes=codes, **format)
+        store._measure(counts.tolist())
         store.spare, store.tail = store.spare_rows // store.lengths.numel(), 0
         return store
 

@@ -341,7 +341,9 @@ def samples():
                 torch.randn(4),
             ),
         )
-        yield "encode_rotated", (key.flatten(0, 2), codes)
+        counts = torch.tensor([[1] * key.shape[1]] * key.shape[0])
+        positions = torch.zeros(counts.numel(), dtype=torch.int32)
+        yield "gather", (key, key, positions, counts, True, True, codes, 16, 0.125)
 
 
 @needs_library
@@ -396,7 +398,7 @@ def test_why_not():
 
 # Each instruction set has its own vector width: every operation, group size and kind of tail once.
 SAMPLE = "(attend_equals and (112 or 80)) or options or 256_steps or extreme or (extend_equals and row) or window_equals or projected_norm or diversity"
-SAMPLE += " or (row_codes and (append_equals or gather or extend_equals or encode))"
+SAMPLE += " or (row_codes and (append_equals or gather or extend_equals))"
 
 
 INSTRUCTIONS = ["baseline", "avx2", "avx512"]

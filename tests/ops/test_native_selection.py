@@ -296,7 +296,7 @@ def test_opcheck():
         ("take", (ranks, torch.tensor([[3, 4]]), None, 2)),
         ("mix", (*(torch.rand(1, 2, 9) for _ in range(3)), torch.rand(1, 2), None)),
         ("normalized", (torch.rand(1, 2, 9), 0.5)),
-        ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), False, 16, 0.125)),
+        ("gather", (key, key, torch.arange(5, dtype=torch.int32), torch.tensor([[2, 3]]), False, False, False, 16, 0.125)),
         ("places", (torch.randn(1, 2, 9),)),
         ("ada_counts", (torch.rand(1, 2, 9), torch.tensor([2]), torch.tensor([4]))),
         ("importance", (key[:, :, :2], key, key, torch.randn(2, 64, 64), None, 0.1, True, 0.0, None, 3, True)),
