@@ -14,7 +14,7 @@ from ..hf.attention import visible
 from ..hf.image_tokens import ImageTokens
 from ..selection.global_budget import ChunkBudget, GlobalBudget
 from .progress import Progress
-from .turns import Turn
+from .turn import Turn
 
 # Attributes in pickles of version 0.1.0.
 _FORMER = {"recording": "rollback_enabled", "waiting": "pending_layer", "contest": "shared_budget"}

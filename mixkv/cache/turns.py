@@ -1,8 +1,10 @@
-"""Later turns of a conversation: where one ends, and what is kept of it, or of everything held, when it has been read."""
+"""Later turns of a conversation: where one ends, and what is kept of it, or of everything held, when it has been read.
+
+Functions here that take a ``layer`` take a `MixKVLayer`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,32 +17,10 @@ from ..selection.budget import base_entries
 from ..selection.context import Measured
 from .parts import FIRST, WholePrompt
 from .row_scores import RowScores
+from .turn import Turn
 
 if TYPE_CHECKING:
-    from .layer import MixKVLayer
     from .state import CacheState
-
-
-@dataclass
-class Turn:
-    """Tokens ``first`` to ``end`` (excluded), which are compressed together once the last of them has been read.
-
-    ``real``: for every batch row, real tokens of it that have been read; None before its first forward. ``new``: of the present
-    forward.
-    """
-
-    first: int
-    end: int
-    real: list[int] | None = None
-    new: list[int] | None = None
-
-    def count(self, batch: int, tokens: int, valid: torch.Tensor | None) -> None:
-        """So many tokens of the turn have been read, ``valid`` [B, tokens] of them real; None: all."""
-        self.new = [tokens] * batch if valid is None else valid.sum(dim=-1).tolist()
-        self.real = self.new if self.real is None else [before + more for before, more in zip(self.real, self.new)]
-
-    def take_rows(self, rows: list[int]) -> None:
-        self.real = None if self.real is None else [self.real[row] for row in rows]
 
 
 def begin_prompt(state: CacheState, tokens: int) -> int:
@@ -99,7 +79,7 @@ def check_drafts(config: MixKVConfig, length: int, tokens: int) -> None:
         )
 
 
-def enforce_budgets(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor, valid: torch.Tensor | None, end: int) -> None:
+def enforce_budgets(layer, query: torch.Tensor, output: torch.Tensor, valid: torch.Tensor | None, end: int) -> None:
     """Evicts what exceeds the turn's budget, if ``layer`` has just read its last token, and the decode budget.
 
     Args:
@@ -131,7 +111,7 @@ def enforce_budgets(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor
             done.evict_to_decode_budget()
 
 
-def _await_replay(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) -> None:
+def _await_replay(layer, query: torch.Tensor, output: torch.Tensor) -> None:
     """Has the turn that has been read repeated, before it is compressed."""
     turn, store, last = layer.state.turn, layer.store, slice(-layer.state.config.window, None)
     length, real = turn.end - turn.first, torch.tensor(turn.real, device=query.device)
@@ -150,14 +130,14 @@ def _await_replay(layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor) 
     layer.state.progress.awaits = "the replay of a turn"
 
 
-def compress_replayed(layer: MixKVLayer, prompt: WholePrompt) -> None:
+def compress_replayed(layer, prompt: WholePrompt) -> None:
     """`compress`, after the turn that ``prompt`` is of has been repeated."""
     layer.prompt = None
     for done in compress(layer, prompt.query, prompt.output, prompt.replay[:, :, prompt.before :]):
         done.evict_to_decode_budget()
 
 
-def compress_prompt(layer: MixKVLayer, prompt: WholePrompt) -> None:
+def compress_prompt(layer, prompt: WholePrompt) -> None:
     """Compresses a prompt that has been repeated; where rows compete again after later turns, keeps what was measured of them."""
     measured = prompt.measured()
     layer.compress(prompt.query, prompt.key, prompt.value, prompt.output, prompt.valid, prompt.logits, measured=measured)
@@ -167,15 +147,13 @@ def compress_prompt(layer: MixKVLayer, prompt: WholePrompt) -> None:
         layer.scores = RowScores(at := _positions(layer), RowScores(every, replay).of(at))
 
 
-def _positions(layer: MixKVLayer) -> torch.Tensor:
+def _positions(layer) -> torch.Tensor:
     """Positions int32 [B, Hkv, N] of the rows held, -1 in front of the first."""
     store = layer.store
     return store.padded_positions().masked_fill(~store.padded()[2], -1)
 
 
-def compress(
-    layer: MixKVLayer, query: torch.Tensor, output: torch.Tensor, replay: torch.Tensor | None = None
-) -> list[MixKVLayer]:
+def compress(layer, query: torch.Tensor, output: torch.Tensor, replay: torch.Tensor | None = None) -> list:
     """Evicts from ``layer`` what the turn that it has just read to its end is not to leave.
 
     Args:
@@ -222,7 +200,7 @@ def compress(
     return budget.finished
 
 
-def _candidates(first: MixKVLayer, stored: bool) -> np.ndarray:
+def _candidates(first, stored: bool) -> np.ndarray:
     """The candidates of all heads, int64 [B, layers, all heads]; ``stored``: not only the ``first`` layer has stored the new tokens."""
     state = first.state
     layers = [layer for layer in state.cache().layers if getattr(layer, "state", None) is state]
@@ -235,7 +213,7 @@ def _candidates(first: MixKVLayer, stored: bool) -> np.ndarray:
     return (torch.stack(rows, dim=1) - state.config.window).clamp(min=0).numpy()
 
 
-def _is_kept_whole(layer: MixKVLayer, turn: Turn) -> bool:
+def _is_kept_whole(layer, turn: Turn) -> bool:
     """Whether no batch row's turn exceeds its budget."""
     if layer.state.config.turns == "all":
         return False
