@@ -41,7 +41,8 @@ MIXKV_INLINE Vec within(Vec x) {
 #endif
 }
 
-// The others of a Hadamard matrix of the largest power of 2 that divides `size`, block by block, in place.
+// The same of elements further apart, in place, in blocks of the largest power of 2 that divides `size`. With `within` and the factor
+// that is a product with a Hadamard matrix.
 MIXKV_INLINE void across(float* x, int size) {
   const int block = size & -size;
   for (int span = kLanes; span < block; span *= 2)
