@@ -155,7 +155,7 @@ static void pack(const float* row, int size, uint8_t* codes, uint16_t* scale) {
     step = total(products) / total(levels);
   }
   Half half;
-  put(&half, step < 65504.0f ? step : 65504.0f);
+  put(&half, step > 65504.0f ? 65504.0f : step);
   *scale = half.bits;
   const float held = get(&half);
   const Vec inverse = all(held > 0.0f ? 1.0f / held : 0.0f);

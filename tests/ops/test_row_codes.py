@@ -310,3 +310,16 @@ def test_wrong_buffers_are_refused(change):
     store = coded(make_store([4, 4], 64, 64, torch.float32))
     with pytest.raises(RuntimeError):
         native.attend(torch.randn(1, 2, 1, 64), store._replace(**change), LogitOptions(0.1), max_length=4)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"rotate": True}, {"rotate": True, "pack": True}], ids=["int8", "rotated", "int4"])
+def test_what_is_no_number_is_not_hidden(dtype, options):
+    key, value = torch.randn(1, 1, 6, 64).to(dtype), torch.randn(1, 1, 6, 64).to(dtype)
+    key[0, 0, 2, 37], value[0, 0, 4, 0] = torch.nan, torch.nan
+    every, counts = torch.arange(6, dtype=torch.int32), torch.tensor([[6]])
+    for library in (native, selection_reference):
+        store = library.gather(key, value, every, counts, codes=True, **options)
+        assert store.key_scale[:6].isnan().nonzero().tolist() == [[2]]
+        assert store.value_scale[:6].isnan().nonzero().tolist() == [[4]]
