@@ -79,7 +79,7 @@ def test_decode_equals_a_full_cache_with_masked_scores_below_the_threshold(name)
 def test_copies_files_and_pieces_go_on_alike(tmp_path):
     model = zoo.build("llama")
     prompts, _ = zoo.ragged("llama", [50, 41])
-    cache = mixkv.read(model, **prompts, **OPTIONS)
+    cache = mixkv.read(model, **prompts, **OPTIONS, refit=False)
     cache.save(tmp_path / "cache")
     others = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), mixkv.MixKVCache.load(tmp_path / "cache", model)]
     others.append(mixkv.MixKVCache(model, **OPTIONS))

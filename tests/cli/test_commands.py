@@ -198,7 +198,7 @@ def test_the_demo_asks_about_a_text_that_was_read_once(capsys):
     model, tokenizer = make_model(max_position_embeddings=4096), make_tokenizer()
     demo.print_questions(Loaded(model, tokenizer, "tiny"))
     printed = capsys.readouterr().out
-    assert "read and compressed once" in printed and "replay" in printed and printed.count("of 5") == 3
+    assert "read and compressed once" in printed and "mixkv.read" in printed and printed.count("of 5") == 3
 
 
 def test_texts_need_no_package_of_pages(folder):
