@@ -212,10 +212,10 @@ class _TimedLayer(MixKVLayer):
 
     seconds = 0.0
 
-    def compress(self, *args) -> None:
+    def compress(self, *args, **options) -> None:
         synchronize(self.device)
         start = perf_counter()
-        super().compress(*args)
+        super().compress(*args, **options)
         synchronize(self.device)
         self.seconds = perf_counter() - start
 
