@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mixkv  # noqa: E402
 from mixkv.evaluation import loading, machine, measure, prompts  # noqa: E402
-from mixkv.hf.versions import cache_argument  # noqa: E402
+from mixkv.hf.versions import cache_argument, last_logits_only  # noqa: E402
 
 ONE_GRAPH = {
     "cpu": CompileConfig(mode="default", fullgraph=True),
@@ -71,7 +71,7 @@ def times(model, ids: torch.Tensor, steps: int, config: mixkv.MixKVConfig, warm:
     }
     for cache in held.values():
         with torch.no_grad():
-            model(ids, use_cache=True, **measure.last_logits_only(model), **cache_argument(cache))
+            model(ids, use_cache=True, **last_logits_only(model), **cache_argument(cache))
     held["mixkv, compiled"].expect_length(total)
     call = model.get_compiled_call(ONE_GRAPH[device.type])
     turns = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .cache import MixKVCache
 from .cache.replay import count_parts
 from .config import MixKVConfig, checked_config
 from .hf import binding
-from .hf.versions import cache_argument
+from .hf.versions import cache_argument, last_logits_only
 
 # Longer texts are read in several forwards, of so many tokens.
 _LONG, _FORWARD = 16384, 4096
@@ -109,8 +108,7 @@ def _read_on(model: PreTrainedModel, cache: MixKVCache, inputs: dict[str, Any], 
     mask = None if mask is None or mask.all() else mask
     if mask is not None and "position_ids" not in inputs:
         inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, seen:]
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = 1
+    inputs |= last_logits_only(model)
     cache.expect_prompt(length)
     for start in range(0, length, size or length):
         end = min(start + (size or length), length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -20,7 +19,7 @@ from ..cache.stats import held_bytes as layer_bytes
 from ..config import MixKVConfig
 from ..hf import binding
 from ..hf.stock_layers import is_full_attention
-from ..hf.versions import cache_argument
+from ..hf.versions import cache_argument, last_logits_only
 from ..patch import unpatch
 from . import InputError, memory
 
@@ -200,11 +199,6 @@ def bind(model: PreTrainedModel, cache: Cache) -> None:
         binding.bind(model)
     else:
         unpatch(model)
-
-
-def last_logits_only(model: PreTrainedModel, count: int = 1) -> dict[str, int]:
-    """The option of the forward that computes logits of the last ``count`` positions only, if the model has it."""
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 class _TimedLayer(MixKVLayer):

@@ -18,14 +18,14 @@ from ..cache.compress import Compressor
 from ..cache.layer import MixKVLayer
 from ..cache.parts import PromptStatistics
 from ..config import MixKVConfig
-from ..hf.versions import cache_argument
+from ..hf.versions import cache_argument, last_logits_only
 from ..selection.budget import base_entries
 from ..selection.context import Measured
 from ..selection.ranking import Ranking
 from ..storage.chunks import ChunkStore
 from ..storage.packed import joined as joined_stores
 from ..storage.rows import RaggedRows, with_chunks
-from .measure import bind, end_tokens, last_logits_only
+from .measure import bind, end_tokens
 
 
 class Recording:

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from ..cache import MixKVCache
 from ..cache.layer import MixKVLayer
-from ..hf.versions import cache_argument
-from .measure import last_logits_only
+from ..hf.versions import cache_argument, last_logits_only
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from ..cache import MixKVCache
-from ..evaluation.measure import last_logits_only
 from ..hf.binding import unwrap
-from ..hf.versions import cache_argument
+from ..hf.versions import cache_argument, last_logits_only
 from . import options, questions
 from .tally import Tally
 

@@ -54,3 +54,8 @@ def tensor_parallel_mesh(model: nn.Module):
 def position_keepers(model: PreTrainedModel) -> list[nn.Module]:
     """Modules that remember on themselves, as ``rope_deltas`` [B, 1] or None, how far an image moved the positions after it."""
     return [module for module in model.modules() if hasattr(module, "rope_deltas")]
+
+
+def last_logits_only(model: PreTrainedModel, count: int = 1) -> dict[str, int]:
+    """The option of the forward that computes logits of the last ``count`` positions only, if the model has it."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
