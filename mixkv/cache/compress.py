@@ -206,7 +206,7 @@ class Compressor:
         revise = None
         if running is not None:
             count, changed = max(key.shape[2] - config.window, 0), torch.tensor(exceeds, device=key.device)
-            position = store.padded_positions(length)[..., :count].masked_fill(~valid[..., :count], -1)
+            position = store.padded_positions(length)[..., :count]
             revise = partial(running.revise, position, changed, config.decode_decay)
         deciding = self.decode_config
         ranking = self.rank(query, key, value, logits, valid, longest, config=deciding, revise=revise)

@@ -144,13 +144,7 @@ def compress_prompt(layer, prompt: WholePrompt) -> None:
     if layer.state.config.turns == "all":
         replay = measured.replay
         every = torch.arange(replay.shape[2], dtype=torch.int32, device=replay.device).expand(replay.shape)
-        layer.scores = RowScores(at := _positions(layer), RowScores(every, replay).of(at))
-
-
-def _positions(layer) -> torch.Tensor:
-    """Positions int32 [B, Hkv, N] of the rows held, -1 in front of the first."""
-    store = layer.store
-    return store.padded_positions().masked_fill(~store.padded()[2], -1)
+        layer.scores = RowScores(at := layer.store.padded_positions(), RowScores(every, replay).of(at))
 
 
 def compress(layer, query: torch.Tensor, output: torch.Tensor, replay: torch.Tensor | None = None) -> list:
@@ -182,7 +176,7 @@ def compress(layer, query: torch.Tensor, output: torch.Tensor, replay: torch.Ten
     if replay is not None:
         score = torch.nn.functional.pad(replay, (key.shape[2] - replay.shape[2], 0))
         if layer.scores is not None:
-            score = score.maximum(layer.scores.of(at := _positions(layer)))
+            score = score.maximum(layer.scores.of(at := layer.store.padded_positions()))
             layer.scores = RowScores(at, score)
         measured = Measured(score)
     ranking = compressor.rank(query, key, value, layer.logits, valid, longest, newest, measured)
@@ -190,7 +184,7 @@ def compress(layer, query: torch.Tensor, output: torch.Tensor, replay: torch.Ten
     selection = ranking.take(compressor.shard.own(entries))
     store.keep(selection, key.shape[2])
     if layer.scores is not None:
-        layer.scores = RowScores(at := _positions(layer), layer.scores.of(at))
+        layer.scores = RowScores(at := layer.store.padded_positions(), layer.scores.of(at))
     layer.remote = compressor.remote_heads(entries, key.device, fixed)
     if budget is None:
         return [layer]

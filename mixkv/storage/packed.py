@@ -200,8 +200,9 @@ class PackedStore:
         return key, value, valid
 
     def padded_positions(self, length: int | None = None) -> torch.Tensor:
-        index, _ = self._padded_index(self.max_length if length is None else length)
-        return torch.cat([store.held()[2] for store in (self.selected, self.recent)])[index]
+        index, valid = self._padded_index(self.max_length if length is None else length)
+        position = torch.cat([store.held()[2] for store in (self.selected, self.recent)])
+        return position[index].masked_fill(~valid, -1)
 
     def replace_values(self, value: torch.Tensor, heads: torch.Tensor) -> None:
         index, valid = self._padded_index(value.shape[2])

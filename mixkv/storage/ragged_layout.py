@@ -96,8 +96,9 @@ class RaggedLayout:
         return key.view(*rows.shape, -1), value.view(*rows.shape, -1), valid
 
     def padded_positions(self, length: int | None = None) -> torch.Tensor:
-        """The positions of `padded` rows: int32 [B, Hkv, N]."""
-        return self.buffers.position[self._padded_rows(self.max_length if length is None else length)[0]]
+        """The positions of `padded` rows: int32 [B, Hkv, N], ascending, -1 in front of the first."""
+        rows, valid = self._padded_rows(self.max_length if length is None else length)
+        return self.buffers.position[rows].masked_fill(~valid, -1)
 
     def _padded_rows(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The buffer rows of all sequences aligned to the right, int64 [B, Hkv, length], and which of them are a sequence's own."""
