@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from . import gate_file
 from .cache import MixKVCache, gates
 from .cache.layer import MixKVLayer
-from .cache.parts import FIRST
 from .hf import binding, rotary
 from .read import read
+from .selection.context import FIRST
 from .selection.gate import GateFit
 
 if TYPE_CHECKING:

@@ -11,15 +11,12 @@ import torch
 from .. import tensor_parallel
 from ..config import MixKVConfig
 from ..ops.arguments import LogitOptions
-from ..selection.context import Measured
+from ..selection.context import FIRST, Measured
 from ..storage import rows as stored_rows
 from .row_scores import RowScores, RunningImportance
 
 Tensors = dict[str, torch.Tensor]
 Numbers = dict[str, Any]
-
-# The prompt's first tokens, which every query of a replay sees, and which are always kept by it.
-FIRST = 4
 
 
 class Part(Protocol):

@@ -21,8 +21,9 @@ from ..hf.decoder_inputs import DecoderHook, DecoderInputs
 from ..hf.versions import CACHE_ARGUMENT, cache_argument
 from ..ops.arguments import LogitOptions
 from ..ops.replay_attention import replay_attention
+from ..selection.context import FIRST
 from .layer import MixKVLayer
-from .parts import FIRST, WholePrompt
+from .parts import WholePrompt
 
 # Tokens before a part that are read with it, to announce it.
 CUE = 8
@@ -159,10 +160,8 @@ class Replayer:
         cache = self.cache()
         if cache is None or arguments.get(CACHE_ARGUMENT) is not cache or cache._state.replay is not None:
             return
-        seen, in_prompt = (
-            cache.get_seq_length(),
-            all(layer.rows is None for layer in cache.layers if isinstance(layer, MixKVLayer)),
-        )
+        seen = cache.get_seq_length()
+        in_prompt = all(layer.rows is None for layer in cache.layers if isinstance(layer, MixKVLayer))
         if not in_prompt and cache.config.turns == "first":
             # What follows a prompt is not repeated.
             self.remove()

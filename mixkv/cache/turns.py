@@ -14,8 +14,8 @@ from .. import registry
 from ..config import MixKVConfig
 from ..hf import call_stack
 from ..selection.budget import base_entries
-from ..selection.context import Measured
-from .parts import FIRST, WholePrompt
+from ..selection.context import FIRST, Measured
+from .parts import WholePrompt
 from .row_scores import RowScores
 from .turn import Turn
 

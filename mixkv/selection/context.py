@@ -62,6 +62,10 @@ class AllocationContext:
         return to_device(apportion(shares, total, candidates), self.candidates.device)
 
 
+# The prompt's first tokens, on which much attention rests whatever is asked: a replay sees and keeps them, and so does a gate.
+FIRST = 4
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """What was measured on a prompt beside its queries, keys and values.

@@ -9,9 +9,10 @@ from support import oracle, zoo
 
 import mixkv
 from mixkv.cache.layer import MixKVLayer
-from mixkv.cache.parts import FIRST, WholePrompt
+from mixkv.cache.parts import WholePrompt
 from mixkv.cache.replay import CUE
 from mixkv.hf.versions import cache_argument
+from mixkv.selection.context import FIRST
 
 OPTIONS = dict(score="replay", method="global", budget=14, window=6)
 STEPS = 4

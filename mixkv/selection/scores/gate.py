@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...registry import Score, add
+from ..context import FIRST
 from ..gate import predict
 
 if TYPE_CHECKING:
     from ..context import ScoreContext
-
-# The prompt's first tokens, on which much attention rests whatever is asked.
-_FIRST = 4
 
 
 def gate(context: ScoreContext) -> torch.Tensor:
@@ -29,8 +27,8 @@ def gate(context: ScoreContext) -> torch.Tensor:
     count = context.num_candidates
     found = predict(context.key[:, :, :count], context.value[:, :, :count], context.measured.gate)
     if context.mask is None:
-        return torch.cat([torch.ones_like(found[..., :_FIRST]), found[..., _FIRST:]], dim=-1)
-    first = context.valid_candidates.cumsum(dim=-1) <= _FIRST
+        return torch.cat([torch.ones_like(found[..., :FIRST]), found[..., FIRST:]], dim=-1)
+    first = context.valid_candidates.cumsum(dim=-1) <= FIRST
     return found.masked_fill(first, 1.0)
 
 
